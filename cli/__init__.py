@@ -1,0 +1,1 @@
+"""The command line: `main.py` is the parser only; one file per noun."""

@@ -1,0 +1,1 @@
+"""Who owes whom: one file, one writer, double entry, signed vouchers."""

@@ -1,0 +1,1 @@
+"""What a node can do: one folder per power, one file per method."""

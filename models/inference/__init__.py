@@ -1,0 +1,1 @@
+"""Text generation: the operation, the engine port and the torch engine."""

@@ -1,0 +1,1 @@
+"""The daemon that joins transport, ledger and modules. Read `daemon.py` first."""

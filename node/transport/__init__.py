@@ -1,0 +1,1 @@
+"""libp2p, fenced: the only package that imports it, and its in-memory twin."""

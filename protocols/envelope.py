@@ -1,0 +1,85 @@
+r"""Signed envelopes: domain-separated, canonical, with an algorithm byte so that others can join.
+
+An envelope is the msgpack array `[public key, body, signature]`; a signature is
+`alg byte || raw bytes`. What is signed is `aivillage/<domain>/1\\0` followed by the exact body
+bytes, so a signature made for one purpose is worth nothing for another.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Final, TypeVar
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from aivillage.protocols.errors import PeerError
+from aivillage.protocols.types import PeerId, peer_id
+
+ED25519: Final = 1
+ENVELOPE_BYTES_MAX: Final = 8192
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class _Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    public_key: bytes
+    body: bytes
+    signature: bytes
+
+
+@functools.lru_cache(maxsize=4096)  # rebuilding a key costs 7 us of a 110 us verification
+def _key(public_key: bytes) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(public_key)
+
+
+def prefix(domain: str) -> bytes:
+    return f"aivillage/{domain}/1\0".encode()
+
+
+def sign(key: Ed25519PrivateKey, prefixed: bytes) -> bytes:
+    """`alg byte || raw signature` over bytes that already carry their domain prefix."""
+    return bytes([ED25519]) + key.sign(prefixed)
+
+
+def is_signed_by(public_key: bytes, prefixed: bytes, signature: bytes) -> bool:
+    """Whether `signature` is `public_key`'s over `prefixed`; an unknown algorithm is a no."""
+    if len(public_key) != 32 or len(signature) != 65 or signature[0] != ED25519:
+        return False
+    try:
+        _key(public_key).verify(signature[1:], prefixed)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def seal(key: Ed25519PrivateKey, domain: str, value: msgspec.Struct) -> bytes:
+    """An envelope around `value`, signed by `key` for `domain`."""
+    body = msgspec.msgpack.encode(value)
+    public = key.public_key().public_bytes_raw()
+    signature = sign(key, prefix(domain) + body)
+    return msgspec.msgpack.encode(_Envelope(public, body, signature))
+
+
+def unseal(envelope: bytes, domain: str, kind: type[T]) -> tuple[PeerId, T]:
+    """(who signed it, the value), after checking signature and canonical form.
+
+    Raises:
+        PeerError: BAD_REQUEST, the envelope is malformed, not canonical or not signed.
+    """
+    if len(envelope) > ENVELOPE_BYTES_MAX:
+        raise PeerError(f"an envelope of {len(envelope):,} bytes", code="TOO_LARGE")
+    try:
+        parts = msgspec.msgpack.decode(envelope, type=_Envelope)
+        value = msgspec.msgpack.decode(parts.body, type=kind)
+        signer = peer_id(parts.public_key)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise PeerError(
+            f"not an envelope of {kind.__name__}: {error}", code="BAD_REQUEST"
+        ) from None
+    if msgspec.msgpack.encode(parts) != envelope:
+        raise PeerError("the envelope is not in canonical form", code="BAD_REQUEST")
+    if not is_signed_by(parts.public_key, prefix(domain) + parts.body, parts.signature):
+        raise PeerError(f"the signature on a {kind.__name__} is wrong", code="BAD_REQUEST")
+    return signer, value

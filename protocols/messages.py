@@ -1,0 +1,304 @@
+"""Every message between peers, and between a control socket and its daemon.
+
+One tagged union of frozen maps (unknown optional fields pass, so 1.0 talks to 1.1), and one hot
+frame, `Step`, that is an array. `id` multiplexes: it names a call on this stream, chosen by
+whoever opened it. Decode once at the edge (`codec.py`); past it there are no dicts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from aivillage.protocols.pricing import Terms
+from aivillage.protocols.types import MicroCredits, PeerId, Seconds
+
+JOB_PROTOCOL: Final = "/aivillage/job/1"
+VERSION_MAJOR: Final = 1
+VERSION_MINOR: Final = 0
+CALLS_PER_PAIR_MAX: Final = 256
+CERTIFICATES_MAX: Final = 8
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t"):
+    """A frame on the stream."""
+
+
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
+    """First frame of both sides. Another major version is refused, another minor is fine."""
+
+    major: int
+    minor: int
+    agent: str
+    boot_epoch: int
+    clock_unix_ms: int
+    certificates: tuple[bytes, ...] = ()
+    kernel_classes: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    max_frame_bytes: int = 1 << 20
+
+
+class Ping(Message, frozen=True, kw_only=True, tag="ping"):
+    nonce: int
+
+
+class Pong(Message, frozen=True, kw_only=True, tag="pong"):
+    nonce: int
+
+
+class Failure(Message, frozen=True, kw_only=True, tag="failure"):
+    """The typed end of a call (`id`), or of the stream (`id` 0)."""
+
+    id: int
+    code: str
+    message: str = ""
+    next_step: str = ""
+
+
+class OperationInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One operation as a peer lists it: MCP's tool shape plus what it costs."""
+
+    name: str
+    title: str = ""
+    stability: str = "stable"
+    request_schema: dict[str, Any] = {}
+    result_schema: dict[str, Any] = {}
+    terms: Terms | None = None
+    kernel_class: str = ""
+    identical: str = ""
+    enabled: bool = True
+
+
+class ListOperations(Message, frozen=True, kw_only=True, tag="list_operations"):
+    id: int
+
+
+class Operations(Message, frozen=True, kw_only=True, tag="operations"):
+    id: int
+    operations: tuple[OperationInfo, ...]
+
+
+class QuoteRequest(Message, frozen=True, kw_only=True, tag="quote_request"):
+    id: int
+    operation: str
+    request: bytes
+
+
+class QuoteReply(Message, frozen=True, kw_only=True, tag="quote"):
+    """`quote` is an envelope around a `Quote`; the rest is advice for choosing."""
+
+    id: int
+    quote: bytes
+    room_micro_credits: MicroCredits = 0
+    kernel_class: str = ""
+    identical: str = ""
+    queue_length: int = 0
+
+
+class Call(Message, frozen=True, kw_only=True, tag="call"):
+    """Do this. `done` is usage accepted from earlier attempts: read again, not paid again."""
+
+    id: int
+    attempt: bytes
+    operation: str
+    request: bytes
+    quote_hash: bytes
+    ceiling_micro_credits: MicroCredits
+    deadline_seconds: Seconds
+    delivered: tuple[bytes, ...] = ()
+    done: dict[str, int] = {}
+
+
+class Accepted(Message, frozen=True, kw_only=True, tag="accepted"):
+    """The seller has it and will work: sent at once, before any work."""
+
+    id: int
+
+
+class Progress(Message, frozen=True, kw_only=True, tag="progress"):
+    id: int
+    done: float
+    total: float = 0.0
+    note: str = ""
+
+
+class Part(Message, frozen=True, kw_only=True, tag="part"):
+    """One piece of a module's result, numbered from 0 within the job."""
+
+    id: int
+    seq: int
+    body: bytes
+    hash8: bytes = b""
+
+
+class Finished(Message, frozen=True, kw_only=True, tag="finished"):
+    """The seller's last word on a call. The buyer recomputes usage and hash before it pays."""
+
+    id: int
+    attempt: bytes
+    result: bytes
+    usage: dict[str, int]
+    out_hash: bytes
+    seconds: Seconds = 0.0
+
+
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
+    id: int
+
+
+class Ledger(Message, frozen=True, kw_only=True, tag="ledger"):
+    """Ledger blobs, each at most 4 KiB, in order."""
+
+    blobs: tuple[bytes, ...]
+
+
+class Gossip(Message, frozen=True, kw_only=True, tag="gossip"):
+    """An enveloped `Offer` or `TaskAd` on its way through the village."""
+
+    topic: str
+    envelope: bytes
+    hops: int = 0
+
+
+class Join(Message, frozen=True, kw_only=True, tag="join"):
+    id: int
+    token: str
+
+
+class Joined(Message, frozen=True, kw_only=True, tag="joined"):
+    id: int
+    certificates: tuple[bytes, ...]
+
+
+class Tunnel(Message, frozen=True, kw_only=True, tag="tunnel"):
+    """Raw bytes of a foreign protocol over the control socket; reserved for the MCP gateway."""
+
+    id: int
+    body: bytes
+
+
+class Ask(Message, frozen=True, kw_only=True, tag="ask"):
+    """Control socket only: read or change something of the owner's own node."""
+
+    id: int
+    what: str
+    args: dict[str, Any] = {}
+
+
+class Answer(Message, frozen=True, kw_only=True, tag="answer"):
+    id: int
+    value: Any = None
+
+
+class Submit(Message, frozen=True, kw_only=True, tag="submit"):
+    """Control socket only: a job of the owner's. Streams `Text`/`Progress`, ends in `Answer`."""
+
+    id: int
+    operation: str
+    request: bytes
+    ceiling_micro_credits: MicroCredits | None = None
+    deadline_seconds: Seconds | None = None
+    peer: PeerId | None = None
+    follow: bool = True
+
+
+class Text(Message, frozen=True, kw_only=True, tag="text"):
+    """Control socket only: streamed text of a job of the owner's."""
+
+    id: int
+    text: str
+
+
+class StepItem(msgspec.Struct, frozen=True, array_like=True):
+    """What one engine step gave one session.
+
+    `first` is the position of `token_ids[0]` in the whole answer (earlier attempts included),
+    `read_bytes` how much of the prompt has been read so far, `hash8` the running hash after it.
+    """
+
+    session: int
+    first: int
+    token_ids: tuple[int, ...]
+    text: str
+    hash8: bytes
+    read_bytes: int = 0
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """One engine step for all sequences of this peer; a ledger receipt may ride along."""
+
+    seq: int
+    items: tuple[StepItem, ...]
+    receipt: bytes | None = None
+
+
+PEER_MESSAGES: Final = (
+    Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
+    Accepted, Progress, Part, Finished, Cancel, Ledger, Gossip, Join, Joined, Step,
+)  # fmt: skip
+CONTROL_MESSAGES: Final = (
+    Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,
+)  # fmt: skip
+Frame = Message | Step
+
+
+class Quote(msgspec.Struct, frozen=True, kw_only=True):
+    """Posted terms of one seller for one operation, signed, good until `not_after_unix_ms`."""
+
+    seller: PeerId
+    operation: str
+    terms: Terms
+    not_after_unix_ms: int
+    estimate: dict[str, int] = {}
+    seconds: Seconds = 0.0
+    kernel_class: str = ""
+
+
+class OfferedOperation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    name: str
+    prices_micro_credits: dict[str, int] = {}
+    kernel_class: str = ""
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a node does and at what price, gossiped; at most 1 KiB, good for 120 s."""
+
+    seller: PeerId
+    seq: int
+    not_after_unix_ms: int
+    addresses: tuple[str, ...]
+    operations: tuple[OfferedOperation, ...]
+    free_slots: int = 0
+
+
+class TaskAd(msgspec.Struct, frozen=True, kw_only=True):
+    """Nobody offers what I need: able peers answer with an `Offer`."""
+
+    buyer: PeerId
+    seq: int
+    not_after_unix_ms: int
+    operation: str
+    addresses: tuple[str, ...] = ()
+
+
+class Invite(msgspec.Struct, frozen=True, kw_only=True):
+    """An invitation into a village; travels as text inside an envelope."""
+
+    village: bytes
+    inviter: PeerId
+    addresses: tuple[str, ...]
+    nonce: bytes
+    not_after_unix_ms: int
+    line_micro_credits: MicroCredits
+
+
+class Certificate(msgspec.Struct, frozen=True, kw_only=True):
+    """`issuer` says that `member` belongs to the village, trusted up to `line`."""
+
+    village: bytes
+    issuer: PeerId
+    member: PeerId
+    line_micro_credits: MicroCredits
+    not_after_unix_ms: int
+    may_invite: bool = False

@@ -1,0 +1,310 @@
+"""The seams of the house: what a transport, a book, a module and an engine must be.
+
+Structural types; nothing inherits from them. Async methods belong to whatever loop calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from aivillage.protocols.pricing import Usage
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
+
+# --------------------------------------------------------------------------- transport
+
+
+class Stream(Protocol):
+    """One ordered, authenticated byte stream with a peer. Timeouts are the caller's."""
+
+    @property
+    def peer(self) -> PeerId: ...
+
+    async def read(self, size_bytes_max: int) -> bytes:
+        """1..size bytes, or `b""` at the end.
+
+        Raises:
+            PeerError: PEER_LOST, the stream broke.
+        """
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Returns when the bytes are with the operating system. Never cancelled half way.
+
+        Raises:
+            PeerError: PEER_LOST, the stream broke.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Ends the stream; never raises, never blocks for longer than a second."""
+        ...
+
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+
+
+class Transport(Protocol):
+    """Carries streams between peers that are who they say they are."""
+
+    @property
+    def peer(self) -> PeerId: ...
+
+    def addresses(self) -> tuple[str, ...]:
+        """Where others can dial this node, each ending in `/p2p/<peer id>`."""
+        ...
+
+    async def dial(self, address: str) -> PeerId:
+        """Connects to `address`; returns at once if already connected.
+
+        Raises:
+            PeerError: PEER_LOST, nobody there or somebody else answered.
+            RequestError: `address` is malformed.
+        """
+        ...
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+        """Raises: PeerError: PEER_LOST, not connected, or the peer does not speak it."""
+        ...
+
+    def serve(self, protocol: str, handler: StreamHandler) -> None:
+        """Runs `handler` for every inbound stream; an exception fells that stream only."""
+        ...
+
+    async def hang_up(self, peer: PeerId) -> None:
+        """Drops every connection with `peer`; never raises."""
+        ...
+
+
+# --------------------------------------------------------------------------- ledger
+
+
+class Book(Protocol):
+    """The ledger as buyer and seller see it. Plain calls touch memory only; awaits are durable.
+
+    `amount` is cumulative within an attempt everywhere. Callers are on one event loop.
+    """
+
+    @property
+    def epoch(self) -> int:
+        """This boot: max(stored + 1, unix ms), committed before the first frame."""
+        ...
+
+    # links
+    def connected(self, peer: PeerId, peer_epoch: int, send: Callable[[bytes], None]) -> None:
+        """A link is up: SYNC starts both ways. `send` takes one ledger blob, never blocks."""
+        ...
+
+    def disconnected(self, peer: PeerId) -> None: ...
+
+    def receive(self, peer: PeerId, blob: bytes) -> None:
+        """One ledger blob off the wire, handled in order.
+
+        Raises:
+            PeerError: the blob is malformed or forged.
+        """
+        ...
+
+    def take_receipt(self, peer: PeerId) -> bytes | None:
+        """A receipt blob that wants to ride on a frame that is about to leave."""
+        ...
+
+    # policy
+    async def set_line(self, peer: PeerId, line: MicroCredits, exposure: MicroCredits) -> None:
+        """What `peer` may owe me (line), and how much of it unsigned (exposure). Durable."""
+        ...
+
+    # buyer
+    def intend(
+        self, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
+    ) -> None:
+        """An intent row in the next group commit; nobody waits for it."""
+        ...
+
+    def accept(
+        self, peer: PeerId, attempt: AttemptId, amount: MicroCredits, out_hash: bytes
+    ) -> None:
+        """Work worth `amount` in all was accepted. Vouchers follow by policy (X/2, 250 ms)."""
+        ...
+
+    async def settle(
+        self, peer: PeerId, attempt: AttemptId, amount: MicroCredits, out_hash: bytes
+    ) -> None:
+        """The final item: returns when the voucher that carries it is durable here."""
+        ...
+
+    def owed_to(self, peer: PeerId) -> MicroCredits:
+        """What I owe `peer`, signed."""
+        ...
+
+    # seller
+    def begin_sale(
+        self, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
+    ) -> None:
+        """Remembers a running attempt, for receipts and claims."""
+        ...
+
+    def room(self, peer: PeerId) -> MicroCredits:
+        """How much more may be delivered to `peer` right now (durably reserved)."""
+        ...
+
+    def headroom(self, peer: PeerId) -> MicroCredits:
+        """What `peer` may still run up with me before it must pay or earn (line and pool)."""
+        ...
+
+    def want_room(self, peer: PeerId, amount: MicroCredits) -> None:
+        """Raise the reservation ahead so that a unit of `amount` fits, if the rules allow."""
+        ...
+
+    def deliver(
+        self, peer: PeerId, attempt: AttemptId, amount: MicroCredits, out_hash: bytes
+    ) -> bool:
+        """Counts the attempt's delivered value up to `amount`; False: no room, nothing counted."""
+        ...
+
+    async def room_changed(self, peer: PeerId) -> None:
+        """Returns at the next voucher, reservation or healing that may have made room."""
+        ...
+
+    def end_sale(self, peer: PeerId, attempt: AttemptId) -> None: ...
+
+
+# --------------------------------------------------------------------------- modules
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """What `estimate` may know of the machine."""
+
+    cpu_count: int = 1
+    memory_bytes: int = 0
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    ok: bool
+    reason: str = ""
+
+
+class ProgressEvent(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    done: float
+    total: float = 0.0
+    note: str = ""
+
+
+class PartEvent(msgspec.Struct, frozen=True, kw_only=True, tag="part"):
+    """One piece of the result, as msgpack; kept by the buyer, handed to a later attempt."""
+
+    body: bytes
+
+
+class ResultEvent(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
+    """The end: the msgpack of the module's Result."""
+
+    body: bytes
+
+
+Event = ProgressEvent | PartEvent | ResultEvent
+
+
+class Context(Protocol):
+    """What a running module has. `delivered` is what an earlier attempt had delivered."""
+
+    @property
+    def delivered(self) -> Sequence[bytes]: ...
+    @property
+    def deadline_seconds(self) -> Seconds: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def scratch(self) -> str: ...
+
+    def cancelled(self) -> bool: ...
+
+    def call(self, operation: str, request: msgspec.Struct, budget: MicroCredits) -> bytes:
+        """A sub-job on the mesh, paid by whoever runs this module, up to `budget`."""
+        ...
+
+
+class Module(Protocol):
+    """One call, one piece of work. A module is an instance with these members.
+
+    `estimate` and `meter` are pure and fast; built-in modules' files import only the standard
+    library and msgspec at the top, since the daemon loads them. `run` is synchronous code in a
+    worker process. `positional` names the Request field that the command line takes bare.
+    """
+
+    name: str
+    title: str
+    positional: str
+    Request: type[msgspec.Struct]
+    Result: type[msgspec.Struct]
+
+    def prices_micro_credits(self) -> dict[str, int]:
+        """Default price of one of each unit that `meter` counts."""
+        ...
+
+    def estimate(self, request: Any, machine: Machine) -> tuple[Usage, Seconds]: ...
+
+    def meter(self, request: Any, result: Any) -> Usage:
+        """Usage recomputable by the buyer from request and (partial) result alone."""
+        ...
+
+    def run(self, request: Any, context: Context) -> Iterator[Event]: ...
+
+    def check(self, request: Any, result: Any) -> Verdict:
+        """Cheaper than `run`; the buyer calls it in a worker on every result."""
+        ...
+
+
+# --------------------------------------------------------------------------- engines
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    engine: str
+    model: str
+    kernel_class: str
+    identical: str
+    """`guaranteed` (self-test at load passed) or `best effort`."""
+    active_parameters: int
+    context_tokens: int
+    vocabulary: int
+    weights_sha256: str
+
+
+class SessionFrame(msgspec.Struct, frozen=True, array_like=True):
+    """What one step gave one session. `finished`: "", "length", "stop", "eos" or an error."""
+
+    session: int
+    token_ids: tuple[int, ...]
+    text: str
+    read_bytes: int
+    finished: str = ""
+    error: str = ""
+
+
+class Engine(Protocol):
+    """A resident model that serves many sessions at once, one batched step at a time."""
+
+    def info(self) -> EngineInfo: ...
+
+    def add(self, session: int, request: Any, delivered: Sequence[int]) -> None:
+        """Queues a session that goes on after the token ids in `delivered`.
+
+        Raises:
+            RequestError: the request does not fit the model.
+            RefusedError: BUSY, no slot.
+        """
+        ...
+
+    def allow(self, session: int, units: int) -> None:
+        """Raises the number of units (prompt quads + output tokens) it may produce in all."""
+        ...
+
+    def step(self) -> list[SessionFrame]:
+        """Advances every session that has allowance; empty when none could move."""
+        ...
+
+    def cancel(self, session: int) -> None:
+        """Frees the slot before the next step; an unknown session is no error."""
+        ...
