@@ -156,16 +156,17 @@ class Jobs:
 
     async def get(self, job: str) -> JobRow | None:
         """The job whose id is, or begins with, `job`; None where that is not exactly one."""
+        if not job or set(job) - set("0123456789abcdef"):
+            return None
         rows = await self._read(_JOB + "WHERE id GLOB ? LIMIT 2", job + "*")
-        return _row(JobRow, rows[0]) if len(rows) == 1 and _is_hex(job) else None
+        return _row(JobRow, rows[0]) if len(rows) == 1 else None
 
     async def latest(self, limit: int) -> list[JobRow]:
         rows = await self._read(_JOB + "ORDER BY created DESC LIMIT ?", limit)
         return [_row(JobRow, row) for row in rows]
 
     async def unfinished(self) -> list[JobRow]:
-        rows = await self._read(_JOB + "WHERE ended IS NULL ORDER BY created").fetchall()
-        )
+        rows = await self._read(_JOB + "WHERE ended IS NULL ORDER BY created")
         return [_row(JobRow, row) for row in rows]
 
     # ------------------------------------------------------------------ attempts, output
@@ -185,8 +186,7 @@ class Jobs:
         return [_row(AttemptRow, row) for row in rows]
 
     async def delivered(self, job: JobId) -> list[bytes]:
-        rows = await self._read(
-                "SELECT body FROM delivered WHERE job=? ORDER BY seq", (job)
+        rows = await self._read("SELECT body FROM delivered WHERE job=? ORDER BY seq", job)
         return [row[0] for row in rows]
 
     def keep(
@@ -253,7 +253,7 @@ class Jobs:
                 "INSERT OR IGNORE INTO used_invite(nonce, guest, at) VALUES(?,?,?)",
                 (nonce, guest, time.time()),
             )
-            row = db.execute("SELECT guest FROM used_invite WHERE nonce=?", nonce,)).get
+            row = db.execute("SELECT guest FROM used_invite WHERE nonce=?", (nonce,)).get
             return bool(row == guest)
 
         return await self._run(work)
@@ -271,9 +271,9 @@ class Jobs:
         )
 
     async def certificates(self, village: bytes) -> tuple[bytes, ...]:
-        rows = await self._run(
-            lambda db: db.execute(
-                "SELECT body FROM certificate WHERE village=? ORDER BY added DESC", (village)
+        rows = await self._read(
+            "SELECT body FROM certificate WHERE village=? ORDER BY added DESC", village
+        )
         return tuple(row[0] for row in rows)
 
     async def setting(self, key: str) -> bytes | None:
@@ -340,10 +340,6 @@ def _create(db: apsw.Connection) -> None:
 def _row(kind: type[T], row: tuple[Any, ...]) -> T:
     fields: tuple[str, ...] = kind.__struct_fields__  # type: ignore[attr-defined]
     return kind(**dict(zip(fields, row, strict=True)))
-
-
-def _is_hex(text: str) -> bool:
-    return bool(text) and all(character in "0123456789abcdef" for character in text)
 
 
 def _typed(error: apsw.Error) -> AivillageError:
