@@ -7,6 +7,7 @@ only once it is here.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 APPLICATION_ID: Final = 0x41_49_56_4A
 SCHEMA_VERSION: Final = 1
 T = TypeVar("T")
+_log = logging.getLogger("aivillage.jobs")
 
 _SCHEMA: Final = """
 CREATE TABLE job(
@@ -89,7 +91,6 @@ class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):
     bad: int
 
 
-
 def _select(kind: type[msgspec.Struct], table: str) -> str:
     return f"SELECT {', '.join(kind.__struct_fields__)} FROM {table} "  # noqa: S608 ours alone
 
@@ -112,9 +113,10 @@ class Jobs:
         def transaction() -> T:
             try:
                 with self._db:
-                    return work(self._db)
+                    found = work(self._db)
             except apsw.Error as error:
                 raise _typed(error) from error
+            return found
 
         return await trio.to_thread.run_sync(transaction, limiter=self._limiter)
 
@@ -178,7 +180,7 @@ class Jobs:
 
     async def end_attempt(self, attempt: AttemptId, price: MicroCredits, outcome: str) -> None:
         await self._write(
-            "UPDATE attempt SET price=?, outcome=? WHERE id=?", price, outcome, attempt)
+            "UPDATE attempt SET price=?, outcome=? WHERE id=?", (price, outcome, attempt)
         )
 
     async def attempts(self, job: JobId) -> list[AttemptRow]:
@@ -202,17 +204,20 @@ class Jobs:
             await self._wake.wait()
             self._wake = trio.Event()
             group, self._pending = self._pending, []
-            await self._run(
-                lambda db, rows=rows: (
-                    db.executemany(  # type: ignore[misc]
-                        "INSERT OR IGNORE INTO delivered(job, seq, attempt, body) VALUES(?,?,?,?)",
-                        rows,
-                    )
-                    and None
-                )
-            )
+            while not await self._stored([row for row, _ in group]):
+                await trio.sleep(1)  # a full disk: what was delivered waits, unaccepted, unpaid
             for _, durable in group:
                 durable()
+
+    async def _stored(self, rows: list[tuple[Any, ...]]) -> bool:
+        try:
+            await self._write(
+                "INSERT OR IGNORE INTO delivered(job, seq, attempt, body) VALUES(?,?,?,?)", *rows
+            )
+        except NodeError as error:
+            _log.warning("output_not_stored reason=%s", error)
+            return False
+        return True
 
     # ------------------------------------------------------------------ peers, village
     async def saw_peer(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
@@ -260,14 +265,9 @@ class Jobs:
 
     async def add_certificates(self, village: bytes, bodies: tuple[bytes, ...]) -> None:
         now = time.time()
-        await self._run(
-            lambda db: (
-                db.executemany(
-                    "INSERT OR IGNORE INTO certificate(body, village, added) VALUES(?,?,?)",
-                    [(body, village, now) for body in bodies],
-                )
-                and None
-            )
+        await self._write(
+            "INSERT OR IGNORE INTO certificate(body, village, added) VALUES(?,?,?)",
+            *((body, village, now) for body in bodies),
         )
 
     async def certificates(self, village: bytes) -> tuple[bytes, ...]:
