@@ -204,7 +204,7 @@ class Jobs:
             await self._wake.wait()
             self._wake = trio.Event()
             group, self._pending = self._pending, []
-            while not await self._stored([row for row, _ in group]):
+            while not await self._stored([row for row, _ in group]):  # noqa: ASYNC110
                 await trio.sleep(1)  # a full disk: what was delivered waits, unaccepted, unpaid
             for _, durable in group:
                 durable()
