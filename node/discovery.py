@@ -106,9 +106,9 @@ class Discovery:
         ]
         return sorted(found, key=_rank)
 
-    async def wait_for_news(self) -> None:
-        """Returns at the next offer."""
-        await self._changed.wait()
+    def next_news(self) -> trio.Event:
+        """Set at the next offer."""
+        return self._changed
 
     def unreachable(self, peer: PeerId) -> None:
         self._unreachable_until[peer] = time.monotonic() + UNREACHABLE_SECONDS
