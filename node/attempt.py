@@ -6,7 +6,7 @@ The buyer pays its own meter, never the seller's word: what it accepted, at the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -62,6 +62,7 @@ class Attempt:
         jobs: Jobs,
         meter: Callable[[Output], Usage],
         say: Callable[[Frame], None],
+        acknowledged: Callable[[], Awaitable[None]],
     ) -> None:
         self.job = job
         self.attempt = attempt
@@ -71,7 +72,7 @@ class Attempt:
         self.amount: MicroCredits = 0
         self.out_hash = b""
         self.started = time.monotonic()
-        self.acknowledged = False
+        self._acknowledged = acknowledged
         self._number = 0
         self._book = book
         self._jobs = jobs
@@ -120,6 +121,22 @@ class Attempt:
         finally:
             link.close_inbox(call.id)
 
+    def bill(self, counted: Usage, finished: Finished) -> None:
+        """Our own meter of the whole result, at the quote's prices; the seller's must agree.
+
+        Raises:
+            PeerError: the seller counts another usage than we do, or the bill is too high.
+        """
+        if dict(counted) != finished.usage:
+            raise PeerError(
+                f"the seller counts {finished.usage}, the result shows {dict(counted)}",
+                code="BAD_REQUEST",
+            )
+        amount = price_of_rest(self.choice.quote.terms, counted, self.done)
+        if amount > self.choice.price_at_most:
+            raise PeerError("the bill is above the quoted ceiling", code="BAD_REQUEST")
+        self.amount, self.out_hash = amount, finished.out_hash
+
     def stop(self, call_id: int) -> None:
         """Tells the seller that nothing more will be accepted."""
         send_or_drop(self.choice.link, messages.Cancel(id=call_id))
@@ -131,7 +148,7 @@ class Attempt:
             frame = await _next(inbox)
             if not isinstance(frame, Accepted):
                 raise PeerError("work before its acknowledgement", code="BAD_REQUEST")
-            self.acknowledged = True
+            await self._acknowledged()
             return
         raise PeerError(f"no acknowledgement within {wait:.1f} s", code="PEER_LOST")
 

@@ -59,6 +59,7 @@ class Discovery:
         self._key = key
         self.peer = peer_of(key)
         self._offers: dict[PeerId, Offer] = {}
+        self._envelopes: dict[PeerId, bytes] = {}
         self._unreachable_until: dict[PeerId, float] = {}
         self.records: dict[PeerId, Record] = {}
         self._seq = int(time.time() * 1000)
@@ -66,7 +67,7 @@ class Discovery:
         self.on_wanted: Callable[[TaskAd], None] = lambda _ad: None
 
     # ------------------------------------------------------------------ heard
-    def accept(self, signer: PeerId, news: News) -> bool:
+    def accept(self, signer: PeerId, news: News, envelope: bytes) -> bool:
         """Keeps news; False where it is stale, forged in the author's name, or our own."""
         if isinstance(news, TaskAd):
             if signer != news.buyer or signer == self.peer:
@@ -79,6 +80,7 @@ class Discovery:
         if (old and old.seq >= news.seq) or (not old and len(self._offers) >= OFFERS_MAX):
             return False
         self._offers[signer] = news
+        self._envelopes[signer] = envelope
         self._changed.set()
         self._changed = trio.Event()
         return True
@@ -87,7 +89,13 @@ class Discovery:
         """Offers that are still good; expired ones are forgotten."""
         now = int(time.time() * 1000)
         self._offers = {p: o for p, o in self._offers.items() if o.not_after_unix_ms >= now}
+        self._envelopes = {p: self._envelopes[p] for p in self._offers}
         return list(self._offers.values())
+
+    def envelopes(self) -> list[bytes]:
+        """The live offers as their sellers signed them, for a newcomer."""
+        self.offers()
+        return list(self._envelopes.values())
 
     def candidates(self, operation: str) -> list[Candidate]:
         """Peers that offer `operation` and were not found unreachable just now, best first."""

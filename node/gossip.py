@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -44,7 +44,7 @@ class Gossiper:
     """Spreads news; `accept` says whether it is news to us (and so worth passing on)."""
 
     def __init__(
-        self, neighbours: Callable[[], list[Neighbour]], accept: Callable[[PeerId, News], bool]
+        self, neighbours: Callable[[], Sequence[Neighbour]], accept: Callable[[PeerId, News, bytes], bool]
     ) -> None:
         self._neighbours = neighbours
         self._accept = accept
@@ -72,7 +72,7 @@ class Gossiper:
             self.dropped += 1
             return
         signer, news = unseal(gossip.envelope, gossip.topic, kind)
-        if self._is_current(news) and self._accept(signer, news):
+        if self._is_current(news) and self._accept(signer, news, gossip.envelope):
             self._spread(msgspec.structs.replace(gossip, hops=gossip.hops + 1), without=source)
 
     def forget(self, peer: PeerId) -> None:

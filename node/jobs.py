@@ -191,6 +191,10 @@ class Jobs:
         rows = await self._read("SELECT body FROM delivered WHERE job=? ORDER BY seq", job)
         return [row[0] for row in rows]
 
+    async def forget_delivered(self, job: JobId) -> None:
+        """Drops output that turned out to be wrong."""
+        await self._write("DELETE FROM delivered WHERE job=?", (job,))
+
     def keep(
         self, job: JobId, seq: int, attempt: AttemptId, body: bytes, durable: Callable[[], None]
     ) -> None:

@@ -91,17 +91,17 @@ class Market:
             while True:
                 # Taken before we look, so that an offer that comes meanwhile is not missed.
                 news = self._discovery.next_news()
-                candidates = [
-                    c for c in self._candidates(need) if c.peer not in excluded | reasons.keys()
-                ]
+                tried = {*excluded, *reasons}
+                candidates = [c for c in self._candidates(need) if c.peer not in tried]
                 choice = await self._best(need, candidates[:ASKED_AT_ONCE], reasons)
                 if choice is not None:
                     return choice
-                if not candidates:
-                    if reasons or excluded:
-                        break
-                    self._advertise(need.operation)
-                    await news.wait()
+                if candidates:
+                    continue
+                if any(error.code != "PEER_LOST" for error in reasons.values()):
+                    break  # somebody is there and said no: waiting changes nothing
+                self._advertise(need.operation)
+                await news.wait()
         raise self._nobody(need, excluded, reasons)
 
     def _candidates(self, need: Need) -> list[Candidate]:

@@ -98,10 +98,13 @@ class Seller:
         """What this node sells now, at the owner's prices."""
         if not self._settings.serve or self.refusal() is not None:
             return []
+        return [operation for operation in self.known_operations() if operation.enabled]
+
+    def known_operations(self) -> list[OperationInfo]:
+        """Everything installed here, at the owner's prices, switched on or not."""
         return [
             msgspec.structs.replace(operation, terms=self._prices.terms(operation))
             for operation in self._workers.operations()
-            if operation.enabled
         ]
 
     def free_slots(self) -> int:
