@@ -1,0 +1,184 @@
+"""The torch engine: many sessions, one batched step at a time, the same bits whatever the batch.
+
+A step gives every session that has allowance some rows: one where it decodes, a slice of up to 32
+where it still reads, so that a long prompt does not stall the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+
+from aivillage.models.inference import catalogue, gguf_model, sameness
+from aivillage.models.inference.generate import GenerateRequest, conversation
+from aivillage.models.inference.gguf_file import GgufFile
+from aivillage.models.inference.linear import ROW_SIZES, rule
+from aivillage.models.inference.llama import Llama, Span
+from aivillage.models.inference.session import Session
+from aivillage.models.inference.tokenizer import ChatTokenizer
+from aivillage.protocols.errors import RefusedError, RequestError
+from aivillage.protocols.ports import EngineInfo, SessionFrame
+
+ENGINE_VERSION: Final = 1
+"""Raise it when a change of ours may change a bit of any answer."""
+SLOTS: Final = 8
+SLICE_ROWS: Final = ROW_SIZES[-1] - SLOTS
+"""Rows of a step that read prompts: 32, beside one row for each of 8 decoding sessions."""
+
+
+class TorchEngine:
+    """Serves one Llama model from a GGUF file."""
+
+    def __init__(self, model: catalogue.KnownModel, *, slots: int = SLOTS) -> None:
+        """Loads and tests itself: seconds.
+
+        Raises:
+            ConfigError: the weights are not on this machine.
+            RequestError: the file is damaged or of a kind that is not read here.
+        """
+        if not 1 <= slots <= SLOTS:
+            raise ValueError(f"a step has rows for at most {SLOTS} sessions")
+        torch.set_num_threads(1)
+        begun = time.monotonic()
+        path = catalogue.weights_path(model)
+        self._tokenizer = ChatTokenizer(GgufFile(path))
+        weights = gguf_model.load(path)
+        self._context_tokens = min(model.context_tokens, weights.shape.context_tokens)
+        self._model = Llama(weights, slots=slots, context_tokens=self._context_tokens)
+        same = sameness.probe(self._model, slots=slots, context_tokens=self._context_tokens)
+        self._info = EngineInfo(
+            engine="torch",
+            model=model.name,
+            kernel_class=_kernel_class(weights.sha256, same.digest),
+            identical="guaranteed" if same.passed else "best effort",
+            active_parameters=model.active_parameters,
+            context_tokens=self._context_tokens,
+            vocabulary=weights.shape.vocabulary,
+            weights_sha256=weights.sha256,
+        )
+        self._free_slots = list(range(slots))
+        self._sessions: dict[int, Session] = {}
+        self._turn = 0
+        self.load_seconds = time.monotonic() - begun
+
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def add(self, session: int, request: Any, delivered: Sequence[int]) -> None:
+        """Queues `request`, a `GenerateRequest`, to go on after the ids in `delivered`.
+
+        Raises:
+            RequestError: it is for another model, too long for the context, or `delivered`
+                holds more than the request asks for.
+            RefusedError: BUSY, no slot.
+        """
+        if not isinstance(request, GenerateRequest) or request.model != self._info.model:
+            raise RequestError(f"this engine answers requests to {self._info.model}")
+        if session in self._sessions:
+            raise RequestError(f"session {session} is running already")
+        prompt = self._tokenizer.prompt(conversation(request))
+        if len(prompt.token_ids) + request.max_tokens > self._context_tokens:
+            raise RequestError(
+                f"the prompt has {len(prompt.token_ids)} tokens; with {request.max_tokens} more "
+                f"it leaves the context of {self._context_tokens}",
+                code="TOO_LARGE",
+                next_step="shorten the prompt or ask for fewer tokens",
+            )
+        if any(not 0 <= token < self._info.vocabulary for token in delivered):
+            raise RequestError("a delivered token id is outside the vocabulary")
+        if not self._free_slots:
+            raise RefusedError("every slot of the engine is taken", next_step="try again")
+        added = Session(session, self._free_slots[-1], request, prompt, self._tokenizer)
+        added.replay(delivered)
+        self._free_slots.pop()
+        self._sessions[session] = added
+
+    def allow(self, session: int, units: int) -> None:
+        """Raises the units that the answer may hold in all, delivered ones included.
+
+        Units are quads of prompt bytes plus output tokens. An unknown session is no error.
+        """
+        if session in self._sessions:
+            self._sessions[session].allow(units)
+
+    def step(self) -> list[SessionFrame]:
+        """One batched pass: a frame for every session that moved; empty when none could."""
+        plan: list[tuple[Session, Span]] = []
+        slice_rows = SLICE_ROWS
+        for session in self._in_turn():
+            span = None if session.finished else session.next_span(1 + slice_rows)
+            if span is not None:
+                slice_rows -= len(span.token_ids) - 1
+                plan.append((session, span))
+        if plan:
+            self._forward(plan)
+        moved = {session.number for session, _ in plan}
+        frames = [s.report() for s in self._sessions.values() if s.number in moved or s.has_news]
+        for session in [s for s in self._sessions.values() if s.finished]:
+            self.cancel(session.number)
+        return frames
+
+    def cancel(self, session: int) -> None:
+        """Frees the slot before the next step; an unknown session is no error."""
+        gone = self._sessions.pop(session, None)
+        if gone is not None:
+            self._free_slots.append(gone.slot)
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def _in_turn(self) -> list[Session]:
+        """All sessions, another one first each time: prompts take turns at the slice."""
+        sessions = list(self._sessions.values())
+        self._turn += 1
+        start = self._turn % max(1, len(sessions))
+        return sessions[start:] + sessions[:start]
+
+    def _forward(self, plan: Sequence[tuple[Session, Span]]) -> None:
+        states = self._model.forward([span for _, span in plan])  # (rows, width)
+        drawing: list[Session] = []
+        rows: list[int] = []
+        row = -1
+        for session, span in plan:
+            row += len(span.token_ids)
+            session.read(len(span.token_ids))
+            if session.draws_next:
+                drawing.append(session)
+                rows.append(row)
+        if drawing:
+            logits = self._model.logits(states[rows])  # (drawing, vocabulary)
+            for session, line in zip(drawing, logits, strict=True):
+                session.draw(line)
+
+
+def _kernel_class(weights_sha256: str, digest: str) -> str:
+    """Who shares it computes the same bits: both have computed the same bits of a probe."""
+    isa = torch.backends.cpu.get_cpu_capability()
+    parts = (
+        f"torch{ENGINE_VERSION}",
+        torch.__version__,
+        weights_sha256[:16],
+        "float32",
+        "cpu",
+        isa,
+        f"threads{torch.get_num_threads()}",
+        f"{rule()}-{sameness.rule()}",
+        digest,
+    )
+    return "/".join(parts)
+
+
+@functools.cache
+def shared_engine(model: str) -> TorchEngine:
+    """This process's engine of `model`, loaded once.
+
+    Raises:
+        ConfigError: the weights are not on this machine.
+        RequestError: no such model, or its file is damaged.
+    """
+    return TorchEngine(catalogue.known(model))

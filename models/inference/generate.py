@@ -1,0 +1,234 @@
+"""`inference.generate`: a language model's answer to a prompt or a conversation.
+
+The daemon loads this file: standard library and msgspec only at the top. `run` builds an engine of
+its own, for library use and local jobs; a node serves sessions from a resident engine instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+from aivillage.models.inference import catalogue
+from aivillage.protocols.errors import RequestError
+from aivillage.protocols.ports import Context, Event, Machine, PartEvent, ResultEvent, Verdict
+from aivillage.protocols.pricing import Usage
+from aivillage.protocols.types import Seconds
+
+PROMPT_BYTES_MAX: Final = 1 << 16
+MESSAGES_MAX: Final = 256
+TOKENS_MAX: Final = 2_048
+STOPS_MAX: Final = 4
+STOP_CHARACTERS_MAX: Final = 64
+BYTES_PER_QUAD: Final = 4
+"""A prompt is priced by quads of its bytes, about one token each: no tokenizer is needed to pay."""
+
+_TOKENS_PER_SECOND_GUESS: Final = 10.0
+_QUADS_PER_SECOND_GUESS: Final = 200.0
+
+Text = Annotated[str, msgspec.Meta(max_length=PROMPT_BYTES_MAX)]
+Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=STOP_CHARACTERS_MAX)]
+FinishReason = Literal["", "length", "stop", "eos"]
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    role: Literal["system", "user", "assistant"] = "user"
+    content: Text
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Either `prompt` or `messages`."""
+
+    prompt: Annotated[Text, msgspec.Meta(description="One user message.")] = ""
+    messages: Annotated[
+        tuple[ChatMessage, ...],
+        msgspec.Meta(max_length=MESSAGES_MAX, description="A conversation, oldest first."),
+    ] = ()
+    model: Annotated[str, msgspec.Meta(max_length=128, description="Name of the model.")] = (
+        catalogue.DEFAULT
+    )
+    max_tokens: Annotated[
+        int, msgspec.Meta(ge=1, le=TOKENS_MAX, description="Most tokens to generate.")
+    ] = 128
+    temperature: Annotated[
+        float, msgspec.Meta(ge=0, le=2, description="0 always takes the likeliest token.")
+    ] = 0.0
+    top_p: Annotated[
+        float, msgspec.Meta(gt=0, le=1, description="Draw from the likeliest tokens of this mass.")
+    ] = 1.0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1, description="Keys every draw.")] = 0
+    stop: Annotated[
+        tuple[Stop, ...],
+        msgspec.Meta(max_length=STOPS_MAX, description="The answer ends before any of these."),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.prompt) == bool(self.messages):
+            raise ValueError("give either a prompt or messages")
+        if not (self.temperature >= 0 and self.top_p > 0):  # NaN passes the schema's bounds
+            raise ValueError("temperature and top_p are numbers")
+        if prompt_bytes(self) > PROMPT_BYTES_MAX:
+            raise ValueError(f"a prompt has at most {PROMPT_BYTES_MAX} bytes")
+
+
+class GenerateResult(msgspec.Struct, frozen=True, kw_only=True):
+    """`token_ids` hold every token drawn, the end token and those of a stop string included.
+
+    In a partial result `prompt_bytes` is how much was read so far and `finish_reason` is empty.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason = ""
+    prompt_bytes: int = 0
+
+
+class Piece(msgspec.Struct, frozen=True, array_like=True):
+    """The body of one `PartEvent`: what one step gave. `read_bytes` counts from the start."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    read_bytes: int
+
+
+def conversation(request: GenerateRequest) -> tuple[ChatMessage, ...]:
+    """The messages of `request`; a bare prompt is one user message."""
+    return request.messages or (ChatMessage(content=request.prompt),)
+
+
+def prompt_bytes(request: GenerateRequest) -> int:
+    """UTF-8 bytes of all message contents: what reading the prompt is priced by."""
+    return sum(len(message.content.encode()) for message in conversation(request))
+
+
+def usage(read_bytes: int, output_tokens: int) -> dict[str, int]:
+    """Units of `read_bytes` of prompt and `output_tokens` of answer, for whoever streams."""
+    return {"prompt_quads": -(-read_bytes // BYTES_PER_QUAD), "output_tokens": output_tokens}
+
+
+class Generate:
+    """The module behind the name."""
+
+    name = "inference.generate"
+    title = "Answer a prompt with a language model"
+    positional = "prompt"
+    Request = GenerateRequest
+    Result = GenerateResult
+
+    def prices_micro_credits(self) -> dict[str, int]:
+        price = catalogue.MODELS[catalogue.DEFAULT].price_micro_credits()
+        return {"prompt_quads": price, "output_tokens": price}
+
+    def estimate(self, request: GenerateRequest, machine: Machine) -> tuple[Usage, Seconds]:
+        """At most this much; an answer may end earlier.
+
+        Raises:
+            RequestError: no such model, or more tokens than its context holds.
+        """
+        del machine  # the guess is for one slow core: a quote may be beaten
+        _require_fits(request)
+        most = usage(prompt_bytes(request), request.max_tokens)
+        seconds = most["prompt_quads"] / _QUADS_PER_SECOND_GUESS
+        return most, seconds + request.max_tokens / _TOKENS_PER_SECOND_GUESS
+
+    def meter(self, request: GenerateRequest, result: GenerateResult) -> Usage:
+        """Of a partial or full result; never looks at the tokens, only counts them."""
+        read_bytes = min(result.prompt_bytes, prompt_bytes(request))
+        return usage(read_bytes, len(result.token_ids))
+
+    def run(self, request: GenerateRequest, context: Context) -> Iterator[Event]:
+        from aivillage.models.inference.engine_torch import shared_engine
+
+        engine = shared_engine(request.model)
+        delivered = tuple(
+            token
+            for body in context.delivered
+            for token in msgspec.msgpack.decode(body, type=Piece).token_ids
+        )
+        engine.add(0, request, delivered)
+        engine.allow(0, 2 * (PROMPT_BYTES_MAX + TOKENS_MAX))
+        pieces = [msgspec.msgpack.decode(body, type=Piece) for body in context.delivered]
+        try:
+            while not context.cancelled():
+                (frame,) = engine.step()
+                if frame.error:
+                    raise RequestError(frame.error)
+                pieces.append(Piece(frame.token_ids, frame.text, frame.read_bytes))
+                yield PartEvent(body=msgspec.msgpack.encode(pieces[-1]))
+                if frame.finished:
+                    yield ResultEvent(body=msgspec.msgpack.encode(_joined(pieces, frame.finished)))
+                    return
+        finally:
+            engine.cancel(0)
+
+    def check(self, request: GenerateRequest, result: GenerateResult) -> Verdict:
+        """Everything that can be told without the weights; reads the tokenizer, not torch."""
+        from aivillage.models.inference import tokenizer
+
+        model = catalogue.known(request.model)
+        reason = _count_fault(request, result, model)
+        if not reason:
+            reason = _text_fault(request, result, tokenizer.of_model(model.name).token_bytes)
+        return Verdict(ok=not reason, reason=reason)
+
+
+def _require_fits(request: GenerateRequest) -> None:
+    model = catalogue.known(request.model)
+    if request.max_tokens >= model.context_tokens:
+        raise RequestError(
+            f"{model.name} holds {model.context_tokens} tokens, prompt included",
+            code="TOO_LARGE",
+            next_step="ask for fewer tokens",
+        )
+
+
+def _joined(pieces: Sequence[Piece], finished: str) -> GenerateResult:
+    return GenerateResult(
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        finish_reason=msgspec.convert(finished, FinishReason),
+        prompt_bytes=pieces[-1].read_bytes,
+    )
+
+
+def _count_fault(
+    request: GenerateRequest, result: GenerateResult, model: catalogue.KnownModel
+) -> str:
+    """What is wrong with ids and counts; empty: nothing."""
+    count = len(result.token_ids)
+    ended = bool(count) and result.token_ids[-1] == model.end_token_id
+    if not all(0 <= token < model.vocabulary for token in result.token_ids):
+        return "a token id is outside the vocabulary"
+    if not 1 <= count <= request.max_tokens:
+        return f"{count} tokens where 1 to {request.max_tokens} were asked for"
+    if model.end_token_id in result.token_ids[:-1] or ended != (result.finish_reason == "eos"):
+        return "the end token and the finish reason do not agree"
+    if result.finish_reason == "length" and count != request.max_tokens:
+        return "finished for length before the last token"
+    if result.prompt_bytes != prompt_bytes(request):
+        return "the prompt has another number of bytes"
+    return ""
+
+
+def _text_fault(
+    request: GenerateRequest, result: GenerateResult, token_bytes: Callable[[int], bytes]
+) -> str:
+    """What is wrong with the text, told by saying the tokens again."""
+    from aivillage.models.inference.text_stream import TextStream
+
+    stream = TextStream(token_bytes, request.stop)
+    text = ""
+    for index, token in enumerate(result.token_ids):
+        text += stream.push(token)
+        if stream.stopped and index + 1 < len(result.token_ids):
+            return "tokens after a stop string"
+    if stream.stopped != (result.finish_reason == "stop"):
+        return "the stop strings and the finish reason do not agree"
+    if not result.finish_reason:
+        return "not finished"
+    return "" if text + stream.flush() == result.text else "the text is not what the tokens say"
+
+
+MODULE: Final = Generate()

@@ -1,0 +1,192 @@
+"""The Llama forward pass over ragged rows, with one key/value slot per session.
+
+Rows of many sessions, decoding or reading their prompt, go through one pass. Two rules make the
+bits of a row independent of its company (`linear.py` has the first): rows are padded to few sizes,
+and the row at position p attends over keys up to the next multiple of 256 after p, masked.
+
+Source: Llama, Touvron et al., arXiv 2302.13971; rotary embedding, Su et al., arXiv 2104.09864.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from aivillage.models.inference.gguf_model import Layer, LlamaWeights
+from aivillage.models.inference.linear import Linear, linear, padded_rows
+
+KEY_STEP: Final = 256
+"""Attention spans grow by this many keys. A span of rows never crosses such a border."""
+QUERY_ROWS_MIN: Final = 4
+
+
+class Span(msgspec.Struct, frozen=True):
+    """Neighbouring tokens of one session: ids for `position`, `position + 1`, ..."""
+
+    slot: int
+    position: int
+    token_ids: tuple[int, ...]
+
+    @property
+    def key_count(self) -> int:
+        return (self.position // KEY_STEP + 1) * KEY_STEP
+
+
+class _Block(msgspec.Struct, frozen=True):
+    """One layer, its matrices packed."""
+
+    attention_norm: Tensor
+    query_key_value: Linear
+    attention_out: Linear
+    feed_forward_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Llama:
+    """A model and its slots. Not thread-safe; a slot is whoever's the caller says."""
+
+    def __init__(self, weights: LlamaWeights, *, slots: int, context_tokens: int) -> None:
+        """Takes the matrices out of `weights.layers` as it packs them, to hold them only once."""
+        self.shape = weights.shape
+        self._embedding = weights.embedding
+        self._norm = weights.norm
+        self._head = linear(weights.head)
+        self._blocks = [_packed(weights.layers.pop(0)) for _ in range(weights.shape.layers)]
+        size = (self.shape.layers, slots, self.shape.key_heads, context_tokens)
+        # Zeroed pages are not real until they are written: memory follows use.
+        self._keys = torch.zeros(*size, self.shape.head_width)
+        self._values = torch.zeros(*size, self.shape.head_width)
+        self._cos, self._sin = _rotations(
+            self.shape.head_width, self.shape.rope_base, context_tokens
+        )
+
+    @torch.inference_mode()
+    def forward(self, spans: Sequence[Span]) -> Tensor:
+        """Reads `spans` into their slots; gives the normed state of every row, in order.
+
+        Returns:
+            (rows padded, width); rows beyond those of the spans mean nothing.
+        """
+        ids = [token for span in spans for token in span.token_ids]
+        places = [span.position + n for span in spans for n in range(len(span.token_ids))]
+        padding = [0] * (padded_rows(len(ids)) - len(ids))
+        state = functional.embedding(torch.tensor(ids + padding), self._embedding)  # (rows, width)
+        at = torch.tensor(places + padding)
+        turn = self._cos[at].unsqueeze(1), self._sin[at].unsqueeze(1)  # (rows, 1, head_width) each
+        masks = [self._mask(span) for span in spans]
+        for index, block in enumerate(self._blocks):
+            mixed = self._attention(index, block, state, spans, masks, turn)
+            state = state + block.attention_out(mixed)
+            gate, up = block.gate_up(self._normed(state, block.feed_forward_norm)).chunk(2, dim=1)
+            state = state + block.down(functional.silu(gate) * up)
+        return self._normed(state, self._norm)
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        """`states` (count, width) of `forward` -> (count, vocabulary)."""
+        count = len(states)
+        padded = functional.pad(states, (0, 0, 0, padded_rows(count) - count))
+        return self._head(padded)[:count]
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        """Gives `target` the first `tokens` keys and values of `source`."""
+        for cache in (self._keys, self._values):
+            cache[:, target, :, :tokens] = cache[:, source, :, :tokens]
+
+    def _attention(
+        self,
+        index: int,
+        block: _Block,
+        state: Tensor,
+        spans: Sequence[Span],
+        masks: Sequence[Tensor],
+        turn: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        shape = self.shape
+        heads = shape.heads + 2 * shape.key_heads
+        mixed = block.query_key_value(self._normed(state, block.attention_norm))
+        mixed = mixed.reshape(len(state), heads, shape.head_width)
+        turned = _rotate(mixed[:, : -shape.key_heads], turn)
+        query = turned[:, : shape.heads] * shape.head_width**-0.5  # (rows, heads, head_width)
+        key, value = turned[:, shape.heads :], mixed[:, -shape.key_heads :]
+        result = torch.zeros(len(state), shape.heads * shape.head_width)
+        row = 0
+        for span, mask in zip(spans, masks, strict=True):
+            rows = slice(row, row + len(span.token_ids))
+            places = slice(span.position, span.position + len(span.token_ids))
+            keys, values = self._keys[index, span.slot], self._values[index, span.slot]
+            keys[:, places] = key[rows].transpose(0, 1)
+            values[:, places] = value[rows].transpose(0, 1)
+            end = span.key_count
+            result[rows] = attend(query[rows], keys[:, :end], values[:, :end], mask)
+            row = rows.stop
+        return result
+
+    def _mask(self, span: Span) -> Tensor:
+        """0 where a query row may look, -inf where not: (query rows, keys)."""
+        group = self.shape.heads // self.shape.key_heads
+        places = torch.arange(span.position, span.position + len(span.token_ids))
+        places = places.repeat_interleave(group)
+        places = functional.pad(places, (0, max(0, QUERY_ROWS_MIN - len(places))))
+        hidden = torch.arange(span.key_count) > places.unsqueeze(1)
+        return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+
+    def _normed(self, state: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(state, weight.shape, weight, self.shape.norm_epsilon)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one session's rows; several heads share each key head.
+
+    Args:
+        query: (rows, heads, head_width), already scaled.
+        keys: (key_heads, keys, head_width), as are `values`.
+        values: (key_heads, keys, head_width).
+        mask: (rows * heads / key_heads, padded to at least 4, keys), added to the scores.
+
+    Returns:
+        (rows, heads * head_width).
+    """
+    rows, heads, width = query.shape
+    key_heads = len(keys)
+    group = heads // key_heads
+    grouped = query.reshape(rows, key_heads, group, width).transpose(0, 1)
+    grouped = grouped.reshape(key_heads, rows * group, width)
+    grouped = functional.pad(grouped, (0, 0, 0, len(mask) - rows * group))
+    scores = torch.bmm(grouped, keys.transpose(1, 2)).add_(mask)  # (key_heads, rows * group, keys)
+    mixed = torch.bmm(torch.softmax(scores, dim=-1), values)[:, : rows * group]
+    return (
+        mixed.reshape(key_heads, rows, group * width).transpose(0, 1).reshape(rows, heads * width)
+    )
+
+
+def _packed(layer: Layer) -> _Block:
+    return _Block(
+        layer.attention_norm,
+        linear(layer.query_key_value),
+        linear(layer.attention_out),
+        layer.feed_forward_norm,
+        linear(layer.gate_up),
+        linear(layer.down),
+    )
+
+
+def _rotations(width: int, base: float, count: int) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of every position: (count, width) each."""
+    steps = torch.arange(0, width, 2, dtype=torch.float64) / width
+    angles = torch.arange(count, dtype=torch.float64).unsqueeze(1) / base**steps
+    cos, sin = angles.cos().float(), angles.sin().float()  # (count, width / 2)
+    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+
+
+def _rotate(heads: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """`heads` (rows, heads, head_width) turned by their position's angle, halves as pairs."""
+    cos, sin = turn
+    swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
+    return heads * cos + swapped * sin

@@ -1,0 +1,96 @@
+"""What this node can do: a literal table, then what other packages plug in.
+
+A row is imported on first use. Third-party modules (entry points of group `aivillage.modules`,
+named like their operation) are listed from metadata alone: their code runs in workers only.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from typing import Final, Literal, cast
+
+import msgspec
+
+from aivillage.protocols.errors import RequestError
+from aivillage.protocols.ports import Module
+
+ENTRY_POINT_GROUP: Final = "aivillage.modules"
+THIRD_PARTY_MAX: Final = 64
+"""Each costs a worker's time at start; more than this is an accident."""
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one operation lives. `target` is "module:Object"; `source` the paper or the reason."""
+
+    operation: str
+    target: str
+    stability: Literal["stable", "experimental"] = "stable"
+    source: str = ""
+    third_party: bool = False
+
+
+BUILT_IN: Final = {
+    entry.operation: entry
+    for entry in (
+        Entry(
+            operation="inference.generate",
+            target="aivillage.models.inference.generate:MODULE",
+            source="Llama, arXiv 2302.13971; SmolLM2, arXiv 2502.02737",
+        ),
+        Entry(
+            operation="mesh.noop",
+            target="aivillage.models.mesh.noop:MODULE",
+            source="measures what the mesh itself costs",
+        ),
+    )
+}
+
+
+def entries() -> dict[str, Entry]:
+    """Every operation that is installed, ours first; nothing is imported."""
+    return {**third_party(), **BUILT_IN}
+
+
+def third_party() -> dict[str, Entry]:
+    """What other packages declare. Nobody replaces one of ours."""
+    points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    found = {
+        point.name: Entry(
+            operation=point.name,
+            target=point.value,
+            stability="experimental",
+            source=point.dist.name if point.dist else "",
+            third_party=True,
+        )
+        for point in sorted(points, key=lambda point: point.name)
+        if point.name not in BUILT_IN
+    }
+    return dict(list(found.items())[:THIRD_PARTY_MAX])
+
+
+def entry(operation: str) -> Entry:
+    """Raises: RequestError: UNKNOWN_OPERATION."""
+    known = BUILT_IN.get(operation) or third_party().get(operation)
+    if known is None:
+        raise RequestError(
+            f"no operation is called {operation!r}",
+            code="UNKNOWN_OPERATION",
+            next_step="`aivillage-node modules` lists what there is",
+        )
+    return known
+
+
+@functools.cache
+def load(target: str) -> Module:
+    """Imports the module object at "package.module:Object". In a worker, unless it is ours."""
+    path, _, attribute = target.partition(":")
+    found = functools.reduce(getattr, attribute.split("."), importlib.import_module(path))
+    return cast("Module", found() if isinstance(found, type) else found)
+
+
+def built_in(operation: str) -> Module | None:
+    """Our own module of that name, which any process may hold; None for third-party ones."""
+    known = BUILT_IN.get(operation)
+    return load(known.target) if known else None

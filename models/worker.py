@@ -1,0 +1,246 @@
+"""The worker process: `python -m aivillage.models.worker`, started by a daemon and by nobody else.
+
+Commands come in on stdin, replies go out on stdout and nothing else does: both descriptors are
+taken away before any library or module of a stranger's runs. One thread reads, the main one works.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from typing import Any, BinaryIO, Final
+
+import msgspec
+
+from aivillage.models import registry, sandbox
+from aivillage.models import worker_messages as say
+from aivillage.models.description import described
+from aivillage.protocols.codec import unpack
+from aivillage.protocols.errors import (
+    AivillageError,
+    JobError,
+    RequestError,
+    from_code,
+)
+from aivillage.protocols.ports import Engine, Module, ResultEvent, Verdict
+
+COMMANDS_WAITING_MAX: Final = 4_096
+"""A daemon waits at the pipe beyond this."""
+
+
+class Pipes:
+    """Both ends of the talk with the daemon."""
+
+    def __init__(self, commands: BinaryIO, replies: BinaryIO) -> None:
+        self._commands = commands
+        self._replies = replies
+        self.waiting: queue.Queue[say.Command] = queue.Queue(COMMANDS_WAITING_MAX)
+        self.answers: queue.Queue[say.CallAnswer] = queue.Queue()
+        self._cancelled_runs: set[int] = set()
+
+    def read_forever(self) -> None:
+        """Ends the process when the daemon hangs up: nobody is left to work for."""
+        while (command := self._read()) is not None:
+            if isinstance(command, say.CancelRun):
+                self._cancelled_runs.add(command.id)
+            elif isinstance(command, say.CallAnswer):
+                self.answers.put(command)
+            else:
+                self.waiting.put(command)
+        os._exit(0)
+
+    def _read(self) -> say.Command | None:
+        header = self._commands.read(say.LENGTH_BYTES)
+        if len(header) < say.LENGTH_BYTES:
+            return None
+        return say.commands.decode(self._commands.read(int.from_bytes(header, "big")))
+
+    def write(self, reply: say.Reply) -> None:
+        self._replies.write(say.framed(reply))
+        self._replies.flush()
+
+    def is_cancelled(self, run: int) -> bool:
+        return run in self._cancelled_runs
+
+    def next(self, *, block: bool) -> say.Command | None:
+        try:
+            return self.waiting.get(block=block)
+        except queue.Empty:
+            return None
+
+
+class RunContext:
+    """`ports.Context`, spoken over the pipes."""
+
+    def __init__(self, run: say.Run, pipes: Pipes) -> None:
+        self._run = run
+        self._pipes = pipes
+        self.delivered = run.delivered
+        self.deadline_seconds = run.deadline_seconds
+        self.seed = run.seed
+        self.scratch = run.scratch
+
+    def cancelled(self) -> bool:
+        return self._pipes.is_cancelled(self._run.id)
+
+    def call(self, operation: str, request: msgspec.Struct, budget: int) -> bytes:
+        """A sub-job on the mesh, paid by whoever runs this module, up to `budget`.
+
+        Raises:
+            AivillageError: whatever befell the sub-job.
+        """
+        body = msgspec.msgpack.encode(request)
+        self._pipes.write(
+            say.SubCall(id=self._run.id, operation=operation, request=body, budget=budget)
+        )
+        while (answer := self._pipes.answers.get()).id != self._run.id:
+            pass  # of a run that is over
+        if answer.code:
+            raise from_code(answer.code, answer.message, answer.next_step)
+        return answer.result
+
+
+def main() -> None:
+    pipes = Pipes(*_take_descriptors())
+    threading.Thread(target=pipes.read_forever, daemon=True).start()
+    _restrict(pipes)
+    while True:
+        command = pipes.next(block=True)
+        if isinstance(command, say.Load):
+            serve_engine(command, pipes)
+        elif isinstance(command, say.ModuleCommand):
+            serve_module(command, pipes)
+
+
+def _take_descriptors() -> tuple[BinaryIO, BinaryIO]:
+    """The pipes under new numbers; 0 reads nothing and 1 writes to stderr from here on."""
+    commands, replies = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    os.close(nothing)
+    return os.fdopen(commands, "rb"), os.fdopen(replies, "wb")
+
+
+def _restrict(pipes: Pipes) -> None:
+    start = pipes.next(block=True)
+    if not isinstance(start, say.Start):
+        sys.exit("the first command says the limits")
+    sandbox.limit(memory_bytes_max=start.memory_bytes_max, nice=start.nice)
+    os.chdir(start.scratch)
+    why_not = sandbox.deny_network() if start.sandbox else "switched off in the settings"
+    pipes.write(say.Started(sandboxed=not why_not, why_not=why_not))
+
+
+# --------------------------------------------------------------------------- modules
+
+
+def serve_module(command: say.ModuleCommand, pipes: Pipes) -> None:
+    """Answers one command of a module; whatever the module raises becomes a typed failure."""
+    try:
+        module = registry.load(registry.entry(command.operation).target)
+        if isinstance(command, say.Run):
+            _run(module, command, pipes)
+        else:
+            pipes.write(_answer(module, command))
+    except AivillageError as error:
+        pipes.write(say.failed(error, call=command.id))
+    except Exception as error:
+        pipes.write(say.failed(_as_job_error(command.operation, error), call=command.id))
+
+
+def _answer(
+    module: Module, command: say.Describe | say.Estimate | say.Meter | say.Check
+) -> say.Reply:
+    if isinstance(command, say.Describe):
+        return say.Described(id=command.id, info=described(module, command.operation))
+    request = unpack(module.Request, command.request)
+    if isinstance(command, say.Estimate):
+        usage, seconds = module.estimate(request, command.machine)
+        return say.Estimated(id=command.id, usage=dict(usage), seconds=seconds)
+    try:
+        result = unpack(module.Result, command.result)
+    except RequestError as error:
+        if isinstance(command, say.Check):
+            return say.Checked(id=command.id, verdict=Verdict(ok=False, reason=error.message))
+        raise
+    if isinstance(command, say.Meter):
+        return say.Metered(id=command.id, usage=dict(module.meter(request, result)))
+    return say.Checked(id=command.id, verdict=module.check(request, result))
+
+
+def _run(module: Module, run: say.Run, pipes: Pipes) -> None:
+    request = unpack(module.Request, run.request)
+    if run.deadline_seconds > 0:
+        sandbox.limit_cpu(run.deadline_seconds)
+    context = RunContext(run, pipes)
+    ended = False
+    for event in module.run(request, context):
+        ended = isinstance(event, ResultEvent)
+        pipes.write(say.Ran(id=run.id, event=event))
+        if ended or context.cancelled():
+            break
+    if not ended:
+        code = "CANCELLED" if context.cancelled() else "JOB_FAILED"
+        raise JobError(f"{run.operation} ended without a result", code=code)
+    pipes.write(say.RunEnded(id=run.id))
+
+
+def _as_job_error(operation: str, error: Exception) -> JobError:
+    return JobError(
+        f"{operation} raised {type(error).__name__}: {str(error)[:500]}",
+        next_step="report it to whoever wrote the module",
+    )
+
+
+# --------------------------------------------------------------------------- engines
+
+
+def serve_engine(load: say.Load, pipes: Pipes) -> None:
+    """Loads a model and serves its sessions for as long as the process lives."""
+    try:
+        engine, request_type, seconds = _engine(load)
+    except AivillageError as error:
+        pipes.write(say.failed(error))
+        return
+    pipes.write(say.Loaded(info=engine.info(), load_seconds=seconds))
+    can_move = False
+    while True:
+        # Idle: wait for a command. Busy: take all that came in during the step.
+        command = pipes.next(block=not can_move)
+        while command is not None:
+            _apply(engine, request_type, command, pipes)
+            command = pipes.next(block=False)
+        frames = engine.step()
+        can_move = bool(frames)
+        if frames:
+            pipes.write(say.Frames(frames=frames))
+
+
+def _engine(load: say.Load) -> tuple[Any, type[msgspec.Struct], float]:
+    from aivillage.models.inference import catalogue, generate
+    from aivillage.models.inference.engine_torch import TorchEngine
+
+    engine = TorchEngine(catalogue.known(load.model), slots=load.slots)
+    return engine, generate.GenerateRequest, engine.load_seconds
+
+
+def _apply(
+    engine: Engine, request_type: type[msgspec.Struct], command: say.Command, pipes: Pipes
+) -> None:
+    if isinstance(command, say.Allow):
+        engine.allow(command.session, command.units)
+    elif isinstance(command, say.CancelSession):
+        engine.cancel(command.session)
+    elif isinstance(command, say.Add):
+        try:
+            engine.add(command.session, unpack(request_type, command.request), command.delivered)
+        except AivillageError as error:
+            pipes.write(say.failed(error, session=command.session))
+
+
+if __name__ == "__main__":
+    sandbox.die_with_parent(int(sys.argv[1]))
+    main()

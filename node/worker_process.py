@@ -1,0 +1,223 @@
+"""One worker process, as the daemon holds it: its pipes, its last words and its end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO, Final
+
+import msgspec
+import trio
+
+import aivillage
+from aivillage.models import worker_messages as say
+from aivillage.protocols.errors import JobError, NodeError
+
+COMMANDS_QUEUED_MAX: Final = 4_096
+"""Allowances for 8 sessions over a slow step; a worker that lets more pile up is stuck."""
+LAST_WORDS_BYTES: Final = 4_096
+START_SECONDS_MAX: Final = 30.0
+REAP_SECONDS_MAX: Final = 2.0
+_THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+
+
+class WorkerLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What every worker is held to."""
+
+    memory_bytes_max: int = 4 << 30
+    nice: int = 10
+    threads: int = 1
+    sandbox: bool = True
+
+
+class WorkerProcess:
+    """Commands go out in order, `next` gives the replies. Made by `start_worker`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], scratch: Path) -> None:
+        self.scratch = scratch
+        self.sandboxed = False
+        self.idle_since = trio.current_time()
+        self._process = process
+        self._stdin = _taken(process.stdin)
+        self._stdout = _taken(process.stdout)
+        self._stderr = _taken(process.stderr)
+        self._queued, self._queue = trio.open_memory_channel[bytes](COMMANDS_QUEUED_MAX)
+        self._received = bytearray()
+        self._last_words = b""
+        self.dead = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, command: say.Command) -> None:
+        """Queues `command`.
+
+        Raises:
+            JobError: JOB_FAILED, the worker is dead or has stopped reading.
+        """
+        try:
+            self._queued.send_nowait(say.framed(command))
+        except (trio.WouldBlock, trio.ClosedResourceError, trio.BrokenResourceError):
+            self.kill()
+            raise self._death("it stopped reading") from None
+
+    async def next(self) -> say.Reply:
+        """The next reply. Cancelling loses none.
+
+        Raises:
+            JobError: JOB_FAILED, the worker died, or wrote what is no reply and was killed.
+        """
+        size_bytes = await self._peek_size()
+        while len(self._received) < say.LENGTH_BYTES + size_bytes:
+            await self._receive_more()
+        body = bytes(self._received[say.LENGTH_BYTES : say.LENGTH_BYTES + size_bytes])
+        del self._received[: say.LENGTH_BYTES + size_bytes]
+        try:
+            return say.replies.decode(body)
+        except (msgspec.DecodeError, RecursionError, ValueError) as error:
+            self.kill()
+            raise self._death(f"it wrote what is no reply ({error})") from None
+
+    def kill(self) -> None:
+        """Ends the process now; never raises."""
+        self.dead = True
+        self._queued.close()
+        if self._process.poll() is None:
+            self._process.kill()
+
+    async def stop(self) -> None:
+        """Kills, reaps and cleans up after the worker, cancelled or not."""
+        self.kill()
+        with trio.CancelScope(deadline=trio.current_time() + REAP_SECONDS_MAX, shield=True):
+            while self._process.poll() is None:  # noqa: ASYNC110 - the kernel sets no trio event
+                await trio.sleep(0.005)
+        for pipe in (self._stdin, self._stdout, self._stderr):
+            with trio.CancelScope(shield=True):
+                await pipe.aclose()
+        await trio.to_thread.run_sync(_remove, self.scratch)
+
+    async def write_all(self) -> None:
+        """Owns the command pipe; ends when the worker does."""
+        try:
+            async for frame in self._queue:
+                await self._stdin.send_all(frame)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self.kill()
+
+    async def keep_last_words(self) -> None:
+        """Owns stderr: keeps the end of it for the error message."""
+        try:
+            while some := await self._stderr.receive_some(LAST_WORDS_BYTES):
+                self._last_words = (self._last_words + some)[-LAST_WORDS_BYTES:]
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+
+    async def _peek_size(self) -> int:
+        while len(self._received) < say.LENGTH_BYTES:
+            await self._receive_more()
+        size_bytes = int.from_bytes(self._received[: say.LENGTH_BYTES], "big")
+        if size_bytes > say.FRAME_BYTES_MAX:
+            self.kill()
+            raise self._death(f"it announced a reply of {size_bytes:,} bytes")
+        return size_bytes
+
+    async def _receive_more(self) -> None:
+        try:
+            some = await self._stdout.receive_some(1 << 16)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            some = b""
+        if not some:
+            self.kill()
+            raise self._death("it ended")
+        self._received += some
+
+    def _death(self, why: str) -> JobError:
+        lines = self._last_words.decode(errors="replace").strip().splitlines()
+        said = f"; its last words: {lines[-1][:300]}" if lines else ""
+        return JobError(f"the worker is gone: {why}{said}", next_step="submit the job again")
+
+
+async def start_worker(
+    nursery: trio.Nursery, limits: WorkerLimits, scratch_folder: Path
+) -> WorkerProcess:
+    """A worker that has put its limits on. Its tasks run in `nursery`; the caller stops it.
+
+    Raises:
+        JobError: it did not come up.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="worker-", dir=scratch_folder))
+    worker = WorkerProcess(_spawn(scratch, limits), scratch)
+    nursery.start_soon(worker.write_all)
+    nursery.start_soon(worker.keep_last_words)
+    try:
+        with trio.fail_after(START_SECONDS_MAX):
+            await _greet(worker, limits)
+    except trio.TooSlowError:
+        await worker.stop()
+        raise NodeError(f"a worker did not start within {START_SECONDS_MAX:.0f} s") from None
+    except BaseException:
+        await worker.stop()
+        raise
+    return worker
+
+
+async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
+    worker.send(
+        say.Start(
+            scratch=str(worker.scratch),
+            memory_bytes_max=limits.memory_bytes_max,
+            nice=limits.nice,
+            sandbox=limits.sandbox,
+        )
+    )
+    started = await worker.next()
+    if not isinstance(started, say.Started):
+        raise JobError("a worker spoke before it had started")
+    worker.sandboxed = started.sandboxed
+
+
+def _spawn(scratch: Path, limits: WorkerLimits) -> subprocess.Popen[bytes]:
+    """From this very thread: a worker ends with the thread that started it, not only the daemon."""
+    return subprocess.Popen(  # noqa: S603 - our own module, no shell, no word of a stranger's
+        [sys.executable, "-m", "aivillage.models.worker", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=_environment(scratch, limits),
+        start_new_session=True,  # a Ctrl-C at the terminal is the daemon's to handle
+    )
+
+
+def _environment(scratch: Path, limits: WorkerLimits) -> dict[str, str]:
+    """Only what a worker needs: the owner's variables may hold secrets."""
+    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    source = str(Path(aivillage.__file__).parent.parent)
+    paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {
+        **kept,
+        **dict.fromkeys(_THREAD_VARIABLES, str(limits.threads)),
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths)),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HOME": str(scratch),
+        "TMPDIR": str(scratch),
+        "THP_MEM_ALLOC_ENABLE": "1",  # torch: huge pages make loading weights faster
+    }
+
+
+def _taken(pipe: IO[bytes] | None) -> trio.lowlevel.FdStream:
+    """The pipe as trio's; Python's file object is closed, so that only one owner is left."""
+    if pipe is None:
+        raise ValueError("the worker was started without this pipe")
+    stream = trio.lowlevel.FdStream(os.dup(pipe.fileno()))
+    pipe.close()
+    return stream
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,298 @@
+"""What this node can do, done in worker processes: module calls, and resident engines.
+
+The daemon never runs `run`, `check` or a line of third-party code, and never imports torch.
+Built-in modules' `estimate` and `meter` are pure and run here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import trio
+
+from aivillage.models import registry
+from aivillage.models import worker_messages as say
+from aivillage.models.description import described
+from aivillage.models.inference import catalogue
+from aivillage.node.engines import EngineClient, load_engine
+from aivillage.node.module_runs import ModuleRun, OnCall, WorkerPool, ask
+from aivillage.node.worker_process import WorkerLimits, WorkerProcess, start_worker
+from aivillage.protocols.codec import unpack
+from aivillage.protocols.errors import AivillageError, RequestError
+from aivillage.protocols.messages import OperationInfo
+from aivillage.protocols.ports import Machine, Module, Verdict
+
+log = logging.getLogger(__name__)
+
+OUR_OWN: Final = "built-in"
+"""Pool key of built-in modules: they share workers."""
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The owner's choices. `enabled` names experimental and third-party operations to offer."""
+
+    enabled: tuple[str, ...] = ()
+    dev_mode: bool = False
+    idle_exit_seconds: float = 600.0
+    module_workers_max: int = 2
+    engine_slots: int = 8
+    limits: WorkerLimits = WorkerLimits()
+
+
+class Workers:
+    """Made by `open_workers`."""
+
+    def __init__(
+        self, nursery: trio.Nursery, settings: WorkerSettings, scratch_folder: Path
+    ) -> None:
+        self._nursery = nursery
+        self._settings = settings
+        self._scratch_folder = scratch_folder
+        self._ids = itertools.count(1)
+        self._pool = WorkerPool(self._start, settings.module_workers_max)
+        self._engines: dict[str, EngineClient] = {}
+        self._loading = trio.Lock()
+        self._infos: dict[str, OperationInfo] = {}
+        self._machine = Machine(
+            cpu_count=os.cpu_count() or 1,
+            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        )
+
+    # ------------------------------------------------------------------ what there is
+
+    def operations(self) -> list[OperationInfo]:
+        """Everything installed, with schemas and default terms; `enabled` says what is offered."""
+        return list(self._infos.values())
+
+    def describe(self, operation: str) -> OperationInfo:
+        """One enabled operation.
+
+        Raises:
+            RequestError: UNKNOWN_OPERATION, NOT_ENABLED.
+        """
+        info = self._infos.get(operation)
+        if info is None:
+            registry.entry(operation)  # says what is wrong, unless it was installed just now
+            raise RequestError(
+                f"{operation} was installed after this node started",
+                code="NOT_ENABLED",
+                next_step="restart the node",
+            )
+        if not info.enabled:
+            raise RequestError(
+                f"{operation} is not enabled on this node",
+                code="NOT_ENABLED",
+                next_step=f"start it with --enable {operation}",
+            )
+        return info
+
+    def module(self, operation: str) -> Module | None:
+        """Our own module of that name, whose pure methods may be called here; else None."""
+        return registry.built_in(operation)
+
+    # ------------------------------------------------------------------ short calls
+
+    async def estimate(self, operation: str, request: bytes) -> tuple[dict[str, int], float]:
+        """Most usage that `request` may come to, and the seconds it may take.
+
+        Raises:
+            RequestError: unknown, not enabled, or a bad request.
+            JobError: a third-party module failed.
+        """
+        self.describe(operation)
+        if module := self.module(operation):
+            usage, seconds = module.estimate(unpack(module.Request, request), self._machine)
+            return dict(usage), seconds
+        command = say.Estimate(
+            id=next(self._ids), operation=operation, request=request, machine=self._machine
+        )
+        async with self._worker(operation) as worker:
+            estimated = await ask(worker, command, say.Estimated)
+        return estimated.usage, estimated.seconds
+
+    async def meter(self, operation: str, request: bytes, result: bytes) -> dict[str, int]:
+        """Usage of a partial or full `result`. Raises as `estimate` does."""
+        self.describe(operation)
+        if module := self.module(operation):
+            return dict(
+                module.meter(unpack(module.Request, request), unpack(module.Result, result))
+            )
+        command = say.Meter(id=next(self._ids), operation=operation, request=request, result=result)
+        async with self._worker(operation) as worker:
+            return (await ask(worker, command, say.Metered)).usage
+
+    async def check(self, operation: str, request: bytes, result: bytes) -> Verdict:
+        """Whether `result` can be the answer; always told in a worker. Raises as `estimate` does.
+
+        A result that is none of the operation's type is a verdict, not an error.
+        """
+        self.describe(operation)
+        command = say.Check(id=next(self._ids), operation=operation, request=request, result=result)
+        async with self._worker(operation) as worker:
+            return (await ask(worker, command, say.Checked)).verdict
+
+    # ------------------------------------------------------------------ long ones
+
+    @asynccontextmanager
+    async def run(
+        self,
+        operation: str,
+        request: bytes,
+        *,
+        delivered: Sequence[bytes] = (),
+        deadline_seconds: float = 0.0,
+        seed: int = 0,
+        on_call: OnCall,
+    ) -> AsyncIterator[ModuleRun]:
+        """Runs a module; iterate what this gives. Leaving the block early cancels the run.
+
+        Raises:
+            RequestError: unknown, not enabled, or a bad request.
+            JobError: JOB_FAILED, DEADLINE, CANCELLED; while iterating.
+        """
+        self.describe(operation)
+        async with self._worker(operation) as worker:
+            command = say.Run(
+                id=next(self._ids),
+                operation=operation,
+                request=request,
+                delivered=tuple(delivered),
+                deadline_seconds=deadline_seconds,
+                seed=seed,
+                scratch=str(worker.scratch),
+            )
+            worker.send(command)
+            run = ModuleRun(worker, command, on_call)
+            try:
+                yield run
+            finally:
+                if not run.ended and not worker.dead:
+                    await run.cancel()
+
+    async def engine(self, operation_or_model: str) -> EngineClient:
+        """The resident engine behind an operation or of a model: loaded on first use, then warm.
+
+        Raises:
+            RequestError: no such model.
+            ConfigError: its weights are not on this machine.
+            JobError: its worker died while it loaded.
+        """
+        model = operation_or_model
+        if operation_or_model in registry.BUILT_IN:
+            model = catalogue.DEFAULT
+        catalogue.known(model)
+        async with self._loading:
+            client = self._engines.get(model)
+            if client is None or client.dead:
+                client = await self._load(model)
+                self._engines[model] = client
+        return client
+
+    async def _load(self, model: str) -> EngineClient:
+        worker = await self._start()
+        try:
+            client = await load_engine(worker, model, self._settings.engine_slots)
+        except BaseException:
+            await worker.stop()
+            raise
+        self._nursery.start_soon(client.dispatch)
+        return client
+
+    async def _start(self) -> WorkerProcess:
+        return await start_worker(self._nursery, self._settings.limits, self._scratch_folder)
+
+    @asynccontextmanager
+    async def _worker(self, operation: str) -> AsyncIterator[WorkerProcess]:
+        """A worker fit to run `operation`. A typed refusal of the module's leaves it usable."""
+        is_ours = operation in registry.BUILT_IN
+        refusal: AivillageError | None = None
+        async with self._pool.worker(OUR_OWN if is_ours else operation) as worker:
+            if not is_ours and not worker.sandboxed and not self._settings.dev_mode:
+                raise RequestError(
+                    f"{operation} comes from another package and this machine cannot fence it in",
+                    code="NOT_ENABLED",
+                    next_step="set AIVILLAGE_DEV_MODE=true to run it all the same",
+                )
+            try:
+                yield worker
+            except AivillageError as error:
+                refusal = error
+        if refusal is not None:
+            raise refusal
+
+    # ------------------------------------------------------------------ service
+
+    async def describe_all(self) -> None:
+        """Fills the list of operations; third-party ones that are enabled describe themselves."""
+        for entry in registry.entries().values():
+            is_enabled = self._is_enabled(entry)
+            try:
+                info = await self._info(entry, is_enabled=is_enabled)
+            except AivillageError as error:
+                log.warning("module_refused", extra={"operation": entry.operation}, exc_info=error)
+                is_enabled, info = False, OperationInfo(name=entry.operation)
+            self._infos[entry.operation] = msgspec.structs.replace(
+                info, stability=entry.stability, enabled=is_enabled
+            )
+
+    async def _info(self, entry: registry.Entry, *, is_enabled: bool) -> OperationInfo:
+        if module := registry.built_in(entry.operation):
+            return described(module, entry.operation)
+        if not is_enabled:  # nobody asked for it, so not a line of it runs
+            return OperationInfo(name=entry.operation)
+        command = say.Describe(id=next(self._ids), operation=entry.operation)
+        async with self._worker(entry.operation) as worker:
+            return (await ask(worker, command, say.Described)).info
+
+    def _is_enabled(self, entry: registry.Entry) -> bool:
+        if entry.stability == "stable":
+            return True
+        return self._settings.dev_mode or entry.operation in self._settings.enabled
+
+    async def end_idle(self) -> None:
+        """Ends workers and engines that nobody has used for the owner's time; runs for ever."""
+        limit_seconds = self._settings.idle_exit_seconds
+        while True:
+            await trio.sleep(limit_seconds / 10)
+            await self._pool.stop_idle(limit_seconds)
+            for model, client in list(self._engines.items()):
+                if client.dead or client.idle_seconds() > limit_seconds:
+                    del self._engines[model]
+                    await client.stop()
+
+    async def stop(self) -> None:
+        """Ends every worker that is not in a call."""
+        await self._pool.stop_idle()
+        for client in self._engines.values():
+            await client.stop()
+
+
+@asynccontextmanager
+async def open_workers(
+    settings: WorkerSettings, *, cache_folder: Path, scratch_folder: Path
+) -> AsyncIterator[Workers]:
+    """The workers of a node; leaving the block ends them all.
+
+    `cache_folder` is for what engines may keep between runs, `scratch_folder` for what not.
+    """
+    for folder in (cache_folder, scratch_folder):
+        await trio.to_thread.run_sync(
+            lambda folder=folder: folder.mkdir(parents=True, exist_ok=True)
+        )
+    async with trio.open_nursery() as nursery:
+        workers = Workers(nursery, settings, scratch_folder)
+        await workers.describe_all()
+        nursery.start_soon(workers.end_idle)
+        try:
+            yield workers
+        finally:
+            with trio.CancelScope(shield=True):
+                await workers.stop()
+            nursery.cancel_scope.cancel()
