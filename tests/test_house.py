@@ -42,7 +42,7 @@ def test_the_results_file_names_every_test_with_outcome_and_seconds(tmp_path):
         "def test_left_out(): pytest.skip('why')\n"
     )
     (tmp_path / "test_broken.py").write_text("import nothing_of_this_name\n")
-    options = "-q -p tests.results_plugin -p no:cacheprovider --results r.json".split()
+    options = ["-q", "-p", "tests.results_plugin", "-p", "no:cacheprovider", "--results", "r.json"]
     subprocess.run(
         [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", "."],
         cwd=tmp_path,

@@ -59,7 +59,7 @@ def test_a_key_of_another_size_has_no_name(size):
     ],
 )
 def test_what_is_no_ed25519_peer_id_is_refused(wrong):
-    with pytest.raises(ValueError, match="peer id|base58"):
+    with pytest.raises(ValueError, match=r"peer id|base58"):
         public_key(wrong)
 
 
