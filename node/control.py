@@ -85,9 +85,7 @@ class Control:
             except* PeerError:
                 self._events.emit("client_lost", level=10)
 
-    async def _write(
-        self, wire: _SocketStream, frames: trio.MemoryReceiveChannel[Frame]
-    ) -> None:
+    async def _write(self, wire: _SocketStream, frames: trio.MemoryReceiveChannel[Frame]) -> None:
         async for frame in frames:
             await wire.write(codec.frame(frame))
 

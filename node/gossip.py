@@ -44,7 +44,9 @@ class Gossiper:
     """Spreads news; `accept` says whether it is news to us (and so worth passing on)."""
 
     def __init__(
-        self, neighbours: Callable[[], Sequence[Neighbour]], accept: Callable[[PeerId, News, bytes], bool]
+        self,
+        neighbours: Callable[[], Sequence[Neighbour]],
+        accept: Callable[[PeerId, News, bytes], bool],
     ) -> None:
         self._neighbours = neighbours
         self._accept = accept

@@ -64,9 +64,7 @@ class Herald:
         now = trio.current_time()
         if now - self._advertised.get(operation, -AD_SECONDS) >= AD_SECONDS:
             self._advertised[operation] = now
-            self._gossiper.publish(
-                "task", self._discovery.make_task_ad(operation, 2 * AD_SECONDS)
-            )
+            self._gossiper.publish("task", self._discovery.make_task_ad(operation, 2 * AD_SECONDS))
 
     def _offer(self) -> bytes:
         return self._discovery.make_offer(
