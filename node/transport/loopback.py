@@ -207,11 +207,11 @@ class _Connection:
 
     def break_both(self) -> None:
         for end in self._ends:
-            self._break(end)
+            self._break(end, at_once=True)
 
     def hang_up(self, end: LoopbackTransport) -> None:
         """`end` forgets the connection now; the other side hears of it as of any chunk."""
-        self._break(end)
+        self._break(end, at_once=True)
         other = self.other(end)
         if other.network.nodes.get(other.name) is other:
             other.nursery.start_soon(self._break_later, other, end.name)
@@ -221,14 +221,14 @@ class _Connection:
         delay = end.network.delay_seconds()
         await trio.sleep_until(max(trio.current_time() + delay, *arrivals, 0.0))
         await end.network.joined(end.name, other_name)
-        self._break(end)
+        self._break(end, at_once=False)
 
-    def _break(self, end: LoopbackTransport) -> None:
+    def _break(self, end: LoopbackTransport, *, at_once: bool) -> None:
         peer = self.other(end).peer
         if end.connections.get(peer) is self:
             del end.connections[peer]
         for stream in self._streams[end]:
-            stream.break_()
+            stream.break_(at_once=at_once)
         self._streams[end] = []
 
 
@@ -278,8 +278,11 @@ class LoopbackStream:
         self._outward.finish()
         self._inward.discard()
 
-    def break_(self) -> None:
+    def break_(self, *, at_once: bool) -> None:
+        """`at_once`: what has arrived and was not read is gone too."""
         self._broken.set()
+        if at_once:
+            self._inward.lose()
         self._inward.wake()
         self._outward.wake()
 
@@ -319,6 +322,13 @@ class _Pipe:
     def discard(self) -> None:
         """Nobody reads any more: writers must not wait for it."""
         self.discards = True
+        self._chunks.clear()
+        self._size_bytes = 0
+        self.wake()
+
+    def lose(self) -> None:
+        """The connection is gone, with all that was under way."""
+        self.finished = True
         self._chunks.clear()
         self._size_bytes = 0
         self.wake()
@@ -379,6 +389,8 @@ async def _handle(handler: StreamHandler, stream: LoopbackStream, protocol: str)
     """The one place where a handler's failure ends: at its own stream."""
     try:
         await handler(stream)
+    except PeerError as error:
+        log.info("stream_lost", extra={"peer": stream.peer, "reason": str(error)})
     except Exception as error:
         log.warning(
             "stream_handler_failed",
