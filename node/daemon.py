@@ -40,7 +40,12 @@ STOP_SECONDS: Final = 10.0
 
 
 async def run(
-    settings: Settings, origins: list[Origin], paths: Paths, ready: Callable[[Desk], None]
+    settings: Settings,
+    origins: list[Origin],
+    paths: Paths,
+    ready: Callable[[Desk], None],
+    *,
+    join: str | None = None,
 ) -> None:
     """Serves until a signal or `aivillage-node stop`; `ready` is called when all of it does.
 
@@ -118,6 +123,8 @@ async def run(
         await enter(open_control(paths.socket, Control(desk.handlers(), buyer, hello, events)))
         for service in (monitor.run, villagers.keep_in_touch, herald.run, buyer.resume):
             nursery.start_soon(service)
+        if join is not None:
+            await villagers.join(join)
         ready(desk)
         await _stopped(stop)
         nursery.cancel_scope.cancel()

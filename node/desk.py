@@ -183,7 +183,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
 
     async def on_history(self, args: dict[str, Any]) -> list[dict[str, Any]]:
         rows = await self.ledger.history(int(args.get("limit", HISTORY_LISTED)))
-        return [msgspec.to_builtins(row) for row in rows]
+        return [msgspec.to_builtins(row) | {"attempt": row.attempt.hex()} for row in rows]
 
     async def on_audit(self, _args: dict[str, Any]) -> dict[str, Any]:
         report = await self.ledger.audit()

@@ -67,6 +67,7 @@ class OperationInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     name: str
     title: str = ""
+    positional: str = ""
     stability: str = "stable"
     request_schema: dict[str, Any] = {}
     result_schema: dict[str, Any] = {}
