@@ -12,7 +12,7 @@ from aivillage.cli.client import Client, NoDaemonError
 from aivillage.node import config as settings_file
 from aivillage.node import identity
 from aivillage.node.paths import Paths, paths
-from aivillage.protocols.errors import ConfigError, RequestError
+from aivillage.protocols.errors import ConfigError, NodeError, RequestError
 from aivillage.protocols.types import MICRO_CREDITS_PER_CREDIT, as_credits
 
 STOP_SECONDS = 15.0
@@ -89,8 +89,8 @@ def stop(args: argparse.Namespace) -> int:
     while time.monotonic() < deadline:
         try:
             Client(places(args).socket).__exit__(None, None, None)
-        except NoDaemonError:
-            break
+        except NodeError:
+            break  # nobody there, or it went while we asked
         time.sleep(0.05)
     if args.json:
         show.as_json({"stopped": True})

@@ -21,7 +21,16 @@ from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
 from aivillage.protocols.errors import JobError, PeerError
 from aivillage.protocols.job import running_hash, token_bytes
-from aivillage.protocols.messages import Accepted, Call, Finished, Frame, Part, Progress, StepItem
+from aivillage.protocols.messages import (
+    Accepted,
+    Call,
+    Finished,
+    Frame,
+    Part,
+    Progress,
+    Started,
+    StepItem,
+)
 from aivillage.protocols.ports import Book
 from aivillage.protocols.pricing import Usage, price_of_rest
 from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId, Seconds
@@ -71,6 +80,7 @@ class Attempt:
         self.done = dict(done)
         self.amount: MicroCredits = 0
         self.out_hash = b""
+        self.kernel = ("", "")
         self.started = time.monotonic()
         self._acknowledged = acknowledged
         self._number = 0
@@ -173,6 +183,8 @@ class Attempt:
     def _on_frame(self, frame: Frame) -> None:
         if isinstance(frame, Progress):
             self._say(frame)
+        elif isinstance(frame, Started):
+            self.kernel = (frame.kernel_class, frame.identical)
         elif isinstance(frame, Part):
             if frame.seq != len(self.output.bodies):
                 raise PeerError("parts out of order", code="BAD_REQUEST")

@@ -139,7 +139,6 @@ class Discovery:
             OfferedOperation(
                 name=operation.name,
                 prices_micro_credits=operation.terms.prices_micro_credits,
-                kernel_class=operation.kernel_class[:64],
             )
             for operation in operations
             if operation.terms

@@ -54,8 +54,6 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     price_at_most: MicroCredits
     seconds: Seconds
     why: str
-    kernel_class: str = ""
-    identical: str = ""
 
 
 class Quoted(msgspec.Struct, frozen=True):
@@ -159,8 +157,6 @@ class Market:
             price_at_most=price,
             seconds=seconds,
             why=_why(candidate, link, reply),
-            kernel_class=reply.kernel_class,
-            identical=reply.identical,
         )
 
     async def _reach(self, candidate: Candidate) -> Link:

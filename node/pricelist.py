@@ -44,7 +44,6 @@ class PriceList:
             not_after_unix_ms=int((time.time() + QUOTE_SECONDS) * 1000),
             estimate=estimate,
             seconds=seconds,
-            kernel_class=operation.kernel_class,
         )
         envelope = seal(self._key, "quote", quote)
         self._quotes[quote_hash(envelope)] = quote

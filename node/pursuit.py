@@ -252,7 +252,7 @@ class Pursuit:
         self.spent += attempt.amount
         if attempt.amount:
             self._sellers.append(attempt.seller)
-            self._kernels.add((attempt.choice.kernel_class, attempt.choice.identical))
+            self._kernels.add(attempt.kernel)
         self._why = attempt.choice.why
         if outcome == "rejected":
             self.output = Output()  # what a liar delivered is no base to go on from

@@ -155,8 +155,6 @@ class Seller:
                 id=request.id,
                 quote=self._prices.quote(operation, dict(usage), seconds),
                 room_micro_credits=self._book.headroom(link.peer),
-                kernel_class=operation.kernel_class,
-                identical=operation.identical,
                 queue_length=len(self._sales),
             )
         except AivillageError as error:
@@ -270,6 +268,11 @@ class Seller:
         """Streams an engine session, unit by unit, as far as pay allows."""
         call = sale.call
         engine = await self._loaded(sale)
+        info = engine.info
+        send_or_drop(
+            sale.link,
+            messages.Started(id=call.id, kernel_class=info.kernel_class, identical=info.identical),
+        )
         delivered = [unpack(Piece, body) for body in call.delivered]
         ids = [token for piece in delivered for token in piece.token_ids]
         text = ["".join(piece.text for piece in delivered)]

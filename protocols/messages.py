@@ -72,8 +72,6 @@ class OperationInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     request_schema: dict[str, Any] = {}
     result_schema: dict[str, Any] = {}
     terms: Terms | None = None
-    kernel_class: str = ""
-    identical: str = ""
     enabled: bool = True
 
 
@@ -98,8 +96,6 @@ class QuoteReply(Message, frozen=True, kw_only=True, tag="quote"):
     id: Count
     quote: bytes
     room_micro_credits: MicroCredits = 0
-    kernel_class: str = ""
-    identical: str = ""
     queue_length: Count = 0
 
 
@@ -121,6 +117,14 @@ class Accepted(Message, frozen=True, kw_only=True, tag="accepted"):
     """The seller has it and will work: sent at once, before any work."""
 
     id: Count
+
+
+class Started(Message, frozen=True, kw_only=True, tag="started"):
+    """The engine is loaded and the work begins: what computes it, and how sure sameness is."""
+
+    id: int
+    kernel_class: str = ""
+    identical: str = ""
 
 
 class Progress(Message, frozen=True, kw_only=True, tag="progress"):
@@ -242,7 +246,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
 
 PEER_MESSAGES: Final = (
     Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
-    Accepted, Progress, Part, Finished, Cancel, Ledger, Gossip, Join, Joined, Step,
+    Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Join, Joined, Step,
 )  # fmt: skip
 CONTROL_MESSAGES: Final = (
     Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,
@@ -259,13 +263,11 @@ class Quote(msgspec.Struct, frozen=True, kw_only=True):
     not_after_unix_ms: Count
     estimate: Counts = {}
     seconds: Measure = 0.0
-    kernel_class: str = ""
 
 
 class OfferedOperation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str
     prices_micro_credits: dict[str, Amount] = {}
-    kernel_class: str = ""
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

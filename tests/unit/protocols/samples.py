@@ -27,6 +27,7 @@ from aivillage.protocols.messages import (
     Progress,
     QuoteReply,
     QuoteRequest,
+    Started,
     Step,
     StepItem,
     Submit,
@@ -45,8 +46,6 @@ OPERATION = OperationInfo(
     request_schema={"type": "object", "properties": {"prompt": {"type": "string"}}},
     result_schema={"type": "object"},
     terms=TERMS,
-    kernel_class="torch-2.13 fp32 avx2 t1",
-    identical="guaranteed",
     enabled=False,
 )
 
@@ -72,8 +71,6 @@ FULL: tuple[Frame, ...] = (
         id=5,
         quote=b"envelope",
         room_micro_credits=-7,
-        kernel_class="k",
-        identical="best effort",
         queue_length=2,
     ),
     Call(
@@ -88,6 +85,7 @@ FULL: tuple[Frame, ...] = (
         done={"prompt_quads": 1, "output_tokens": 2},
     ),
     Accepted(id=6),
+    Started(id=6, kernel_class="torch-2.13 fp32 avx2 t1", identical="guaranteed"),
     Progress(id=6, done=0.5, total=1.0, note="half way"),
     Part(id=6, seq=1, body=b"part", hash8=bytes(8)),
     Finished(
