@@ -6,7 +6,6 @@ Only the owner can open it (0600). One task per connection; a broken client fell
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -108,13 +107,8 @@ class Control:
                 self._buyer.cancel(running.pursuit.row.id)
 
     async def _answer(self, client: _Client, ask: Ask) -> None:
-        handler = self._handlers.get(ask.what)
+        handler = self._handlers.get(ask.what, _unknown)
         try:
-            if handler is None:
-                raise NodeError(
-                    f"this daemon does not know {ask.what!r}",
-                    next_step="restart it: `aivillage-node stop`, then `start`",
-                )
             client.say(Answer(id=ask.id, value=await handler(ask.args)))
         except AivillageError as error:
             client.say(_failure(ask.id, error))
@@ -164,6 +158,13 @@ class _Client:
             self.nursery.cancel_scope.cancel()
 
 
+async def _unknown(_args: dict[str, Any]) -> Any:
+    raise NodeError(
+        "this daemon does not know that question",
+        next_step="restart it: `aivillage-node stop`, then `start`",
+    )
+
+
 def _failure(call: int, error: AivillageError) -> Failure:
     return Failure(id=call, code=error.code, message=error.message, next_step=error.next_step)
 
@@ -201,22 +202,24 @@ async def open_control(path: Path, control: Control) -> AsyncIterator[None]:
             yield
         finally:
             nursery.cancel_scope.cancel()
-            path.unlink(missing_ok=True)
+            _remove(path)
 
 
 async def _require_free(path: Path) -> None:
     """A socket without a listener is left from a crash; one with is a running daemon."""
-    if not path.exists():
-        return
-    if not stat.S_ISSOCK(path.stat().st_mode):
-        raise ConfigError(f"{path} is in the way", next_step=f"move it: mv {path} {path}.old")
     try:
         stream = await trio.open_unix_socket(str(path))
     except OSError:
-        path.unlink(missing_ok=True)
+        _remove(path)
         return
     await stream.aclose()
     raise ConfigError(
         "a daemon is running on this data folder",
         next_step="`aivillage-node status` shows it, `aivillage-node stop` ends it",
     )
+
+
+def _remove(path: Path) -> None:
+    """Only ever a socket: anything else in its place is somebody's file."""
+    if path.is_socket():
+        path.unlink(missing_ok=True)

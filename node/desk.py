@@ -10,7 +10,7 @@ import msgspec
 import trio
 
 from aivillage import __version__
-from aivillage.ledger.ledger import Ledger
+from aivillage.ledger.ledger import NodeBook
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin
 from aivillage.node.discovery import Discovery, Record
@@ -38,7 +38,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     seller: Seller
     buyer: Buyer
     jobs: Jobs
-    ledger: Ledger
+    ledger: NodeBook
     monitor: Monitor
     events: Events
     stop: trio.Event
@@ -80,7 +80,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "sales_running": len(self.seller.running()),
             "slots_free": self.seller.free_slots(),
             "serves": [operation.name for operation in self.seller.operations()],
-            "balance_micro_credits": (await self.ledger.balance())["net_micro_credits"],
+            "balance_micro_credits": (await self.ledger.balance()).net,
             "dev_mode": settings["dev_mode"],
             "rss_mb": round(self.monitor.rss_mb(), 1),
             "loop_lag_ms": self.monitor.loop_lag_ms(),
@@ -178,13 +178,16 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         }
 
     async def on_balance(self, _args: dict[str, Any]) -> dict[str, Any]:
-        return await self.ledger.balance()
+        balance = await self.ledger.balance()
+        return dict(msgspec.to_builtins(balance))
 
     async def on_history(self, args: dict[str, Any]) -> list[dict[str, Any]]:
-        return await self.ledger.history(int(args.get("limit", HISTORY_LISTED)))
+        rows = await self.ledger.history(int(args.get("limit", HISTORY_LISTED)))
+        return [msgspec.to_builtins(row) for row in rows]
 
     async def on_audit(self, _args: dict[str, Any]) -> dict[str, Any]:
-        return await self.ledger.audit()
+        report = await self.ledger.audit()
+        return dict(msgspec.to_builtins(report))
 
     async def on_invite(self, args: dict[str, Any]) -> dict[str, Any]:
         addresses = tuple(self.links.transport.addresses())

@@ -1,4 +1,4 @@
-"""Health of the daemon: how late its loop is, how much memory it holds, whether the disk is full."""
+"""Health of the daemon: how late its loop is, how much memory it holds, how full the disk is."""
 
 from __future__ import annotations
 

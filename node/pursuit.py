@@ -13,7 +13,8 @@ from typing import Final
 import msgspec
 import trio
 
-from aivillage.models.inference.generate import Piece, Result, usage
+from aivillage.models import registry
+from aivillage.models.inference.generate import GenerateResult, Piece, usage
 from aivillage.node.attempt import Attempt, Output
 from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
@@ -80,7 +81,7 @@ class Pursuit:
         self.excluded: dict[PeerId, str] = {}
         self.result: bytes | None = None
         self._trade = trade
-        self._is_engine = trade.workers.is_served_by_engine(row.operation)
+        self._is_engine = registry.is_served_by_engine(row.operation)
         self._sellers: list[PeerId] = []
         self._kernels: set[tuple[str, str]] = set()
         self._usage: Usage = {}
@@ -236,7 +237,7 @@ class Pursuit:
             raise PeerError("the result names another attempt", code="BAD_REQUEST")
         if not self._is_engine:
             return
-        result = unpack(Result, finished.result)
+        result = unpack(GenerateResult, finished.result)
         if result.token_ids != tuple(self.output.ids) or finished.out_hash != attempt.out_hash:
             raise PeerError("the result is not what was streamed", code="BAD_REQUEST")
 

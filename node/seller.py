@@ -10,16 +10,19 @@ from typing import Final
 import msgspec
 import trio
 
-from aivillage.models.inference.generate import Piece
+from aivillage.models import registry
+from aivillage.models.inference.generate import FinishReason, GenerateResult, Piece
+from aivillage.models.inference.generate import usage as units
 from aivillage.node.config import Settings
+from aivillage.node.engines import EngineClient, EngineSession
 from aivillage.node.events import Events
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.links import Link
 from aivillage.node.pricelist import PriceList
 from aivillage.node.steps import StepWriter
-from aivillage.node.workers import EngineClient, EngineSession, Workers
+from aivillage.node.workers import Workers
 from aivillage.protocols import messages
-from aivillage.protocols.codec import unpack
+from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import (
     AivillageError,
     JobError,
@@ -245,7 +248,7 @@ class Seller:
             self._refuse(sale.link, sale.call.id, error)
 
     async def _work(self, sale: Sale) -> None:
-        if self._workers.is_served_by_engine(sale.call.operation):
+        if registry.is_served_by_engine(sale.call.operation):
             await self._generate(sale)
         else:
             await self._run_module(sale)
@@ -278,7 +281,7 @@ class Seller:
                 first = len(ids)
                 ids += frame.token_ids
                 text.append(frame.text)
-                usage = self._workers.generation_usage(frame.read_bytes, len(ids))
+                usage = units(frame.read_bytes, len(ids))
                 body = token_bytes(frame.token_ids)
                 out_hash = sale.fold(body)
                 await self._deliver(sale, price_of_rest(sale.terms, usage, call.done), out_hash)
@@ -288,10 +291,13 @@ class Seller:
                 )  # fmt: skip
                 self._allow(sale, session, sum(usage.values()))
                 if frame.finished:
-                    result = self._workers.generation_result(
-                        "".join(text), tuple(ids), frame.finished, frame.read_bytes
+                    result = GenerateResult(
+                        text="".join(text),
+                        token_ids=tuple(ids),
+                        finish_reason=msgspec.convert(frame.finished, FinishReason),
+                        prompt_bytes=frame.read_bytes,
                     )
-                    self._finish(sale, result, usage)
+                    self._finish(sale, pack(result), usage)
                     return
         raise JobError("the engine stopped before the end", code="JOB_FAILED")
 
@@ -320,7 +326,7 @@ class Seller:
             call.request,
             delivered=call.delivered,
             deadline_seconds=call.deadline_seconds,
-            seed=0,
+            on_call=_no_sub_jobs,
         ) as events:
             async for event in events:
                 if isinstance(event, ProgressEvent):
@@ -370,3 +376,7 @@ class Seller:
                 id=call_id, code=error.code, message=error.message, next_step=error.next_step
             ),
         )
+
+
+async def _no_sub_jobs(_operation: str, _request: bytes, _budget: int) -> bytes:
+    raise RefusedError("this node buys nothing for the jobs of others", code="OWNER_LIMIT")

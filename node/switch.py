@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from aivillage.node.buyer import Buyer
-from aivillage.node.discovery import Discovery
 from aivillage.node.gossip import Gossiper, send_or_drop
 from aivillage.node.links import Link, Links
 from aivillage.node.seller import Seller
@@ -27,7 +26,6 @@ class Switch:
         book: Book,
         villagers: Villagers,
         gossiper: Gossiper,
-        discovery: Discovery,
         buyer: Buyer,
         seller: Seller,
         news: Callable[[PeerId], list[messages.Gossip]],

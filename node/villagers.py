@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from typing import Final
@@ -91,7 +92,7 @@ class Villagers:
         self._book.connected(
             link.peer,
             link.hello.boot_epoch,
-            lambda blob: send_or_drop(link, messages.Ledger(blobs=(blob,))) and None,
+            functools.partial(_send_blob, link),
         )
         if line is not None:
             self.lines[link.peer] = line
@@ -219,3 +220,7 @@ class Villagers:
             id=request.id, certificates=(*self.membership.certificates, certificate)
         )
         send_or_drop(link, joined)
+
+
+def _send_blob(link: Link, blob: bytes) -> None:
+    send_or_drop(link, messages.Ledger(blobs=(blob,)))
