@@ -314,7 +314,7 @@ def test_any_bytes_are_a_message_or_a_peer_error(data):
     try:
         codec.decode(data)
     except PeerError as error:
-        assert error.code in {"BAD_REQUEST", "TOO_LARGE"}  # noqa: PT017
+        assert error.code in {"BAD_REQUEST", "TOO_LARGE"}
 
 
 @given(st.sampled_from(FULL), st.data())
@@ -326,7 +326,7 @@ def test_a_damaged_message_is_a_message_or_a_peer_error(frame, data):
     try:
         codec.decode(payload)
     except PeerError as error:
-        assert error.code == "BAD_REQUEST"  # noqa: PT017
+        assert error.code == "BAD_REQUEST"
 
 
 @given(

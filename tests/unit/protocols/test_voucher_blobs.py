@@ -123,7 +123,7 @@ def test_a_damaged_blob_is_a_message_or_a_peer_error(message, data):
     try:
         vouchers.decode(bytes(blob))
     except PeerError as error:
-        assert error.code == "BAD_REQUEST"  # noqa: PT017
+        assert error.code == "BAD_REQUEST"
 
 
 @given(st.binary(max_size=200))
