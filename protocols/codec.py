@@ -16,10 +16,10 @@ FRAME_BYTES_MAX: Final = 1 << 20
 """A frame is small talk; bulk travels as blobs."""
 DEPTH_MAX: Final = 16
 """Deeper nesting buys nothing and costs stack."""
-VALUES_MAX: Final = 1 << 16
-"""Numbers, texts, keys and containers in one map. Looking at them costs 0.1 us each, so that a
-hostile megabyte of tiny values may not hold the loop for a third of a second. Hot frames (`Step`)
-are arrays and do not count."""
+VALUES_MAX: Final = 1 << 17
+"""Numbers, texts, keys and containers in one map: more than a megabyte of floats holds. Each costs
+0.2 us to look at, so a hostile megabyte of tiny values may not hold the loop for a third of a
+second. Hot frames (`Step`) are arrays and do not count."""
 LENGTH_BYTES: Final = 4
 
 T = TypeVar("T")

@@ -13,15 +13,15 @@ import msgspec
 
 from aivillage.protocols.pricing import UNITS_MAX, Terms
 from aivillage.protocols.types import U32, Amount, Count, Measure, MicroCredits, PeerId
+from aivillage.protocols.vouchers import BLOB_BYTES_MAX
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
 VERSION_MAJOR: Final = 1
 VERSION_MINOR: Final = 0
 CALLS_PER_PAIR_MAX: Final = 256
 CERTIFICATES_MAX: Final = 8
-LEDGER_BLOB_BYTES_MAX: Final = 4096
 
-LedgerBlob: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=LEDGER_BLOB_BYTES_MAX)]
+LedgerBlob: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=BLOB_BYTES_MAX)]
 Certificates: TypeAlias = Annotated[tuple[bytes, ...], msgspec.Meta(max_length=CERTIFICATES_MAX)]
 Counts: TypeAlias = Annotated[dict[str, Count], msgspec.Meta(max_length=UNITS_MAX)]
 """Unit -> count, as in `Usage`."""

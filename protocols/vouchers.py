@@ -15,9 +15,10 @@ import msgspec
 from msgspec import Meta
 
 from aivillage.protocols.errors import PeerError
-from aivillage.protocols.types import AMOUNT_MAX
+from aivillage.protocols.types import AMOUNT_MAX, Amount
 
 BLOB_BYTES_MAX: Final = 4096
+"""The codec holds a frame to it too; whatever comes another way is measured here."""
 ITEMS_MAX: Final = 16
 RECEIPT_ROWS_MAX: Final = 32
 CLAIMS_MAX: Final = 64
@@ -36,7 +37,6 @@ Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 ShortHash = Annotated[bytes, Meta(max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=65, max_length=65)]
-Amount = Annotated[int, Meta(ge=0, le=AMOUNT_MAX)]
 Count = Annotated[int, Meta(ge=1, le=AMOUNT_MAX)]
 
 
@@ -198,7 +198,7 @@ def decode(blob: bytes) -> tuple[int, Message]:
         frame = msgspec.msgpack.decode(blob, type=_Frame)
         kind = _TYPES[frame.tag]
         message = msgspec.msgpack.decode(frame.message, type=kind)
-    except (msgspec.DecodeError, KeyError) as error:
+    except (msgspec.DecodeError, RecursionError, KeyError) as error:
         raise bad(f"is malformed: {error}") from None
     if encode(frame.epoch, message) != blob:
         raise bad("is not in canonical form")
@@ -213,7 +213,7 @@ def decode_body(body: bytes, kind: type[T]) -> T:
     """
     try:
         value = msgspec.msgpack.decode(body, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise bad(f"has no {kind.__name__} in it: {error}") from None
     if msgspec.msgpack.encode(value) != body:
         raise bad(f"has a {kind.__name__} that is not in canonical form")

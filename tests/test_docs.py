@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from aivillage.cli import main as cli_main
-from aivillage.protocols import codec, envelope, messages, pricing
+from aivillage.protocols import codec, envelope, messages, pricing, vouchers
 from aivillage.protocols.errors import CODES, TREE
 from aivillage.protocols.job import TABLE
 from tests.house import ROOT, pyproject, tracked
@@ -61,7 +61,7 @@ def test_a_message_is_documented_under_its_tag(kind):
         codec.DEPTH_MAX,
         codec.VALUES_MAX,
         messages.CALLS_PER_PAIR_MAX,
-        messages.LEDGER_BLOB_BYTES_MAX,
+        vouchers.BLOB_BYTES_MAX,
         messages.CERTIFICATES_MAX,
         envelope.ENVELOPE_BYTES_MAX,
         pricing.UNITS_MAX,

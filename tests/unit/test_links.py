@@ -215,7 +215,7 @@ async def test_drained_waits_for_half_the_queue(two, autojump_clock):
         link = await a.links.connect(b.address)
         await settle()
         network.partition(["n0"], ["n1"])
-        body = Ledger(blobs=(bytes(100_000),))
+        body = Ledger(blobs=(bytes(4000),) * 25)
         for _ in range(9):
             link.send(body)
         with trio.move_on_after(1) as scope:
@@ -452,7 +452,7 @@ async def test_closing_does_not_wait_longer_than_the_flush_time(two, autojump_cl
         await settle()
         network.partition(["n0"], ["n1"])
         for _ in range(10):
-            link.send(Ledger(blobs=(bytes(200_000),)))
+            link.send(Ledger(blobs=(bytes(4000),) * 50))
         began = trio.current_time()
         await a.links.drop(b.peer, "done")
         assert trio.current_time() - began <= 2.1

@@ -68,7 +68,7 @@ def test_any_text_is_a_peer_id_or_a_value_error(text):
     try:
         assert peer_id(public_key(text)) == text
     except ValueError as error:
-        assert str(error)  # noqa: PT017
+        assert str(error)
 
 
 @pytest.mark.parametrize(
