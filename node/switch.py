@@ -21,7 +21,6 @@ class Switch:
 
     def __init__(
         self,
-        *,
         links: Links,
         book: Book,
         villagers: Villagers,
