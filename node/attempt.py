@@ -185,6 +185,7 @@ class Attempt:
             self._say(frame)
         elif isinstance(frame, Started):
             self.kernel = (frame.kernel_class, frame.identical)
+            self.started = time.monotonic()  # a peer's speed is that of its warm engine
         elif isinstance(frame, Part):
             if frame.seq != len(self.output.bodies):
                 raise PeerError("parts out of order", code="BAD_REQUEST")
