@@ -77,7 +77,7 @@ def contain_handler_errors() -> None:
 def end_tasks_with_their_connection() -> None:
     """Without it: each inbound connection leaves a task and one of the inbound places behind.
 
-    There are `max_connections - min_connections` places; once they are gone the node accepts nobody.
+    There are `max_connections` places; once they are gone the node accepts nobody.
     """
     raw_connection = _library("libp2p.network.connection.raw_connection").RawConnection
     swarm = _library("libp2p.network.swarm").Swarm
