@@ -362,12 +362,26 @@ async def _links_miss_it(child, address):
         await trio.sleep(1)
         assert link.rtt_seconds > 0
         alive_while_running = links.get(link.peer) is link
+        streams = [await transport.open_stream(link.peer, "/ipfs/ping/1.0.0") for _ in range(30)]
         os.kill(child.pid, signal.SIGSTOP)
-        with trio.move_on_after(4):
-            await link.ended.wait()
-        await trio.sleep(1.5)
-        connected = transport._connected(link.peer)
-        return not alive_while_running or links.get(link.peer) is not None or connected
+        # Fill the socket too, so that even a goodbye cannot leave.
+        async with trio.open_nursery() as nursery:
+            for stream in streams:
+                nursery.start_soon(_write_in_vain, stream)
+            with trio.move_on_after(4):
+                await link.ended.wait()
+            await trio.sleep(1.5)
+        gone = links.get(link.peer) is None and not transport._connected(link.peer)
+        began = time.monotonic()
+    quick = time.monotonic() - began < 2
+    return not (alive_while_running and gone and quick)
+
+
+async def _write_in_vain(stream):
+    from aivillage.protocols.errors import PeerError
+
+    with suppress(PeerError):
+        await stream.write(bytes(250_000))
 
 
 def _hello():

@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from aivillage.node.transport import patches
+from aivillage.node.transport.host import CONNECTIONS_MAX
 from aivillage.node.transport.libp2p import open_libp2p
 from aivillage.protocols.errors import ConfigError
 
@@ -108,4 +109,21 @@ async def test_garbage_on_a_raw_socket_costs_that_socket_only(name, key_of):
             assert await stream.read(100) == b"hello"
             await stream.close()
         for socket in sockets[3:]:
+            await socket.aclose()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="dials from 127.0.0.2")
+async def test_a_host_full_of_silent_sockets_takes_nobody_elses_place(key_of):
+    async with (
+        open_libp2p(key_of(1), "127.0.0.1:0") as node,
+        open_libp2p(key_of(2), "127.0.0.1:0") as friend,
+    ):
+        port = int(node.addresses()[0].split("/")[4])
+        sockets = [
+            await trio.open_tcp_stream("127.0.0.1", port, local_address="127.0.0.2")
+            for _ in range(CONNECTIONS_MAX + 20)
+        ]
+        with trio.fail_after(5):
+            assert await friend.dial(node.addresses()[0]) == node.peer
+        for socket in sockets:
             await socket.aclose()
