@@ -12,7 +12,7 @@ from typing import Any, Final
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aivillage.node.transport import patches
+from aivillage.node.transport import lean, patches
 from aivillage.protocols.errors import ConfigError
 
 log = logging.getLogger("aivillage.transport")
@@ -116,9 +116,8 @@ def _switch_off_extras(host: Any) -> None:
 
 def _quiet_library() -> None:
     """The library logs every closed connection as an error; our own events say what matters."""
-    import libp2p  # its import configures its logger: ours comes after
-
-    logging.getLogger(libp2p.__name__).setLevel(logging.CRITICAL)
+    lean.import_libp2p()  # configures its logger when imported: ours comes after
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 
 
 async def _run(
