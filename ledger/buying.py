@@ -167,8 +167,8 @@ class Buying:
         peer, signer = partner.pair.peer, self._desk.signer
         body = check_receipt(receipt, signer.public_key, partner.key, signer.verify)
 
-        def noted(fresh: int) -> None:
-            partner.unconfirmed = max(0, partner.unconfirmed - fresh)
+        def noted(left: int) -> None:
+            partner.unconfirmed = left
 
         self._desk.submit(lambda db: payer.note_receipt(db, peer, body, receipt), noted)
 
