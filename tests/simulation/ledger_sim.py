@@ -75,7 +75,9 @@ def become_quiet(world: World) -> None:
 
 
 def at_rest(world: World) -> bool:
-    if world.frames or not all(node.up for node in world.nodes):
+    if any(frame.source.honest for frame in world.frames) or not all(
+        node.up for node in world.nodes
+    ):
         return False
     for node in world.nodes:
         if node.runner.queue:
