@@ -22,8 +22,6 @@ from aivillage.protocols.vouchers import (
 )
 from tests.simulation.world import CEILING, EXPOSURE, LINE, POOL, UNIT_MAX, Node, World, broken
 
-DAYS_IN_RUN = 10
-
 
 def on_wire(world: World, node: Node, peer: Node, message: Message) -> None:
     """I9: durable before it leaves. I10: an honest node never contradicts itself."""
@@ -70,7 +68,7 @@ def at_every_step(world: World) -> None:
             pairs = books.read_pairs(node.db)
             _signed(node, pairs)
             if node.lossless:
-                _exposure(node, pairs)
+                _exposure(world, node, pairs)
 
 
 def _signed(node: Node, pairs: list[books.Pair]) -> None:
@@ -81,8 +79,9 @@ def _signed(node: Node, pairs: list[books.Pair]) -> None:
             raise broken("I8", f"node {node.index} counts more as paid than was signed")
 
 
-def _exposure(node: Node, pairs: list[books.Pair]) -> None:
+def _exposure(world: World, node: Node, pairs: list[books.Pair]) -> None:
     strangers = 0
+    allowance = EXPOSURE / 4 * (world.now + world.jumped_seconds) / 86_400 + 1
     for pair in pairs:
         delivered = node.delivered.get(pair.peer, 0)
         unsigned = delivered - pair.paid
@@ -92,7 +91,7 @@ def _exposure(node: Node, pairs: list[books.Pair]) -> None:
         name = f"node {node.index}: delivered {delivered}, {pair}"
         if unsigned > EXPOSURE + pair.written_off:
             raise broken("I1", name)
-        if pair.written_off > pair.paid // 16 + EXPOSURE // 4 * DAYS_IN_RUN:
+        if pair.written_off > pair.paid // 16 + allowance:
             raise broken("I2", name)
         if pair.balance + max(0, unsigned - pair.written_off) > LINE:
             raise broken("I14", name)

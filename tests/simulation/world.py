@@ -82,8 +82,8 @@ class Rates:
         crash = [maybe(0.03) for _ in range(4)]
         return cls(
             maybe(0.25), maybe(0.2), int(maybe(10)), maybe(0.05), *crash,
-            lost_tail=maybe(0.5) if rng.random() < 0.3 else 0.0,
-            restore=maybe(0.3) if rng.random() < 0.3 else 0.0,
+            lost_tail=maybe(0.5) if rng.random() < 0.4 else 0.0,
+            restore=maybe(0.5) if rng.random() < 0.4 else 0.0,
             clock_jump=maybe(0.02), commit=rng.uniform(0.2, 1.0),
         )  # fmt: skip
 
@@ -128,6 +128,8 @@ class Runner:
         db.execute("SAVEPOINT job")
         try:
             result = job(db)
+        except apsw.ConstraintError as error:
+            raise broken("I0", f"node {self.node.index}: {error}") from error
         except AivillageError as error:
             db.execute("ROLLBACK TO job")
             db.execute("RELEASE job")
@@ -240,7 +242,7 @@ class World:
         self.link_count = 0
         self.frames: list[Frame] = []
         self.signed: dict[tuple[PeerId, PeerId, bytes, int], bytes] = {}
-        self.crashes = self.vouchers = self.restores = 0
+        self.crashes = self.vouchers = self.restores = self.jumped_seconds = 0
         liar_count = self.rng.choice((0, 0, 1, 2))
         lies = [self.rng.choice(liars.LIES) for _ in range(liar_count)]
         self.nodes = [
@@ -437,6 +439,7 @@ class World:
                 self.revive(a)
             if self.chance(self.rates.clock_jump):
                 ahead_only = self.rates.restore or self.rates.lost_tail or a.lie == "forgets"
+                self.jumped_seconds += 100
                 a.clock.skew_ms += self.rng.randint(0 if ahead_only else -100_000, 100_000)
         for a in self.nodes:
             for b in self.nodes[a.index + 1 :]:
