@@ -66,30 +66,32 @@ def at_every_step(world: World) -> None:
     for node in world.nodes:
         if node.honest and not node.db.in_transaction:
             pairs = books.read_pairs(node.db)
-            _signed(node, pairs)
+            signed = _signed(node, pairs)
             if node.lossless:
-                _exposure(world, node, pairs)
+                _exposure(world, node, pairs, signed)
 
 
-def _signed(node: Node, pairs: list[books.Pair]) -> None:
+def _signed(node: Node, pairs: list[books.Pair]) -> dict[str, int]:
     """I8: what counts as paid was signed."""
     signed = dict(books.rows(node.db, "SELECT peer, sum(cum) FROM lane_in GROUP BY peer"))
     for pair in pairs:
         if pair.paid > signed.get(pair.peer, 0):
             raise broken("I8", f"node {node.index} counts more as paid than was signed")
+    return signed
 
 
-def _exposure(world: World, node: Node, pairs: list[books.Pair]) -> None:
+def _exposure(world: World, node: Node, pairs: list[books.Pair], signed: dict[str, int]) -> None:
+    """What is owed is signed; what is delivered beyond all that was ever signed comes on top."""
     strangers = 0
     allowance = EXPOSURE / 4 * (world.now + world.jumped_seconds) / 86_400 + 1
     for pair in pairs:
         delivered = node.delivered.get(pair.peer, 0)
-        unsigned = delivered - pair.paid
+        unsigned = delivered - signed.get(pair.peer, 0)
         if not pair.known:
             strangers += max(0, unsigned) + max(0, pair.balance)
             continue
         name = f"node {node.index}: delivered {delivered}, {pair}"
-        if unsigned > EXPOSURE + pair.written_off:
+        if delivered - pair.paid > EXPOSURE + pair.written_off:
             raise broken("I1", name)
         if pair.written_off > pair.paid // 16 + allowance:
             raise broken("I2", name)
@@ -109,7 +111,7 @@ def paid_for_work(world: World, accepted: dict[tuple[str, str], int]) -> None:
             paid = signed.get(pair.peer, 0)
             if paid > accepted.get((node.id, pair.peer), 0) + pair.arrears:
                 raise broken("I4", f"node {node.index} paid {paid} to {pair.peer}")
-            if pair.arrears > EXPOSURE + paid // 16:
+            if pair.arrears > pair.received_exposure + paid // 16:
                 raise broken("I4", f"node {node.index}: arrears {pair.arrears}")
         over = books.rows(
             node.db,

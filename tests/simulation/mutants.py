@@ -81,14 +81,14 @@ def _receipt_before_commit() -> AbstractContextManager[Any]:
     return patch.object(selling.Selling, "on_voucher", on_voucher)
 
 
-def _late_vouchers_dropped() -> AbstractContextManager[Any]:
-    clean = payee._book
+def _late_items_dropped() -> AbstractContextManager[Any]:
+    clean = payee._label
 
-    def book(db: Any, peer: Any, body: Any, voucher: Any, how: Any) -> Any:
+    def label(db: Any, peer: Any, body: Any, voucher: Any, room: int) -> Any:
         row = books.one(db, "SELECT n FROM lane_in WHERE peer = ? AND lane = ?", (peer, body.lane))
-        return () if row and row[0] > body.n else clean(db, peer, body, voucher, how)
+        return [] if row and row[0] > body.n else clean(db, peer, body, voucher, room)
 
-    return patch.object(payee, "_book", book)
+    return patch.object(payee, "_label", label)
 
 
 def _forgives_every_gap() -> AbstractContextManager[Any]:
@@ -116,7 +116,7 @@ MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], tuple[str, .
     "exposure_per_connection": (_exposure_per_connection, ("I1", "I3")),
     "reservation_not_durable": (_reservation_after_delivery, ("I1", "I3")),
     "lanes_continued_after_restore": (_lanes_continued, ("I10",)),
-    "late_vouchers_dropped": (_late_vouchers_dropped, ("I12",)),
+    "late_items_dropped": (_late_items_dropped, ("I12",)),
     "claims_unbounded": (
         lambda: patch.object(sync, "arrears_left", lambda db, peer: 1 << 40),
         ("I4",),
