@@ -114,6 +114,7 @@ class Healed(NamedTuple):
     pair: Pair
     booked: list[payee.Booked]
     arrears: list[Voucher]
+    unconfirmed: int
 
 
 def apply_reply(
@@ -134,7 +135,7 @@ def apply_reply(
     if not reply.more:
         payee.seal(db, peer, reply.epoch)
     arrears = pay_claims(db, wallet, peer, reply.claims, running, at_ms)
-    return Healed(read_pair(db, peer), booked, arrears)
+    return Healed(read_pair(db, peer), booked, arrears, payer.count_unreceipted(db, peer))
 
 
 def pay_claims(
