@@ -221,7 +221,7 @@ def test_plain_english_has_the_perplexity_first_measured(engine):
         "The village lies at the foot of a mountain. In the morning the farmers walk to their "
         "fields, and in the evening they come home, tired and hungry, to eat soup and bread."
     )
-    ids = tuple(engine._tokenizer.encode(text))[:40]
+    ids = tuple(engine.tokenizer.encode(text))[:40]
     states = engine._model.forward([Span(0, 0, ids)])[: len(ids)]
     logits = torch.cat([engine._model.logits(part) for part in states.split(8)])
     losses = torch.nn.functional.cross_entropy(
