@@ -173,8 +173,7 @@ def _answer(
 
 def _run(module: Module, run: say.Run, pipes: Pipes) -> None:
     request = unpack(module.Request, run.request)
-    if run.deadline_seconds > 0:
-        sandbox.limit_cpu(run.deadline_seconds)
+    sandbox.limit_cpu(run.deadline_seconds)
     context = RunContext(run, pipes)
     ended = False
     for event in module.run(request, context):

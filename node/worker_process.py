@@ -50,6 +50,7 @@ class WorkerProcess:
         self._received = bytearray()
         self._last_words = b""
         self.dead = False
+        self.is_busy = False
 
     @property
     def pid(self) -> int:
@@ -97,10 +98,10 @@ class WorkerProcess:
         with trio.CancelScope(deadline=trio.current_time() + REAP_SECONDS_MAX, shield=True):
             while self._process.poll() is None:  # noqa: ASYNC110 - the kernel sets no trio event
                 await trio.sleep(0.005)
-        for pipe in (self._stdin, self._stdout, self._stderr):
-            with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True):
+            for pipe in (self._stdin, self._stdout, self._stderr):
                 await pipe.aclose()
-        await trio.to_thread.run_sync(_remove, self.scratch)
+            await trio.to_thread.run_sync(_remove, self.scratch)
 
     async def write_all(self) -> None:
         """Owns the command pipe; ends when the worker does."""
@@ -206,7 +207,7 @@ def _environment(scratch: Path, limits: WorkerLimits) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "HOME": str(scratch),
         "TMPDIR": str(scratch),
-        "THP_MEM_ALLOC_ENABLE": "1",  # torch: huge pages make loading weights faster
+        "THP_MEM_ALLOC_ENABLE": "1",  # torch waits mostly for fresh pages while it loads weights
     }
 
 

@@ -168,7 +168,6 @@ class Workers:
                 seed=seed,
                 scratch=str(worker.scratch),
             )
-            worker.send(command)
             run = ModuleRun(worker, command, on_call)
             try:
                 yield run
@@ -210,9 +209,8 @@ class Workers:
 
     @asynccontextmanager
     async def _worker(self, operation: str) -> AsyncIterator[WorkerProcess]:
-        """A worker fit to run `operation`. A typed refusal of the module's leaves it usable."""
+        """A worker fit to run `operation`."""
         is_ours = operation in registry.BUILT_IN
-        refusal: AivillageError | None = None
         async with self._pool.worker(OUR_OWN if is_ours else operation) as worker:
             if not is_ours and not worker.sandboxed and not self._settings.dev_mode:
                 raise RequestError(
@@ -220,12 +218,7 @@ class Workers:
                     code="NOT_ENABLED",
                     next_step="set AIVILLAGE_DEV_MODE=true to run it all the same",
                 )
-            try:
-                yield worker
-            except AivillageError as error:
-                refusal = error
-        if refusal is not None:
-            raise refusal
+            yield worker
 
     # ------------------------------------------------------------------ service
 
