@@ -101,7 +101,7 @@ def test_a_changed_voucher_is_never_believed(place, flip):
     blob = bytearray(encode(77, voucher()))
     start = 11  # past the epoch, which nobody signs
     blob[start + place % (len(blob) - start)] ^= flip
-    with pytest.raises(PeerError):  # noqa: PT012
+    with pytest.raises(PeerError):
         _, message = decode(bytes(blob))
         assert isinstance(message, Voucher)
         check_voucher(message, PAYER, PAYEE, is_signed_by)
