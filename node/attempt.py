@@ -79,7 +79,7 @@ class Attempt:
         self.output = output
         self.done = dict(done)
         self.amount: MicroCredits = 0
-        self.out_hash = b""
+        self.out_hash = bytes(32)
         self.kernel = ("", "")
         self.started = time.monotonic()
         self._acknowledged = acknowledged
