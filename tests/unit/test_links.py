@@ -475,3 +475,63 @@ async def test_connecting_to_nobody_is_peer_lost_and_to_nonsense_bad_request(two
             await a.links.connect("nonsense")
         with pytest.raises(RequestError):
             await a.links.connect(a.address)
+
+
+async def test_a_cancelled_owner_closes_its_links_and_the_peer_hears_of_it(
+    hello_of, peer_of, autojump_clock
+):
+    network = LoopbackNetwork()
+    async with (
+        network.open("b", peer_of(2)) as transport,
+        open_links(transport, hello_of, limits=LIMITS) as links,
+    ):
+        b = Recorder(links)
+
+        async def owner() -> None:
+            async with (
+                network.open("a", peer_of(1)) as transport,
+                open_links(transport, hello_of, limits=LIMITS) as links,
+            ):
+                await links.connect(b.address)
+                await trio.sleep_forever()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(owner)
+            await settle()
+            assert b.events == ["up"]
+            nursery.cancel_scope.cancel()
+            began = trio.current_time()
+        await settle()
+        assert trio.current_time() - began < 3
+        assert b.events == ["up", "down"]
+
+
+async def test_a_failing_on_up_costs_that_link_only(two, caplog, autojump_clock):
+    async with two(count=3) as (a, b, c):
+        b.links.on_up = lambda link: 1 / 0 if link.peer == a.peer else None
+        await a.links.connect(b.address)
+        await c.links.connect(b.address)
+        await settle(2)
+        assert a.links.all() == []
+        assert b.links.get(c.peer) is not None
+        assert "link_callback_failed" in caplog.messages
+
+
+async def test_links_that_share_a_write_leave_together(two, autojump_clock):
+    """One write for all that is queued: what a frame costs is the write, not the frame."""
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        await settle()
+        writes = []
+        write = link._stream.write
+
+        async def counted(data: bytes) -> None:
+            writes.append(len(data))
+            await write(data)
+
+        link._stream.write = counted
+        for _ in range(1000):
+            link.send(Accepted(id=2))
+        await settle()
+        assert len(writes) == 1
+        assert len(b.frames) == 1000
