@@ -214,7 +214,8 @@ class Workers:
         async with self._pool.worker(OUR_OWN if is_ours else operation) as worker:
             if not is_ours and not worker.sandboxed and not self._settings.dev_mode:
                 raise RequestError(
-                    f"{operation} comes from another package and this machine cannot fence it in",
+                    f"{operation} comes from another package and this machine cannot fence it in: "
+                    f"{worker.why_not_sandboxed}",
                     code="NOT_ENABLED",
                     next_step="set AIVILLAGE_DEV_MODE=true to run it all the same",
                 )
