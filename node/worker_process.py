@@ -42,9 +42,7 @@ class WorkerProcess:
 
     def __init__(self, process: subprocess.Popen[bytes], scratch: Path) -> None:
         self.scratch = scratch
-        self.sandboxed = False
-        self.fenced = False
-        self.why_not_sandboxed = ""
+        self.fences = say.Started(sandboxed=False, fenced=False, why_not="not started yet")
         self.idle_since = trio.current_time()
         self._process = process
         self._stdin = _taken(process.stdin)
@@ -185,8 +183,7 @@ async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
     started = await worker.next()
     if not isinstance(started, say.Started):
         raise JobError("a worker spoke before it had started")
-    worker.sandboxed, worker.fenced = started.sandboxed, started.fenced
-    worker.why_not_sandboxed = started.why_not
+    worker.fences = started
 
 
 def _spawn(scratch: Path, limits: WorkerLimits) -> subprocess.Popen[bytes]:

@@ -210,6 +210,7 @@ async def test_without_a_fence_a_stranger_runs_in_development_only(tmp_path, ins
 async def test_a_worker_reaches_neither_network_nor_its_daemon(tmp_path, installed):
     async with opened(tmp_path, "test.rogue") as workers:
         outcome = json.loads(await rogue_says(workers, "reach_out"))
+        assert workers.fences.sandboxed
     assert set(outcome.values()) == {"PermissionError"}
     assert len(outcome) == 7
 
