@@ -1,9 +1,152 @@
-"""The parser only."""
+"""The parser only: each command names the function that does it, imported when it runs."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
-    del argv
-    return 2
+from aivillage import __version__
+from aivillage.protocols import errors
+
+DESCRIPTION = "Lend your machine to people you know, and have your AI jobs run on theirs."
+EPILOG = """first steps:
+  aivillage-node init               make a node here
+  aivillage-node start              run it (stays in the foreground)
+  aivillage-node invite             in another terminal: a token for a friend
+  aivillage-node start --join TOKEN on the friend's machine
+  aivillage-node submit inference.generate "Why is the sky blue?"
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="aivillage-node",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"aivillage {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--data-dir", help="the node's folder (env AIVILLAGE_DATA_DIR)")
+    common.add_argument("--json", action="store_true", help="print one JSON value")
+
+    def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(
+            name, help=text, description=text, parents=[common], allow_abbrev=False
+        )
+        found.set_defaults(run=run)
+        return found
+
+    _node_commands(command)
+    _job_commands(command, common)
+    _ledger_commands(command)
+    return parser
+
+
+Command = Callable[[str, str, str], argparse.ArgumentParser]
+
+
+def _node_commands(command: Command) -> None:
+    command("init", "aivillage.cli.node:init", "make an identity and a data folder")
+    start = command("start", "aivillage.cli.node:start", "run the node until Ctrl-C or `stop`")
+    start.add_argument("--join", metavar="TOKEN", help="join a village first (implies init)")
+    start.add_argument("--listen", metavar="IP:PORT", help="where peers reach this node")
+    start.add_argument("--enable", action="append", metavar="OPERATION", help="experimental ones")
+    start.add_argument("--dev-mode", action="store_const", const=True, help="development only")
+    start.add_argument("--price-percent", type=int, metavar="N", help="of the default prices")
+    start.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting"
+    )
+    command("stop", "aivillage.cli.node:stop", "stop the running node")
+    command("status", "aivillage.cli.node:status", "what the node is doing now")
+    command("peers", "aivillage.cli.node:peers", "who is known, who is here, how they did")
+    invite = command(
+        "invite", "aivillage.cli.node:invite", "a token that lets one person join (secret)"
+    )
+    invite.add_argument("--line", metavar="CREDITS", help="what the guest may owe")
+    join = command("join", "aivillage.cli.node:join", "join the village that a token invites to")
+    join.add_argument("token")
+    command("paths", "aivillage.cli.node:show_paths", "where everything of this node lives")
+    config = command("config", "aivillage.cli.node:config", "the settings in force")
+    config.add_argument("action", choices=["show"], nargs="?", default="show")
+    config.add_argument("--origin", action="store_true", help="say where each value comes from")
+    command("doctor", "aivillage.cli.doctor:doctor", "look for what is wrong, and say what to do")
+    demo = command(
+        "demo", "aivillage.cli.demo:demo", "three nodes on this machine: pay, kill, recover, audit"
+    )
+    demo.add_argument("--tokens", type=int, default=48, help="length of the answers")
+    demo.add_argument("--keep", action="store_true", help="leave the data folders behind")
+
+
+def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
+    submit = command(
+        "submit", "aivillage.cli.jobs:submit", "have a job done by a peer, and follow it"
+    )
+    submit.add_argument("operation", help="see `aivillage-node operations`")
+    submit.add_argument("--max-price", metavar="CREDITS", help="most it may cost")
+    submit.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after this")
+    submit.add_argument("--peer", metavar="ID", help="only this peer (id or its end)")
+    submit.add_argument("--detach", action="store_true", help="print the job's id and return")
+    submit.epilog = "Further flags come from the operation: `submit OPERATION --help`."
+    jobs = command("jobs", "aivillage.cli.jobs:jobs", "list, show or cancel your jobs")
+    actions = jobs.add_subparsers(metavar="list|show|cancel", required=True, dest="action")
+    listing = actions.add_parser("list", parents=[common], help="the latest jobs")
+    listing.add_argument("--limit", type=int, default=20)
+    for name, text in (("show", "one job, its attempts and result"), ("cancel", "stop a job")):
+        action = actions.add_parser(name, parents=[common], help=text)
+        action.add_argument("job", help="id, or its beginning")
+    command("operations", "aivillage.cli.jobs:operations", "what can be asked, prices, who does it")
+
+
+def _ledger_commands(command: Command) -> None:
+    command(
+        "balance",
+        "aivillage.cli.credits:balance",
+        "net, in transit and at risk, spendable per peer",
+    )
+    history = command("history", "aivillage.cli.credits:history", "every movement, newest first")
+    history.add_argument("--limit", type=int, default=50)
+    command(
+        "audit", "aivillage.cli.credits:audit", "recompute the whole book; exit 7 if it is wrong"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code that docs/cli.md names."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "submit":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    module, _, function = args.run.partition(":")
+    try:
+        run = getattr(importlib.import_module(module), function)
+        return int(run(args) or 0)
+    except errors.AivillageError as error:
+        _report(error, as_json=args.json)
+        return getattr(error, "exit_code", None) or errors.exit_code(error)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0  # `| head` has seen enough
+
+
+def _report(error: errors.AivillageError, *, as_json: bool) -> None:
+    if as_json:
+        found: dict[str, Any] = {"error": error.code, "message": error.message}
+        print(json.dumps(found | {"next_step": error.next_step}))
+        return
+    print(f"{error.code}: {error.message}", file=sys.stderr)
+    if error.next_step:
+        print(f"  next: {error.next_step}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,6 +15,7 @@ def described(module: Module, operation: str) -> OperationInfo:
     return OperationInfo(
         name=operation,
         title=module.title,
+        positional=module.positional,
         stability=registry.entry(operation).stability,
         request_schema=msgspec.json.schema(module.Request),
         result_schema=msgspec.json.schema(module.Result),

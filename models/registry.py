@@ -29,6 +29,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     stability: Literal["stable", "experimental"] = "stable"
     source: str = ""
     third_party: bool = False
+    has_engine: bool = False
+    """A resident engine serves its sessions; `run` is for library use and local jobs."""
 
 
 BUILT_IN: Final = {
@@ -38,6 +40,7 @@ BUILT_IN: Final = {
             operation="inference.generate",
             target="aivillage.models.inference.generate:MODULE",
             source="Llama, arXiv 2302.13971; SmolLM2, arXiv 2502.02737",
+            has_engine=True,
         ),
         Entry(
             operation="mesh.noop",
@@ -94,3 +97,9 @@ def built_in(operation: str) -> Module | None:
     """Our own module of that name, which any process may hold; None for third-party ones."""
     known = BUILT_IN.get(operation)
     return load(known.target) if known else None
+
+
+def is_served_by_engine(operation: str) -> bool:
+    """Whether a resident engine serves `operation` step by step."""
+    known = BUILT_IN.get(operation)
+    return known is not None and known.has_engine

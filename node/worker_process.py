@@ -188,7 +188,7 @@ async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
 
 def _spawn(scratch: Path, limits: WorkerLimits) -> subprocess.Popen[bytes]:
     """From this very thread: a worker ends with the thread that started it, not only the daemon."""
-    return subprocess.Popen(  # noqa: S603 - our own module, no shell, no word of a stranger's
+    return subprocess.Popen(
         [sys.executable, "-m", "aivillage.models.worker", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -16,6 +16,10 @@ FRAME_BYTES_MAX: Final = 1 << 20
 """A frame is small talk; bulk travels as blobs."""
 DEPTH_MAX: Final = 16
 """Deeper nesting buys nothing and costs stack."""
+VALUES_MAX: Final = 1 << 17
+"""Numbers, texts, keys and containers in one map: more than a megabyte of floats holds. Each costs
+0.2 us to look at, so a hostile megabyte of tiny values may not hold the loop for a third of a
+second. Hot frames (`Step`) are arrays and do not count."""
 LENGTH_BYTES: Final = 4
 
 T = TypeVar("T")
@@ -38,15 +42,17 @@ def encode(frame: Frame) -> bytes:
     """The payload of one frame, without its length.
 
     Raises:
-        RequestError: TOO_LARGE, the frame is over `FRAME_BYTES_MAX`.
+        RequestError: TOO_LARGE or BAD_REQUEST, the other side would refuse the frame.
     """
-    payload = _encoder.encode(frame)
+    payload = pack(frame)
     if len(payload) > FRAME_BYTES_MAX:
         raise RequestError(
             f"the message has {len(payload):,} bytes, at most {FRAME_BYTES_MAX:,} travel",
             code="TOO_LARGE",
             next_step="make the request smaller, or split it",
         )
+    if not isinstance(frame, Step) and (fault := shape_fault(payload)):
+        raise RequestError(f"a message {fault}", next_step="make the request simpler, or split it")
     return payload
 
 
@@ -68,8 +74,8 @@ def decode(payload: bytes | bytearray | memoryview) -> Frame:
         raise PeerError("an empty frame", code="BAD_REQUEST")
     is_array = 0x90 <= payload[0] <= 0x9F or payload[0] in (0xDC, 0xDD)
     # A Step's types bound its depth, and it is the hot frame; maps may carry free-form fields.
-    if not is_array and depth_exceeds(payload, DEPTH_MAX):
-        raise PeerError(f"a frame nested deeper than {DEPTH_MAX}", code="BAD_REQUEST")
+    if not is_array and (fault := shape_fault(payload)):
+        raise PeerError(f"a frame {fault}", code="BAD_REQUEST")
     try:
         if is_array:
             return _decode_step.decode(payload)
@@ -79,8 +85,15 @@ def decode(payload: bytes | bytearray | memoryview) -> Frame:
 
 
 def pack(value: msgspec.Struct) -> bytes:
-    """A request, result or signed body as bytes."""
-    return _encoder.encode(value)
+    """A request, result or signed body as bytes.
+
+    Raises:
+        RequestError: BAD_REQUEST, a text is no Unicode or a number leaves 64 bits.
+    """
+    try:
+        return _encoder.encode(value)
+    except (UnicodeEncodeError, OverflowError, RecursionError) as error:
+        raise RequestError(f"this {type(value).__name__} cannot travel: {error}") from None
 
 
 def unpack(kind: type[T], data: bytes) -> T:
@@ -95,54 +108,60 @@ def unpack(kind: type[T], data: bytes) -> T:
         raise RequestError(f"not a {kind.__name__}: {error}") from None
 
 
-# Header byte -> (bytes to skip after it, whether it opens a container).
-_FIXED_SKIP: Final = {
-    0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8,
-    0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17,
-}  # fmt: skip
+# Header byte -> bytes of a whole value whose size the header alone tells; 0: `_token` must look.
+_LEAF_BYTES: Final = tuple(
+    1 + (head & 0x1F) if 0xA0 <= head <= 0xBF
+    else 0 if 0x80 <= head <= 0x9F or 0xC4 <= head <= 0xC9 or 0xD9 <= head <= 0xDF
+    else {0xCA: 5, 0xCB: 9, 0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9, 0xD0: 2, 0xD1: 3, 0xD2: 5, 0xD3: 9,
+          0xD4: 3, 0xD5: 4, 0xD6: 6, 0xD7: 10, 0xD8: 18}.get(head, 1)
+    for head in range(256)
+)  # fmt: skip
+# Header byte -> (bytes of the length that follows, bytes after it on top of the length).
 _SIZED: Final = {0xC4: (1, 0), 0xC5: (2, 0), 0xC6: (4, 0), 0xC7: (1, 1), 0xC8: (2, 1),
                  0xC9: (4, 1), 0xD9: (1, 0), 0xDA: (2, 0), 0xDB: (4, 0)}  # fmt: skip
+# Header byte -> (bytes of the count that follows, values per count).
 _CONTAINER: Final = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 
-def depth_exceeds(data: bytes | bytearray | memoryview, limit: int) -> bool:
-    """Whether the msgpack value in `data` nests deeper than `limit`, without building it.
+def shape_fault(data: bytes | bytearray | memoryview) -> str:
+    """Why the msgpack value in `data` is refused for its shape, or "": it builds nothing.
 
     Truncated data is not this function's business: the decoder refuses it.
     """
-    open_counts: list[int] = []
-    at, end = 0, len(data)
+    expected: list[int] = []  # values still to come in each open container
+    at, values, end = 0, 0, len(data)
     while at < end:
-        at, children = _token(data, at)
+        values += 1
+        if values > VALUES_MAX:
+            return f"of more than {VALUES_MAX:,} values"
+        children = 0
+        if leaf_bytes := _LEAF_BYTES[data[at]]:
+            at += leaf_bytes
+        else:
+            at, children = _token(data, at)
         if children:
-            open_counts.append(children)
-            if len(open_counts) > limit:
-                return True
+            expected.append(children)
+            if len(expected) > DEPTH_MAX:
+                return f"nested deeper than {DEPTH_MAX}"
             continue
-        while open_counts:
-            open_counts[-1] -= 1
-            if open_counts[-1]:
+        while expected:
+            expected[-1] -= 1
+            if expected[-1]:
                 break
-            open_counts.pop()
-    return False
+            expected.pop()
+    return ""
 
 
 def _token(data: bytes | bytearray | memoryview, at: int) -> tuple[int, int]:
     """(where the next token starts, how many values the one at `at` contains)."""
     head = data[at]
     at += 1
-    if 0x80 <= head <= 0x8F:
+    if head <= 0x8F:
         return at, 2 * (head & 0x0F)
-    if 0x90 <= head <= 0x9F:
+    if head <= 0x9F:
         return at, head & 0x0F
-    if 0xA0 <= head <= 0xBF:
-        return at + (head & 0x1F), 0
-    if head in _FIXED_SKIP:
-        return at + _FIXED_SKIP[head], 0
     if head in _SIZED:
         width, extra = _SIZED[head]
         return at + width + extra + int.from_bytes(data[at : at + width], "big"), 0
-    if head in _CONTAINER:
-        width, factor = _CONTAINER[head]
-        return at + width, factor * int.from_bytes(data[at : at + width], "big")
-    return at, 0
+    width, factor = _CONTAINER[head]
+    return at + width, factor * int.from_bytes(data[at : at + width], "big")

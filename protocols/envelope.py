@@ -66,20 +66,24 @@ def unseal(envelope: bytes, domain: str, kind: type[T]) -> tuple[PeerId, T]:
     """(who signed it, the value), after checking signature and canonical form.
 
     Raises:
-        PeerError: BAD_REQUEST, the envelope is malformed, not canonical or not signed.
+        PeerError: BAD_REQUEST or TOO_LARGE; the envelope is malformed, not canonical or not signed.
     """
     if len(envelope) > ENVELOPE_BYTES_MAX:
         raise PeerError(f"an envelope of {len(envelope):,} bytes", code="TOO_LARGE")
     try:
         parts = msgspec.msgpack.decode(envelope, type=_Envelope)
-        value = msgspec.msgpack.decode(parts.body, type=kind)
         signer = peer_id(parts.public_key)
-    except (msgspec.DecodeError, ValueError) as error:
-        raise PeerError(
-            f"not an envelope of {kind.__name__}: {error}", code="BAD_REQUEST"
-        ) from None
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise _no_envelope(kind, error) from None
     if msgspec.msgpack.encode(parts) != envelope:
         raise PeerError("the envelope is not in canonical form", code="BAD_REQUEST")
     if not is_signed_by(parts.public_key, prefix(domain) + parts.body, parts.signature):
         raise PeerError(f"the signature on a {kind.__name__} is wrong", code="BAD_REQUEST")
-    return signer, value
+    try:
+        return signer, msgspec.msgpack.decode(parts.body, type=kind)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise _no_envelope(kind, error) from None
+
+
+def _no_envelope(kind: type[msgspec.Struct], error: Exception) -> PeerError:
+    return PeerError(f"not an envelope of {kind.__name__}: {error}", code="BAD_REQUEST")

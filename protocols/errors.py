@@ -119,8 +119,8 @@ _EXIT_BY_CLASS: Final = {
 
 def exit_code(error: AivillageError) -> int:
     """The process exit code that stands for `error`."""
-    if error.code == "BAD_REQUEST":
-        return EXIT_USAGE
+    if error.code == "BAD_REQUEST" and not isinstance(error, PeerError):
+        return EXIT_USAGE  # a peer's malformed bytes are no fault of who typed the command
     return next((n for kind, n in _EXIT_BY_CLASS.items() if isinstance(error, kind)), EXIT_INTERNAL)
 
 

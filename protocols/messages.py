@@ -7,18 +7,24 @@ whoever opened it. Decode once at the edge (`codec.py`); past it there are no di
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
 
-from aivillage.protocols.pricing import Terms
-from aivillage.protocols.types import MicroCredits, PeerId, Seconds
+from aivillage.protocols.pricing import UNITS_MAX, Terms
+from aivillage.protocols.types import U32, Amount, Count, Measure, MicroCredits, PeerId
+from aivillage.protocols.vouchers import BLOB_BYTES_MAX
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
 VERSION_MAJOR: Final = 1
 VERSION_MINOR: Final = 0
 CALLS_PER_PAIR_MAX: Final = 256
 CERTIFICATES_MAX: Final = 8
+
+LedgerBlob: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=BLOB_BYTES_MAX)]
+Certificates: TypeAlias = Annotated[tuple[bytes, ...], msgspec.Meta(max_length=CERTIFICATES_MAX)]
+Counts: TypeAlias = Annotated[dict[str, Count], msgspec.Meta(max_length=UNITS_MAX)]
+"""Unit -> count, as in `Usage`."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t"):
@@ -28,15 +34,15 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     """First frame of both sides. Another major version is refused, another minor is fine."""
 
-    major: int
-    minor: int
+    major: Count
+    minor: Count
     agent: str
-    boot_epoch: int
-    clock_unix_ms: int
-    certificates: tuple[bytes, ...] = ()
+    boot_epoch: Count
+    clock_unix_ms: Count
+    certificates: Certificates = ()
     kernel_classes: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()
-    max_frame_bytes: int = 1 << 20
+    max_frame_bytes: Count = 1 << 20
 
 
 class Ping(Message, frozen=True, kw_only=True, tag="ping"):
@@ -50,7 +56,7 @@ class Pong(Message, frozen=True, kw_only=True, tag="pong"):
 class Failure(Message, frozen=True, kw_only=True, tag="failure"):
     """The typed end of a call (`id`), or of the stream (`id` 0)."""
 
-    id: int
+    id: Count
     code: str
     message: str = ""
     next_step: str = ""
@@ -61,73 +67,78 @@ class OperationInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     name: str
     title: str = ""
+    positional: str = ""
     stability: str = "stable"
     request_schema: dict[str, Any] = {}
     result_schema: dict[str, Any] = {}
     terms: Terms | None = None
-    kernel_class: str = ""
-    identical: str = ""
     enabled: bool = True
 
 
 class ListOperations(Message, frozen=True, kw_only=True, tag="list_operations"):
-    id: int
+    id: Count
 
 
 class Operations(Message, frozen=True, kw_only=True, tag="operations"):
-    id: int
+    id: Count
     operations: tuple[OperationInfo, ...]
 
 
 class QuoteRequest(Message, frozen=True, kw_only=True, tag="quote_request"):
-    id: int
+    id: Count
     operation: str
     request: bytes
 
 
 class QuoteReply(Message, frozen=True, kw_only=True, tag="quote"):
-    """`quote` is an envelope around a `Quote`; the rest is advice for choosing."""
+    """`quote` is an envelope around a `Quote`; the rest is advice for choosing. Room may be < 0."""
 
-    id: int
+    id: Count
     quote: bytes
     room_micro_credits: MicroCredits = 0
-    kernel_class: str = ""
-    identical: str = ""
-    queue_length: int = 0
+    queue_length: Count = 0
 
 
 class Call(Message, frozen=True, kw_only=True, tag="call"):
     """Do this. `done` is usage accepted from earlier attempts: read again, not paid again."""
 
-    id: int
+    id: Count
     attempt: bytes
     operation: str
     request: bytes
     quote_hash: bytes
-    ceiling_micro_credits: MicroCredits
-    deadline_seconds: Seconds
+    ceiling_micro_credits: Amount
+    deadline_seconds: Measure
     delivered: tuple[bytes, ...] = ()
-    done: dict[str, int] = {}
+    done: Counts = {}
 
 
 class Accepted(Message, frozen=True, kw_only=True, tag="accepted"):
     """The seller has it and will work: sent at once, before any work."""
 
+    id: Count
+
+
+class Started(Message, frozen=True, kw_only=True, tag="started"):
+    """The engine is loaded and the work begins: what computes it, and how sure sameness is."""
+
     id: int
+    kernel_class: str = ""
+    identical: str = ""
 
 
 class Progress(Message, frozen=True, kw_only=True, tag="progress"):
-    id: int
-    done: float
-    total: float = 0.0
+    id: Count
+    done: Measure
+    total: Measure = 0.0
     note: str = ""
 
 
 class Part(Message, frozen=True, kw_only=True, tag="part"):
     """One piece of a module's result, numbered from 0 within the job."""
 
-    id: int
-    seq: int
+    id: Count
+    seq: Count
     body: bytes
     hash8: bytes = b""
 
@@ -135,22 +146,22 @@ class Part(Message, frozen=True, kw_only=True, tag="part"):
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     """The seller's last word on a call. The buyer recomputes usage and hash before it pays."""
 
-    id: int
+    id: Count
     attempt: bytes
     result: bytes
-    usage: dict[str, int]
+    usage: Counts
     out_hash: bytes
-    seconds: Seconds = 0.0
+    seconds: Measure = 0.0
 
 
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
-    id: int
+    id: Count
 
 
 class Ledger(Message, frozen=True, kw_only=True, tag="ledger"):
     """Ledger blobs, each at most 4 KiB, in order."""
 
-    blobs: tuple[bytes, ...]
+    blobs: tuple[LedgerBlob, ...]
 
 
 class Gossip(Message, frozen=True, kw_only=True, tag="gossip"):
@@ -158,47 +169,47 @@ class Gossip(Message, frozen=True, kw_only=True, tag="gossip"):
 
     topic: str
     envelope: bytes
-    hops: int = 0
+    hops: Count = 0
 
 
 class Join(Message, frozen=True, kw_only=True, tag="join"):
-    id: int
+    id: Count
     token: str
 
 
 class Joined(Message, frozen=True, kw_only=True, tag="joined"):
-    id: int
-    certificates: tuple[bytes, ...]
+    id: Count
+    certificates: Certificates
 
 
 class Tunnel(Message, frozen=True, kw_only=True, tag="tunnel"):
     """Raw bytes of a foreign protocol over the control socket; reserved for the MCP gateway."""
 
-    id: int
+    id: Count
     body: bytes
 
 
 class Ask(Message, frozen=True, kw_only=True, tag="ask"):
     """Control socket only: read or change something of the owner's own node."""
 
-    id: int
+    id: Count
     what: str
     args: dict[str, Any] = {}
 
 
 class Answer(Message, frozen=True, kw_only=True, tag="answer"):
-    id: int
+    id: Count
     value: Any = None
 
 
 class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     """Control socket only: a job of the owner's. Streams `Text`/`Progress`, ends in `Answer`."""
 
-    id: int
+    id: Count
     operation: str
     request: bytes
-    ceiling_micro_credits: MicroCredits | None = None
-    deadline_seconds: Seconds | None = None
+    ceiling_micro_credits: Amount | None = None
+    deadline_seconds: Measure | None = None
     peer: PeerId | None = None
     follow: bool = True
 
@@ -206,7 +217,7 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
 class Text(Message, frozen=True, kw_only=True, tag="text"):
     """Control socket only: streamed text of a job of the owner's."""
 
-    id: int
+    id: Count
     text: str
 
 
@@ -217,25 +228,25 @@ class StepItem(msgspec.Struct, frozen=True, array_like=True):
     `read_bytes` how much of the prompt has been read so far, `hash8` the running hash after it.
     """
 
-    session: int
-    first: int
-    token_ids: tuple[int, ...]
+    session: U32
+    first: Count
+    token_ids: tuple[U32, ...]
     text: str
     hash8: bytes
-    read_bytes: int = 0
+    read_bytes: Count = 0
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
     """One engine step for all sequences of this peer; a ledger receipt may ride along."""
 
-    seq: int
+    seq: Count
     items: tuple[StepItem, ...]
-    receipt: bytes | None = None
+    receipt: LedgerBlob | None = None
 
 
 PEER_MESSAGES: Final = (
     Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
-    Accepted, Progress, Part, Finished, Cancel, Ledger, Gossip, Join, Joined, Step,
+    Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Join, Joined, Step,
 )  # fmt: skip
 CONTROL_MESSAGES: Final = (
     Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,
@@ -249,35 +260,33 @@ class Quote(msgspec.Struct, frozen=True, kw_only=True):
     seller: PeerId
     operation: str
     terms: Terms
-    not_after_unix_ms: int
-    estimate: dict[str, int] = {}
-    seconds: Seconds = 0.0
-    kernel_class: str = ""
+    not_after_unix_ms: Count
+    estimate: Counts = {}
+    seconds: Measure = 0.0
 
 
 class OfferedOperation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str
-    prices_micro_credits: dict[str, int] = {}
-    kernel_class: str = ""
+    prices_micro_credits: dict[str, Amount] = {}
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a node does and at what price, gossiped; at most 1 KiB, good for 120 s."""
 
     seller: PeerId
-    seq: int
-    not_after_unix_ms: int
+    seq: Count
+    not_after_unix_ms: Count
     addresses: tuple[str, ...]
     operations: tuple[OfferedOperation, ...]
-    free_slots: int = 0
+    free_slots: Count = 0
 
 
 class TaskAd(msgspec.Struct, frozen=True, kw_only=True):
     """Nobody offers what I need: able peers answer with an `Offer`."""
 
     buyer: PeerId
-    seq: int
-    not_after_unix_ms: int
+    seq: Count
+    not_after_unix_ms: Count
     operation: str
     addresses: tuple[str, ...] = ()
 
@@ -289,8 +298,8 @@ class Invite(msgspec.Struct, frozen=True, kw_only=True):
     inviter: PeerId
     addresses: tuple[str, ...]
     nonce: bytes
-    not_after_unix_ms: int
-    line_micro_credits: MicroCredits
+    not_after_unix_ms: Count
+    line_micro_credits: Amount
 
 
 class Certificate(msgspec.Struct, frozen=True, kw_only=True):
@@ -299,6 +308,6 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     village: bytes
     issuer: PeerId
     member: PeerId
-    line_micro_credits: MicroCredits
-    not_after_unix_ms: int
+    line_micro_credits: Amount
+    not_after_unix_ms: Count
     may_invite: bool = False

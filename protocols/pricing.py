@@ -48,7 +48,12 @@ def price_of_rest(terms: Terms, usage: Usage, done: Usage) -> MicroCredits:
     """What `usage` costs where `done` of it was already accepted from an earlier attempt.
 
     Each accepted unit is paid once in the life of a job, whoever delivers it.
+
+    Raises:
+        RequestError: as `price`, or a count in `done` is negative.
     """
+    if any(count < 0 for count in (*usage.values(), *done.values())):
+        raise RequestError("a count of delivered work is negative")
     rest = {unit: max(0, count - done.get(unit, 0)) for unit, count in usage.items()}
     return price(terms, rest)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NewType, TypeAlias
+from typing import Annotated, NewType, TypeAlias
+
+import msgspec
 
 PeerId = NewType("PeerId", str)
 """libp2p's name of an Ed25519 public key: base58 of the identity multihash (`12D3KooW...`)."""
@@ -24,6 +26,16 @@ MICRO_CREDITS_PER_CREDIT = 1_000_000
 
 AMOUNT_MAX: MicroCredits = 2**53 - 1
 """Largest amount in a book: JSON tools stay exact up to here."""
+
+# What a field of a message may hold. The codec refuses the rest, so that no later line has to ask.
+Amount: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=AMOUNT_MAX)]
+"""Micro-credits on the wire: never negative."""
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
+"""A number of things, a sequence number, unix milliseconds, a call's id."""
+U32: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+"""A token id, or a session."""
+Measure: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
+"""Seconds, or how much is done: not negative and not NaN."""
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 # identity multihash (0x00, 36 bytes) of the protobuf {Type: Ed25519, Data: 32 bytes}

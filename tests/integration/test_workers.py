@@ -150,7 +150,7 @@ async def test_idle_workers_end(tmp_path):
     async with opened(tmp_path, idle_exit_seconds=0.2) as workers:
         await ran(workers, "mesh.noop", pack())
         with trio.fail_after(5):
-            while list((tmp_path / "scratch").iterdir()):  # noqa: ASYNC110 - no event to wait for
+            while list((tmp_path / "scratch").iterdir()):
                 await trio.sleep(0.05)
         assert len(await ran(workers, "mesh.noop", pack())) == 1
 

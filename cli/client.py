@@ -1,0 +1,115 @@
+"""The command line's end of the control socket: plain blocking sockets, the mesh's own frames."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from aivillage.protocols import codec, messages
+from aivillage.protocols.errors import (
+    EXIT_NO_DAEMON,
+    AivillageError,
+    NodeError,
+    PeerError,
+    from_code,
+)
+from aivillage.protocols.messages import Frame, Hello
+
+
+class NoDaemonError(NodeError):
+    """No daemon answers on the control socket."""
+
+    exit_code = EXIT_NO_DAEMON
+
+
+class Client:
+    """One connection to the daemon of a data folder.
+
+    Raises:
+        NoDaemonError: no daemon runs there.
+        PeerError: VERSION_UNSUPPORTED, it is of another major version.
+    """
+
+    def __init__(self, path: Path, timeout_seconds: float | None = 30.0) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout_seconds)
+        self._ids = itertools.count(1)
+        self._buffer = bytearray()
+        try:
+            self._socket.connect(str(path))
+            hello = self.receive()
+        except OSError:
+            self._socket.close()
+            raise NoDaemonError(
+                "no node is running here", next_step="start one: aivillage-node start"
+            ) from None
+        if not isinstance(hello, Hello) or hello.major != messages.VERSION_MAJOR:
+            raise PeerError("the running node is of another version", code="VERSION_UNSUPPORTED")
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._socket.close()
+
+    def patient(self) -> Client:
+        """Waits as long as it takes from now on: for jobs, which have deadlines of their own."""
+        self._socket.settimeout(None)
+        return self
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def send(self, frame: Frame) -> None:
+        self._socket.sendall(codec.frame(frame))
+
+    def receive(self) -> Frame:
+        """The next frame. Raises: NodeError: the daemon ended."""
+        size_bytes = int.from_bytes(self._take(codec.LENGTH_BYTES), "big")
+        return codec.decode(self._take(size_bytes))
+
+    def _take(self, count: int) -> bytes:
+        while len(self._buffer) < count:
+            chunk = self._socket.recv(65536)
+            if not chunk:
+                raise NodeError(
+                    "the node ended", next_step="look at its log, then: aivillage-node start"
+                )
+            self._buffer += chunk
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+    def ask(self, what: str, **args: Any) -> Any:
+        """One question, one answer. Raises: AivillageError: the daemon's refusal."""
+        call = self.next_id()
+        self.send(messages.Ask(id=call, what=what, args=args))
+        for frame in self.frames(call):
+            if isinstance(frame, messages.Answer):
+                return frame.value
+        raise AssertionError("frames end with an answer or an error")
+
+    def frames(self, call: int) -> Iterator[Frame]:
+        """Frames of one call up to its answer. Raises: AivillageError: its failure."""
+        while True:
+            frame = self.receive()
+            if getattr(frame, "id", 0) not in {call, 0}:
+                continue
+            if isinstance(frame, messages.Failure):
+                raise _error(frame)
+            yield frame
+            if isinstance(frame, messages.Answer):
+                return
+
+
+def _error(failure: messages.Failure) -> AivillageError:
+    return from_code(failure.code, failure.message, failure.next_step)

@@ -1,0 +1,97 @@
+"""balance, history, audit: asked of the daemon; without one, read from the ledger itself."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from aivillage.cli import show
+from aivillage.cli.client import NoDaemonError
+from aivillage.cli.node import connect, places
+from aivillage.protocols.errors import EXIT_AUDIT, EXIT_OK
+from aivillage.protocols.types import as_credits
+
+
+def _ask(args: argparse.Namespace, what: str, read: Callable[[], Any], **more: Any) -> Any:
+    """The daemon's answer, or that of the file: the queries behind both are the same."""
+    try:
+        with connect(args) as client:
+            return client.ask(what, **more)
+    except NoDaemonError:
+        return msgspec.to_builtins(read())
+
+
+def balance(args: argparse.Namespace) -> int:
+    from aivillage.ledger import reader
+
+    found = _ask(args, "balance", lambda: reader.read_balance(places(args).ledger))
+    if args.json:
+        show.as_json(found)
+        return 0
+    print(f"net         {as_credits(found['net']):>14} credits (earned minus spent)")
+    print(f"in transit  {as_credits(found['in_transit']):>14} signed by me, not yet confirmed")
+    print(f"at risk     {as_credits(found['at_risk']):>14} delivered by me, not yet signed for")
+    if found["peers"]:
+        print()
+    show.table(
+        [
+            (
+                show.short(peer["peer"]),
+                as_credits(peer["net"]),
+                as_credits(peer["spendable"]),
+                as_credits(peer["line"]),
+            )
+            for peer in found["peers"]
+        ],
+        ("peer", "owes me", "spendable there", "may owe me"),
+    )
+    return 0
+
+
+def history(args: argparse.Namespace) -> int:
+    from aivillage.ledger import reader
+
+    found = _ask(
+        args,
+        "history",
+        lambda: reader.read_history(places(args).ledger, args.limit),
+        limit=args.limit,
+    )
+    if args.json:
+        show.as_json(found)
+        return 0
+    show.table(
+        [
+            (
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["at_ms"] / 1000)),
+                row["kind"],
+                show.short(row["peer"]),
+                row["attempt"][:8],
+                as_credits(row["amount"]),
+            )
+            for row in found
+        ],
+        ("when", "what", "peer", "attempt", "credits"),
+    )
+    return 0
+
+
+def audit(args: argparse.Namespace) -> int:
+    """Exit 7 where the book is wrong, and the first entry that is."""
+    from aivillage.ledger import reader
+
+    found = _ask(args, "audit", lambda: reader.read_audit(places(args).ledger))
+    if args.json:
+        show.as_json(found)
+    elif found["ok"]:
+        print(
+            f"the book is right: {found['entries']} entries, {found['vouchers']} vouchers,"
+            f" {found['receipts']} receipts, every signature checked"
+        )
+    else:
+        print(f"THE BOOK IS WRONG: {found['first_error']}")
+    return EXIT_OK if found["ok"] else EXIT_AUDIT

@@ -1,0 +1,208 @@
+"""submit, jobs, operations. The flags of `submit` come from the operation's own schema."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import msgspec
+
+from aivillage.cli import show
+from aivillage.cli.client import Client
+from aivillage.cli.node import amount, connect
+from aivillage.protocols import messages
+from aivillage.protocols.errors import RequestError
+from aivillage.protocols.types import as_credits
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Streams the answer to standard output, progress and the receipt to standard error."""
+    with connect(args) as client:
+        operation = _operation(client, args.operation)
+        request = _request(operation, args.rest)
+        call = client.next_id()
+        client.patient().send(
+            messages.Submit(
+                id=call,
+                operation=args.operation,
+                request=msgspec.msgpack.encode(request),
+                ceiling_micro_credits=amount(args.max_price) if args.max_price else None,
+                deadline_seconds=args.deadline,
+                peer=args.peer,
+                follow=not args.detach,
+            )
+        )
+        try:
+            answer = _follow(client, call, quiet=args.json)
+        except KeyboardInterrupt:
+            client.send(messages.Cancel(id=call))
+            show.note("\ncancelling; what was delivered is paid")
+            answer = _follow(client, call, quiet=True)
+    if args.json:
+        show.as_json(answer)
+    elif args.detach:
+        print(answer["job"])
+    else:
+        _show_result(answer)
+    return 0
+
+
+def _operation(client: Client, name: str) -> dict[str, Any]:
+    known = {operation["name"]: operation for operation in client.ask("operations")}
+    if name not in known:
+        raise RequestError(
+            f"no operation is called {name!r}",
+            code="UNKNOWN_OPERATION",
+            next_step="aivillage-node operations",
+        )
+    found: dict[str, Any] = known[name]
+    return found
+
+
+def _request(operation: dict[str, Any], rest: list[str]) -> dict[str, Any]:
+    """Flags -> request; only what was said, so that defaults stay the module's."""
+    parser = argparse.ArgumentParser(prog=f"aivillage-node submit {operation['name']}")
+    fields = _fields(operation.get("request_schema", {}))
+    positional = operation.get("positional", "")
+    if positional:
+        about = fields.get(positional, {}).get("description", "")
+        parser.add_argument(positional, nargs="?", default=None, help=about)
+    for name, field in fields.items():
+        if name != positional:
+            _add_flag(parser, name, field)
+    found = {k: v for k, v in vars(parser.parse_args(rest)).items() if v is not None}
+    if positional and found.get(positional) == "-":
+        found[positional] = sys.stdin.read()
+    return found
+
+
+def _fields(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    definitions = schema.get("$defs", {})
+    root = definitions.get(schema.get("$ref", "").rpartition("/")[2], schema)
+    found: dict[str, dict[str, Any]] = root.get("properties", {})
+    return found
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, field: dict[str, Any]) -> None:
+    flag = "--" + name.replace("_", "-")
+    about = field.get("description", "")
+    if field.get("default") not in (None, [], ""):
+        about += f" (default {field['default']})"
+    about = about.replace("%", "%%")
+    kind = field.get("type")
+    if kind == "boolean":
+        parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=about)
+    elif kind == "array" and field.get("items", {}).get("type") == "string":
+        parser.add_argument(flag, dest=name, action="append", metavar="TEXT", help=about)
+    else:
+        convert = {"integer": int, "number": float, "string": str}.get(str(kind), json.loads)
+        meta = str(kind).upper() if kind in {"integer", "number", "string"} else "JSON"
+        parser.add_argument(flag, dest=name, type=convert, metavar=meta, help=about)
+
+
+def _follow(client: Client, call: int, *, quiet: bool) -> dict[str, Any]:
+    """Shows what comes until the answer. Raises: AivillageError: the job failed."""
+    for frame in client.frames(call):
+        if isinstance(frame, messages.Answer):
+            found: dict[str, Any] = frame.value
+            return found
+        if not quiet:
+            _show_frame(frame)
+    raise AssertionError("frames end with an answer or an error")
+
+
+def _show_frame(frame: messages.Frame) -> None:
+    if isinstance(frame, messages.Text):
+        print(frame.text, end="", flush=True)
+    elif isinstance(frame, messages.Progress):
+        share = f"{frame.done:g}/{frame.total:g} " if frame.total else ""
+        show.note(f"[{share}{frame.note}]")
+
+
+def _show_result(answer: dict[str, Any]) -> None:
+    result = answer["result"]
+    if not (isinstance(result, dict) and "text" in result):
+        show.as_json(result)
+    else:
+        print()
+    show.note(receipt_line(answer["receipt"]))
+
+
+def receipt_line(receipt: dict[str, Any]) -> str:
+    """One line: who, what, how long, how much, why."""
+    sellers = " then ".join(show.short(seller) for seller in receipt["sellers"]) or "nobody"
+    made = ", ".join(f"{n} {unit.replace('_', ' ')}" for unit, n in receipt["usage"].items())
+    return (
+        f"[by {sellers}: {made} in {receipt['seconds']:.1f} s for "
+        f"{as_credits(receipt['price_micro_credits'])} credits; {receipt['why']}; "
+        f"identical: {receipt['identical']}]"
+    )
+
+
+def jobs(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        if args.action == "list":
+            return _list(args, client.ask("jobs", limit=args.limit))
+        found = client.ask("job" if args.action == "show" else "cancel", job=args.job)
+    if args.json:
+        show.as_json(found)
+        return 0
+    receipt, attempts = found.pop("receipt", None), found.pop("attempts", [])
+    show.pairs({name: value for name, value in found.items() if value not in (None, "")})
+    for attempt in attempts:
+        price = as_credits(attempt["price_micro_credits"])
+        print(f"  {show.short(attempt['seller'])}: {attempt['outcome']}, {price} credits")
+    if receipt:
+        print(receipt_line(receipt))
+    return 0
+
+
+def _list(args: argparse.Namespace, found: list[dict[str, Any]]) -> int:
+    if args.json:
+        show.as_json(found)
+        return 0
+    show.table(
+        [
+            (
+                job["job"][:8],
+                job["operation"],
+                job["state"],
+                show.ago(job["created_unix"]),
+                as_credits(job["receipt"]["price_micro_credits"]) if job["receipt"] else "",
+                job["message"],
+            )
+            for job in found
+        ],
+        ("job", "operation", "state", "asked", "credits", ""),
+    )
+    return 0
+
+
+def operations(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        found = client.ask("operations")
+    if args.json:
+        show.as_json(found)
+        return 0
+    show.table(
+        [
+            (
+                operation["name"],
+                operation.get("title", ""),
+                operation.get("stability", "stable")
+                + ("" if operation.get("enabled", True) else ", off"),
+                ", ".join(
+                    f"{as_credits(price)} a {unit.replace('_', ' ').removesuffix('s')}"
+                    for unit, price in (operation.get("terms") or {})
+                    .get("prices_micro_credits", {})
+                    .items()
+                ),
+                len(operation["offered_by"]),
+            )
+            for operation in found
+        ],
+        ("operation", "what it does", "stability", "my price in credits", "peers"),
+    )
+    return 0

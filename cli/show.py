@@ -1,0 +1,54 @@
+"""How things look on a terminal: aligned columns, plain words, and JSON on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+
+def as_json(value: Any) -> None:
+    """One JSON value on one line: what scripts read."""
+    print(json.dumps(value, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def table(rows: Sequence[Sequence[Any]], headings: Sequence[str]) -> None:
+    """Columns as wide as what is in them."""
+    cells = [list(headings), *[["" if c is None else str(c) for c in row] for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
+    for row in cells:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+def pairs(values: dict[str, Any]) -> None:
+    """`name  value`, one a line."""
+    width = max((len(name) for name in values), default=0)
+    for name, value in values.items():
+        print(f"{name.ljust(width)}  {value}")
+
+
+def note(text: str) -> None:
+    """Progress, for the person: standard error, so that answers stay clean."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def ago(unix: float | None) -> str:
+    """`12 s ago`, `3 h ago`."""
+    if not unix:
+        return "never"
+    seconds = max(0, time.time() - unix)
+    for size, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {name} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def short(peer: str) -> str:
+    """The end of a peer id: what people tell apart."""
+    return peer[-8:]

@@ -1,0 +1,195 @@
+"""The buyer's memory: what was accepted, and when to sign for it.
+
+A voucher goes out when the unsigned work reaches half of the exposure that the seller grants,
+when an attempt ends and nothing is being signed for that seller, or after 250 ms.
+"""
+
+from __future__ import annotations
+
+import apsw
+
+from aivillage.ledger import payer
+from aivillage.ledger.books import Pair
+from aivillage.ledger.desk import Desk, Done, Failed, Partner, Purchase, paired
+from aivillage.protocols.errors import AivillageError, LedgerError
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
+from aivillage.protocols.vouchers import (
+    ITEMS_MAX,
+    JOB,
+    Item,
+    Receipt,
+    Voucher,
+    check_receipt,
+    encode,
+)
+
+_RESEND_MAX = 64  # vouchers in one go; the rest waits for the next
+
+
+class Buying:
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def intend(
+        self, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
+    ) -> None:
+        self._desk.partner(peer).purchases[attempt] = Purchase(quote_hash, ceiling)
+        self._desk.submit(
+            lambda db: payer.intend(db, peer, attempt, quote_hash, ceiling), lambda _: None
+        )
+
+    def accept(
+        self, peer: PeerId, attempt: AttemptId, amount: MicroCredits, out_hash: bytes
+    ) -> None:
+        """Nothing is paid for an attempt that this boot does not know or that has ended.
+
+        Raises:
+            LedgerError: INSUFFICIENT_CREDITS, `amount` is above the attempt's ceiling.
+        """
+        partner = self._desk.partner(peer)
+        purchase = partner.purchases.get(attempt)
+        if purchase is None or purchase.closing or amount <= purchase.accepted:
+            return
+        if amount > purchase.ceiling:
+            raise LedgerError(f"{amount} micro-credits is above the ceiling {purchase.ceiling}")
+        partner.unpaid += amount - purchase.accepted
+        purchase.accepted, purchase.out_hash = amount, out_hash
+        if partner.unpaid_since is None:
+            partner.unpaid_since = self._desk.now()
+        if partner.unpaid * 2 >= partner.pair.received_exposure:
+            self.flush(partner)
+
+    def settle(
+        self,
+        peer: PeerId,
+        attempt: AttemptId,
+        amount: MicroCredits,
+        out_hash: bytes,
+        done: Done,
+        failed: Failed,
+    ) -> None:
+        """`done` once the final item is durable, or at once where nothing is to be signed."""
+        partner = self._desk.partner(peer)
+        self.accept(peer, attempt, amount, out_hash)
+        purchase = partner.purchases.get(attempt)
+        if purchase is None:
+            return done()
+        if purchase.accepted == 0:
+            del partner.purchases[attempt]
+            self._desk.submit(lambda db: payer.drop_intent(db, peer, attempt), lambda _: None)
+            return done()
+        purchase.closing = True
+        purchase.waiters.append((done, failed))
+        if partner.unpaid_since is None:
+            partner.unpaid_since = self._desk.now()
+        if not partner.signing:
+            self.flush(partner)
+        return None
+
+    def flush(self, partner: Partner) -> None:
+        """Signs for all that is accepted and unsigned, at most 16 attempts a voucher."""
+        partner.unpaid, partner.unpaid_since = 0, None
+        due = [
+            (attempt, purchase)
+            for attempt, purchase in partner.purchases.items()
+            if purchase.accepted > purchase.submitted
+            or (purchase.closing and not purchase.closing_submitted)
+        ]
+        for start in range(0, len(due), ITEMS_MAX):
+            self._sign(partner, dict(due[start : start + ITEMS_MAX]))
+
+    def _sign(self, partner: Partner, batch: dict[AttemptId, Purchase]) -> None:
+        peer, wallet, at_ms = partner.pair.peer, self._desk.wallet, self._desk.clock.unix_ms()
+        items = []
+        for attempt, p in batch.items():
+            p.submitted, p.closing_submitted = p.accepted, p.closing
+            items.append(Item(JOB, attempt, p.quote_hash, p.accepted, p.out_hash, p.closing))
+
+        def job(db: apsw.Connection) -> Voucher | None:
+            return payer.make_voucher(db, wallet, peer, items, at_ms)
+
+        partner.signing += 1
+        self._desk.submit(
+            paired(job, peer),
+            lambda result: self._signed(partner, items, *result),
+            lambda error: self._unsigned(partner, batch, error),
+        )
+
+    def _signed(
+        self, partner: Partner, items: list[Item], voucher: Voucher | None, pair: Pair
+    ) -> None:
+        partner.signing -= 1
+        partner.pair = pair
+        if voucher is not None:
+            self.send(partner, [voucher])
+        for item in items:
+            purchase = partner.purchases.get(AttemptId(item.id))
+            if purchase is None:
+                continue
+            purchase.signed = max(purchase.signed, item.amount)
+            if item.final:
+                del partner.purchases[AttemptId(item.id)]
+                for done, _ in purchase.waiters:
+                    done()
+        if not partner.signing and any(p.closing for p in partner.purchases.values()):
+            self.flush(partner)
+
+    def _unsigned(
+        self, partner: Partner, batch: dict[AttemptId, Purchase], error: AivillageError
+    ) -> None:
+        """Nothing was signed: what was accepted stays due, and an attempt may be settled again."""
+        partner.signing -= 1
+        partner.unpaid_since = self._desk.now()
+        for purchase in batch.values():
+            partner.unpaid += purchase.submitted - purchase.signed
+            purchase.submitted = purchase.signed
+            purchase.closing = purchase.closing_submitted = False
+            waiters, purchase.waiters = purchase.waiters, []
+            for _, failed in waiters:
+                failed(error)
+
+    def send(self, partner: Partner, vouchers: list[Voucher]) -> None:
+        """Durable vouchers only."""
+        if partner.link is None:
+            return
+        self.expect_receipts(partner, partner.unconfirmed + len(vouchers))
+        for voucher in vouchers:
+            partner.link.send(encode(self._desk.epoch, voucher))
+
+    def expect_receipts(self, partner: Partner, count: int) -> None:
+        """`count` vouchers in all wait for a receipt; they are sent again if none comes."""
+        if count and not partner.unconfirmed:
+            partner.resend_wait = self._desk.settings.resend_seconds
+            partner.resend_at = self._desk.now() + partner.resend_wait
+        partner.unconfirmed = count
+
+    def on_receipt(self, partner: Partner, receipt: Receipt) -> None:
+        """Raises: PeerError: the receipt is forged."""
+        peer, signer = partner.pair.peer, self._desk.signer
+        body = check_receipt(receipt, signer.public_key, partner.key, signer.verify)
+
+        self._desk.submit(
+            lambda db: payer.note_receipt(db, peer, body, receipt),
+            lambda left: self.expect_receipts(partner, left),
+        )
+
+    def tick(self, partner: Partner) -> None:
+        now, settings = self._desk.now(), self._desk.settings
+        since = partner.unpaid_since
+        if since is not None and now - since >= settings.voucher_seconds:
+            self.flush(partner)
+        if partner.link is not None and partner.unconfirmed and now >= partner.resend_at:
+            partner.resend_wait = min(partner.resend_wait * 2, settings.resend_seconds_max)
+            partner.resend_at = now + partner.resend_wait
+            self._resend(partner)
+
+    def _resend(self, partner: Partner) -> None:
+        peer = partner.pair.peer
+
+        def found(vouchers: list[Voucher]) -> None:
+            partner.unconfirmed = len(vouchers)
+            if partner.link is not None:
+                for voucher in vouchers:
+                    partner.link.send(encode(self._desk.epoch, voucher))
+
+        self._desk.submit(lambda db: payer.unreceipted(db, peer, _RESEND_MAX), found)

@@ -1,0 +1,280 @@
+"""One boot of one book: the ledger that both the daemon and the simulator run.
+
+It has no thread, clock or socket of its own. Plain calls touch memory; what must last goes to
+the runner as a transaction, and bytes leave only from the callback that follows its commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import apsw
+import msgspec
+
+from aivillage.ledger import exposure, sync
+from aivillage.ledger.books import Pair, keep_evidence
+from aivillage.ledger.buying import Buying
+from aivillage.ledger.desk import Clock, Desk, Done, Failed, Link, Partner, Runner, Send, Settings
+from aivillage.ledger.selling import Selling
+from aivillage.ledger.signing import Signer
+from aivillage.protocols.types import MicroCredits, PeerId, peer_id
+from aivillage.protocols.vouchers import (
+    Equivocation,
+    LaneState,
+    Message,
+    Receipt,
+    SyncReply,
+    SyncRequest,
+    Voucher,
+    check_equivocation,
+    check_voucher,
+    decode,
+    pack_reply,
+    pack_request,
+)
+
+_PairJob = Callable[[apsw.Connection], Pair]
+
+
+class PartnerView(msgspec.Struct, frozen=True, kw_only=True):
+    """How this node stands with one peer, in micro-credits. For `status`."""
+
+    peer: PeerId
+    known: bool
+    line: MicroCredits
+    exposure: MicroCredits
+    owed_to_me: MicroCredits
+    owed_by_me: MicroCredits
+    delivered: MicroCredits
+    paid: MicroCredits
+    written_off: MicroCredits
+    room: MicroCredits
+    connected: bool
+    synced: bool
+
+
+class Ledger:
+    """Buying, selling and syncing over one desk."""
+
+    def __init__(
+        self,
+        db: apsw.Connection,
+        signer: Signer,
+        settings: Settings,
+        clock: Clock,
+        random_bytes: bytes,
+        runner: Runner,
+    ) -> None:
+        """Starts a boot: `db` is this book's, prepared, and `runner` does not run on it yet."""
+        self.desk = Desk(db, signer, settings, clock, random_bytes, runner)
+        self.buying = Buying(self.desk)
+        self.selling = Selling(self.desk)
+
+    # policy
+
+    def set_line(
+        self, peer: PeerId, amounts: tuple[MicroCredits, MicroCredits], done: Done, failed: Failed
+    ) -> None:
+        """`amounts`: line and exposure."""
+        at_ms = self.desk.clock.unix_ms()
+        self._change(peer, lambda db: exposure.set_line(db, peer, *amounts, at_ms), done, failed)
+
+    def set_received(self, peer: PeerId, amount: MicroCredits, done: Done, failed: Failed) -> None:
+        self._change(peer, lambda db: exposure.set_received(db, peer, amount), done, failed)
+
+    def _change(self, peer: PeerId, job: _PairJob, done: Done, failed: Failed) -> None:
+        def changed(pair: Pair) -> None:
+            self.desk.partner(peer).pair = pair
+            self.desk.on_room(peer)
+            done()
+
+        self.desk.submit(job, changed, failed)
+
+    # links
+
+    def connected(self, peer: PeerId, peer_epoch: int, send: Send) -> None:
+        partner = self.desk.partner(peer)
+        partner.link = Link(send, peer_epoch)
+        self._see_epoch(partner, peer_epoch)
+        self._ask(partner, partner.link)
+
+    def disconnected(self, peer: PeerId) -> None:
+        self.desk.partner(peer).link = None
+
+    def receive(self, peer: PeerId, blob: bytes) -> None:
+        """Raises: PeerError: the blob is malformed or forged."""
+        partner = self.desk.partner(peer)
+        link = partner.link
+        epoch, message = decode(blob)
+        if link is None or epoch < partner.epoch:
+            return  # written by a boot of the peer that has ended: it resends what matters
+        if epoch > partner.epoch:
+            self._see_epoch(partner, epoch)
+            self._ask(partner, link)
+        self._dispatch(partner, link, epoch, message)
+
+    def _dispatch(self, partner: Partner, link: Link, epoch: int, message: Message) -> None:
+        match message:
+            case Voucher():
+                self.selling.on_voucher(partner, message)
+            case Receipt():
+                self.buying.on_receipt(partner, message)
+            case SyncRequest():
+                self._on_request(partner, link, epoch, message)
+            case SyncReply():
+                self._on_reply(partner, link, epoch, message)
+            case Equivocation():
+                self._on_equivocation(message)
+
+    def _see_epoch(self, partner: Partner, epoch: int) -> None:
+        if epoch > partner.epoch:
+            partner.epoch = epoch
+            self.selling.lose_sales(partner, epoch)
+
+    def _on_equivocation(self, proof: Equivocation) -> None:
+        body = check_equivocation(proof, self.desk.signer.verify)
+        payer, at_ms = peer_id(proof.payer), self.desk.clock.unix_ms()
+        first, second = proof.first, proof.second
+        bodies = (first.body, first.signature, second.body, second.signature)
+        self.desk.submit(
+            lambda db: keep_evidence(db, payer, (body.lane, body.n), bodies, at_ms),
+            lambda _: None,
+        )
+
+    # sync
+
+    def _ask(self, partner: Partner, link: Link) -> None:
+        link.round += 1
+        link.reply.clear()
+        link.attests.clear()
+        link.asked_at, link.synced = self.desk.now(), False
+        peer, number = partner.pair.peer, link.round
+
+        def ready(lanes: list[LaneState]) -> None:
+            if partner.link is link and link.round == number:
+                for blob in pack_request(self.desk.epoch, number, lanes):
+                    link.send(blob)
+
+        self.desk.submit(lambda db: sync.own_lanes(db, peer), ready)
+
+    def _on_request(self, partner: Partner, link: Link, epoch: int, message: SyncRequest) -> None:
+        if message.round <= link.answered_round:
+            return
+        if any(part.round != message.round for part in link.request.values()):
+            link.request.clear()
+        link.request[message.part] = message
+        if len(link.request) < message.parts:
+            return
+        lanes = {
+            (state.mine, state.lane): state
+            for part in link.request.values()
+            for state in part.lanes
+        }
+        link.request.clear()
+        link.answered_round = message.round
+        peer = partner.pair.peer
+
+        def ready(answer: sync.Answer) -> None:
+            partner.pair = answer.pair
+            if partner.link is link:
+                self._answer(partner, link, (epoch, message.round), answer)
+
+        self.desk.submit(lambda db: sync.answer(db, peer, epoch, lanes), ready)
+
+    def _answer(
+        self, partner: Partner, link: Link, answers: tuple[int, int], answer: sync.Answer
+    ) -> None:
+        claims = self.selling.claims(partner)
+        blobs = pack_reply(
+            self.desk.epoch, answers, answer.mine, answer.yours, claims, more=answer.more
+        )
+        self.buying.expect_receipts(partner, max(partner.unconfirmed, len(answer.mine)))
+        for blob in blobs:
+            link.send(blob)
+
+    def _on_reply(self, partner: Partner, link: Link, epoch: int, message: SyncReply) -> None:
+        if message.answers != self.desk.epoch or message.round != link.round or link.synced:
+            return
+        signer = self.desk.signer
+        attests = [self.selling.check(partner, voucher) for voucher in message.mine]
+        for voucher in message.yours:
+            check_voucher(voucher, signer.public_key, partner.key, signer.verify)
+        link.reply[message.part] = message
+        link.attests[message.part] = attests
+        if len(link.reply) == message.parts:
+            self._heal(partner, link, _whole(link, epoch))
+
+    def _heal(self, partner: Partner, link: Link, reply: sync.Reply) -> None:
+        peer, wallet = partner.pair.peer, self.desk.wallet
+        running, delivered = frozenset(partner.purchases), partner.delivered
+        at_ms = self.desk.clock.unix_ms()
+        number = link.round
+
+        def job(db: apsw.Connection) -> sync.Healed:
+            healed = sync.apply_reply(db, wallet, peer, reply, running, at_ms)
+            exposure.settle_gap(db, peer, delivered)
+            return healed
+
+        def done(healed: sync.Healed) -> None:
+            self.selling.booked(partner, healed.booked, healed.pair)
+            self.buying.send(partner, healed.arrears)
+            self.buying.expect_receipts(partner, healed.unconfirmed)
+            if partner.link is not link or link.round != number:
+                return
+            if reply.more:
+                self._ask(partner, link)
+            else:
+                link.synced = True
+
+        self.desk.submit(job, done)
+
+    # time
+
+    def tick(self) -> None:
+        """Does what has become due: unsigned work, lone receipts, resends, healing."""
+        now, wait = self.desk.now(), self.desk.settings.resend_seconds
+        for partner in list(self.desk.partners.values()):
+            self.buying.tick(partner)
+            self.selling.tick(partner)
+            link = partner.link
+            if link is not None and not link.synced and now - link.asked_at >= wait:
+                self._ask(partner, link)
+
+    def wind_down(self) -> None:
+        """Signs for what was accepted and gives back unused reservations, before a clean stop."""
+        for partner in self.desk.partners.values():
+            self.buying.flush(partner)
+            self.selling.heal(partner)
+
+    def view(self, peer: PeerId) -> PartnerView:
+        partner, pool = self.desk.partner(peer), self.desk.settings.stranger_pool
+        pair = partner.pair
+        return PartnerView(
+            peer=peer,
+            known=pair.known,
+            line=exposure.line_of(pair, pool),
+            exposure=exposure.exposure_of(pair, pool),
+            owed_to_me=max(0, pair.balance),
+            owed_by_me=max(0, -pair.balance),
+            delivered=partner.delivered,
+            paid=pair.paid,
+            written_off=pair.written_off,
+            room=self.selling.room(peer),
+            connected=partner.link is not None,
+            synced=partner.link is not None and partner.link.synced,
+        )
+
+
+def _whole(link: Link, epoch: int) -> sync.Reply:
+    parts = [link.reply[index] for index in sorted(link.reply)]
+    attests = [flag for index in sorted(link.attests) for flag in link.attests[index]]
+    link.reply.clear()
+    link.attests.clear()
+    mine = [voucher for part in parts for voucher in part.mine]
+    return sync.Reply(
+        epoch=epoch,
+        more=parts[-1].more,
+        mine=list(zip(mine, attests, strict=True)),
+        yours=[voucher for part in parts for voucher in part.yours],
+        claims=[claim for part in parts for claim in part.claims],
+    )

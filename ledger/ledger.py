@@ -1,0 +1,261 @@
+"""The book as the daemon has it: `async with open_ledger(...) as book`.
+
+Everything that lasts runs on the writer thread; awaits return once it is durable. A cancelled
+caller is not a cancelled payment: what was asked for happens, only nobody is told.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final, TypeVar
+
+import apsw
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from aivillage.ledger import books
+from aivillage.ledger.audit import AuditReport, audit
+from aivillage.ledger.core import Ledger, PartnerView
+from aivillage.ledger.desk import Clock, Done, Failed, Settings
+from aivillage.ledger.queries import Balance, HistoryRow, Query, balance, history, run
+from aivillage.ledger.signing import Ed25519Signer
+from aivillage.ledger.store import Store
+from aivillage.protocols.errors import AivillageError, ConfigError, NodeError
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
+
+T = TypeVar("T")
+TICK_SECONDS: Final = 0.05
+log = logging.getLogger(__name__)
+
+
+class SystemClock:
+    def unix_ms(self) -> int:
+        return time.time_ns() // 1_000_000
+
+    def monotonic_seconds(self) -> Seconds:
+        return time.monotonic()
+
+
+class NodeBook:
+    """`Book` for the daemon. One event loop; plain calls touch memory only."""
+
+    def __init__(self, path: Path, ledger: Ledger) -> None:
+        self._path = path
+        self._ledger = ledger
+        self._rooms: dict[PeerId, trio.Event] = {}
+        self._fatal: NodeError | None = None
+        ledger.desk.on_room = self._wake
+        ledger.desk.on_error = _log_error
+
+    @property
+    def epoch(self) -> int:
+        return self._ledger.desk.epoch
+
+    @property
+    def refusing(self) -> AivillageError | None:
+        """Why no new money is taken now (DISK_FULL), or None."""
+        return self._ledger.desk.refusing
+
+    # links
+
+    def connected(self, peer: PeerId, peer_epoch: int, send: Callable[[bytes], None]) -> None:
+        self._ledger.connected(peer, peer_epoch, send)
+
+    def disconnected(self, peer: PeerId) -> None:
+        self._ledger.disconnected(peer)
+
+    def receive(self, peer: PeerId, blob: bytes) -> None:
+        self._ledger.receive(peer, blob)
+
+    def take_receipt(self, peer: PeerId) -> bytes | None:
+        return self._ledger.selling.take_receipt(self._ledger.desk.partner(peer))
+
+    # policy
+
+    async def set_line(self, peer: PeerId, line: MicroCredits, exposure: MicroCredits) -> None:
+        amounts = (line, exposure)
+        await self._durable(functools.partial(self._ledger.set_line, peer, amounts))
+
+    async def set_received_exposure(self, peer: PeerId, exposure: MicroCredits) -> None:
+        """How far `peer` lets me run ahead of my signature; vouchers go out at half of it."""
+        await self._durable(functools.partial(self._ledger.set_received, peer, exposure))
+
+    # buyer
+
+    def intend(
+        self, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
+    ) -> None:
+        self._ledger.buying.intend(peer, attempt, quote_hash, ceiling)
+
+    def accept(
+        self, peer: PeerId, attempt: AttemptId, amount: MicroCredits, out_hash: bytes
+    ) -> None:
+        self._ledger.buying.accept(peer, attempt, amount, out_hash)
+
+    async def settle(
+        self, peer: PeerId, attempt: AttemptId, amount: MicroCredits, out_hash: bytes
+    ) -> None:
+        settle = self._ledger.buying.settle
+        await self._durable(functools.partial(settle, peer, attempt, amount, out_hash))
+
+    def owed_to(self, peer: PeerId) -> MicroCredits:
+        return max(0, -self._ledger.desk.partner(peer).pair.balance)
+
+    # seller
+
+    def begin_sale(
+        self, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
+    ) -> None:
+        self._ledger.selling.begin_sale(peer, attempt, quote_hash, ceiling)
+
+    def room(self, peer: PeerId) -> MicroCredits:
+        return self._ledger.selling.room(peer)
+
+    def headroom(self, peer: PeerId) -> MicroCredits:
+        return self._ledger.selling.headroom(peer)
+
+    def want_room(self, peer: PeerId, amount: MicroCredits) -> None:
+        self._ledger.selling.want_room(peer, amount)
+
+    def deliver(
+        self, peer: PeerId, attempt: AttemptId, amount: MicroCredits, out_hash: bytes
+    ) -> bool:
+        return self._ledger.selling.deliver(peer, attempt, amount, out_hash)
+
+    async def room_changed(self, peer: PeerId) -> None:
+        await self._rooms.setdefault(peer, trio.Event()).wait()
+
+    def end_sale(self, peer: PeerId, attempt: AttemptId) -> None:
+        self._ledger.selling.end_sale(peer, attempt)
+
+    # reads
+
+    def view(self, peer: PeerId) -> PartnerView:
+        return self._ledger.view(peer)
+
+    def views(self) -> list[PartnerView]:
+        return [self._ledger.view(peer) for peer in self._ledger.desk.partners]
+
+    async def balance(self) -> Balance:
+        return await self._read(balance(self._ledger.desk.settings.stranger_pool))
+
+    async def history(self, limit: int = 50) -> list[HistoryRow]:
+        return await self._read(history(limit))
+
+    async def audit(self) -> AuditReport:
+        signer = self._ledger.desk.signer
+        return await self._read(audit(signer.verify))
+
+    async def _read(self, query: Query[T]) -> T:
+        """Over a connection of its own, in a snapshot: readers never wait for the writer."""
+        return await trio.to_thread.run_sync(_read_file, self._path, query)
+
+    async def _durable(self, start: Callable[[Done, Failed], None]) -> None:
+        event, errors = trio.Event(), list[AivillageError]()
+
+        def failed(error: AivillageError) -> None:
+            errors.append(error)
+            event.set()
+
+        start(event.set, failed)
+        await event.wait()
+        if errors:
+            raise errors[0]
+
+    def _wake(self, peer: PeerId) -> None:
+        event = self._rooms.pop(peer, None)
+        if event is not None:
+            event.set()
+
+    def stop_for(self, error: NodeError) -> None:
+        self._fatal = error
+
+    async def run(self) -> None:
+        """Does what falls due.
+
+        Raises:
+            NodeError: INTERNAL, the ledger can no longer be written; the node must stop.
+        """
+        while True:
+            if self._fatal is not None:
+                raise self._fatal
+            self._ledger.tick()
+            await trio.sleep(TICK_SECONDS)
+
+
+def _log_error(error: AivillageError) -> None:
+    log.error("ledger_step_failed", extra={"code": error.code, "reason": error.message})
+
+
+def _read_file(path: Path, query: Query[T]) -> T:
+    db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        db.execute("PRAGMA query_only=1")
+        return run(db, query)
+    finally:
+        db.close()
+
+
+def _open_file(path: Path, signer: Ed25519Signer, clock: Clock) -> apsw.Connection:
+    try:
+        db = apsw.Connection(str(path))
+    except apsw.CantOpenError as error:
+        raise ConfigError(f"cannot open {path}: {error}", next_step="check the folder") from None
+    try:
+        db.set_busy_timeout(5000)
+        books.configure(db)
+        books.prepare(db, signer.public_key, clock.unix_ms())
+    except (apsw.NotADBError, ConfigError) as error:
+        db.close()
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is not a ledger", next_step="restore it from a backup") from None
+    return db
+
+
+@asynccontextmanager
+async def open_ledger(
+    path: Path,
+    key: Ed25519PrivateKey,
+    *,
+    settings: Settings | None = None,
+    clock: Clock | None = None,
+) -> AsyncIterator[NodeBook]:
+    """The book in `path`, made if missing, open for one boot.
+
+    On a clean exit it signs for what was accepted and waits until that is durable.
+
+    Raises:
+        ConfigError: CONFIG, the file is no ledger, or another key's.
+    """
+    signer, clock = Ed25519Signer(key), clock or SystemClock()
+    settings = settings or Settings()
+    db = await trio.to_thread.run_sync(_open_file, path, signer, clock)
+    store = Store(db)
+    make = functools.partial(Ledger, db, signer, settings, clock, os.urandom(8), store)
+    try:
+        ledger = await trio.to_thread.run_sync(make)
+        book = NodeBook(path, ledger)
+        store.on_fatal = book.stop_for
+        store.start()
+        async with _stopping(ledger, store), trio.open_nursery() as nursery:
+            nursery.start_soon(book.run)
+            yield book
+            nursery.cancel_scope.cancel()
+    finally:
+        db.close()
+
+
+@asynccontextmanager
+async def _stopping(ledger: Ledger, store: Store) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        ledger.wind_down()
+        await store.stop()

@@ -1,0 +1,148 @@
+"""The payee's step: book a voucher. Money counts whatever it is for; items explain it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import apsw
+import msgspec
+
+from aivillage.ledger.books import Cause, Leg, ensure_peer, keep_evidence, one, post, rows
+from aivillage.protocols.types import MicroCredits, PeerId
+from aivillage.protocols.vouchers import (
+    Item,
+    ReceiptRow,
+    Voucher,
+    VoucherBody,
+    digest,
+    lane_epoch,
+)
+
+
+class Booked(NamedTuple):
+    """`receipt` is None for a voucher that contradicts another. `items`: those that counted."""
+
+    lane: bytes
+    receipt: ReceiptRow | None
+    items: tuple[Item, ...] = ()
+
+
+class _Lane(NamedTuple):
+    n: int
+    cum: MicroCredits
+    attr: MicroCredits
+    vouchers: int
+    sealed: int
+
+
+def book_voucher(
+    db: apsw.Connection, peer: PeerId, voucher: Voucher, cause: str, *, attest: bool, at_ms: int
+) -> Booked:
+    """Books a voucher whose signature, payee and root were checked. `cause`: kind of entry."""
+    body = msgspec.msgpack.decode(voucher.body, type=VoucherBody)
+    known = one(
+        db,
+        "SELECT body, signature, attest FROM voucher_in WHERE peer = ? AND lane = ? AND n = ?",
+        (peer, body.lane, body.n),
+    )
+    if known is not None and known[0] == voucher.body:
+        row = ReceiptRow(body.n, digest(voucher.body), bool(known[2]))
+        return Booked(body.lane, row)
+    rival = known or _rival(db, peer, body)
+    if rival is not None:
+        proof = (rival[0], rival[1], voucher.body, voucher.signature)
+        keep_evidence(db, peer, (body.lane, body.n), proof, at_ms)
+        return Booked(body.lane, None)
+    items = _book(db, peer, body, voucher, (cause, attest, at_ms))
+    return Booked(body.lane, ReceiptRow(body.n, digest(voucher.body), attest), items)
+
+
+def _rival(db: apsw.Connection, peer: PeerId, body: VoucherBody) -> tuple[bytes, bytes] | None:
+    """A stored voucher of the lane that `body` contradicts: cum never falls as n rises."""
+    row = one(
+        db,
+        "SELECT body, signature FROM voucher_in WHERE peer = ?1 AND lane = ?2"
+        " AND ((n < ?3 AND cum > ?4) OR (n > ?3 AND cum < ?4)) LIMIT 1",
+        (peer, body.lane, body.n, body.cum),
+    )
+    return (row[0], row[1]) if row else None
+
+
+def _book(
+    db: apsw.Connection,
+    peer: PeerId,
+    body: VoucherBody,
+    voucher: Voucher,
+    how: tuple[str, bool, int],
+) -> tuple[Item, ...]:
+    kind, attest, at_ms = how
+    ensure_peer(db, peer)
+    place = (peer, body.lane)
+    row = one(
+        db,
+        "SELECT n, cum, attr, count, sealed FROM lane_in WHERE peer = ? AND lane = ?",
+        place,
+    )
+    old = _Lane(*row) if row else _Lane(0, 0, 0, 0, 0)
+    cum = max(old.cum, body.cum)
+    counted = _label(db, peer, body, voucher, cum - old.attr)
+    attr = old.attr + sum(increase for _, increase in counted)
+    db.execute(
+        "INSERT INTO lane_in VALUES (?, ?, ?, ?, ?, ?, 0) ON CONFLICT DO UPDATE SET"
+        " n = excluded.n, cum = excluded.cum, attr = excluded.attr, count = excluded.count",
+        (*place, max(old.n, body.n), cum, attr, old.vouchers + 1),
+    )
+    db.execute(
+        "INSERT INTO voucher_in VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            *(*place, body.n, body.cum, voucher.body, voucher.signature),
+            *(msgspec.msgpack.encode(voucher.items), attest),
+        ),
+    )
+    # On a sealed lane what no item explains already counts as paid.
+    credit = cum - old.cum if old.sealed else attr - old.attr
+    db.execute("UPDATE peer SET paid = paid + ? WHERE peer = ?", (credit, peer))
+    money = cum - old.cum
+    earned = [Leg("earned", item.id, -increase) for item, increase in counted]
+    rest = -money - sum(leg.amount for leg in earned)
+    cause = Cause(peer, body.lane, body.n, voucher.body, kind)
+    post(db, cause, [Leg("peer", None, money), *earned, Leg("unlabelled", None, rest)], at_ms)
+    return tuple(item for item, _ in counted)
+
+
+def _label(
+    db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher, room: MicroCredits
+) -> list[tuple[Item, MicroCredits]]:
+    """Takes the items that the lane's cum covers: (item, increase). Items never exceed cum."""
+    counted = []
+    for item in voucher.items:
+        row = one(
+            db,
+            "SELECT lane, amount FROM item WHERE mine = 0 AND peer = ? AND kind = ? AND id = ?",
+            (peer, item.kind, item.id),
+        )
+        lane, amount = row or (body.lane, 0)
+        increase = max(0, item.amount - amount)
+        if lane != body.lane or increase > room:
+            continue
+        room -= increase
+        db.execute(
+            "INSERT INTO item VALUES (0, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+            " amount = max(amount, excluded.amount), last_n = max(last_n, excluded.last_n),"
+            " final = max(final, excluded.final)",
+            (peer, item.kind, item.id, body.lane, item.amount, body.n, item.final),
+        )
+        counted.append((item, increase))
+    return counted
+
+
+def seal(db: apsw.Connection, peer: PeerId, epoch: int) -> None:
+    """The payer of `epoch` showed all it has: what its older lanes leave unexplained is paid."""
+    open_lanes = rows(
+        db, "SELECT lane, cum - attr FROM lane_in WHERE peer = ? AND sealed = 0", (peer,)
+    )
+    for lane, rest in open_lanes:
+        if lane_epoch(lane) >= epoch:
+            continue
+        db.execute("UPDATE lane_in SET sealed = 1 WHERE peer = ? AND lane = ?", (peer, lane))
+        db.execute("UPDATE peer SET paid = paid + ? WHERE peer = ?", (rest, peer))

@@ -1,0 +1,236 @@
+"""The payer's steps: sign vouchers, note receipts, take back what it forgot.
+
+Vouchers are signed on the lane of the running boot only, so that a node that lost its memory
+can never contradict itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import apsw
+import msgspec
+
+from aivillage.ledger.books import Cause, Leg, ensure_peer, keep_evidence, one, post, rows
+from aivillage.ledger.signing import Signer
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, public_key
+from aivillage.protocols.vouchers import (
+    JOB,
+    Item,
+    Receipt,
+    ReceiptBody,
+    Voucher,
+    VoucherBody,
+    digest,
+    root_of,
+    voucher_prefixed,
+)
+
+_items = msgspec.msgpack.Decoder(tuple[Item, ...])
+
+
+class Wallet(NamedTuple):
+    """What signing needs: the key and the lane of this boot."""
+
+    signer: Signer
+    lane: bytes
+
+
+def intend(
+    db: apsw.Connection, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
+) -> None:
+    """Remembers what was asked for: only that can be claimed after a crash."""
+    db.execute(
+        "INSERT INTO intent VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        (peer, attempt, quote_hash, ceiling),
+    )
+
+
+def drop_intent(db: apsw.Connection, peer: PeerId, attempt: AttemptId) -> None:
+    db.execute("DELETE FROM intent WHERE peer = ? AND attempt = ?", (peer, attempt))
+
+
+def make_voucher(
+    db: apsw.Connection, wallet: Wallet, peer: PeerId, wanted: Sequence[Item], at_ms: int
+) -> Voucher | None:
+    """Signs for what `wanted` adds to what was signed before; None when it adds nothing."""
+    increases = [(item, _increase(db, wallet.lane, peer, item)) for item in wanted]
+    fresh = [(item, increase) for item, increase in increases if increase is not None]
+    if not fresh:
+        return None
+    ensure_peer(db, peer)
+    row = one(db, "SELECT n, cum FROM lane_out WHERE peer = ? AND lane = ?", (peer, wallet.lane))
+    n, cum = row or (0, 0)
+    items = tuple(item for item, _ in fresh)
+    total = sum(increase for _, increase in fresh)
+    body = VoucherBody(public_key(peer), wallet.lane, n + 1, cum + total, root_of(items))
+    encoded = msgspec.msgpack.encode(body)
+    voucher = Voucher(encoded, wallet.signer.sign(voucher_prefixed(encoded)), items)
+    _keep(db, peer, body, voucher)
+    _pay(db, Cause(peer, body.lane, body.n, encoded, "pay"), fresh, total, at_ms)
+    return voucher
+
+
+def _increase(db: apsw.Connection, lane: bytes, peer: PeerId, item: Item) -> MicroCredits | None:
+    """What `item` adds; None if it says nothing new or stands settled on an earlier lane."""
+    row = one(
+        db,
+        "SELECT lane, amount, final FROM item WHERE mine = 1 AND peer = ? AND kind = ? AND id = ?",
+        (peer, item.kind, item.id),
+    )
+    if row is None:
+        return item.amount or None
+    if row[0] != lane or row[2] or item.amount < row[1]:
+        return None
+    return item.amount - row[1] if item.amount > row[1] or item.final else None
+
+
+def _keep(db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher) -> None:
+    db.execute(
+        "INSERT INTO lane_out VALUES (?, ?, ?, ?)"
+        " ON CONFLICT DO UPDATE SET n = excluded.n, cum = excluded.cum",
+        (peer, body.lane, body.n, body.cum),
+    )
+    _insert(db, peer, body, voucher)
+
+
+def _insert(db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher) -> None:
+    items = msgspec.msgpack.encode(voucher.items)
+    db.execute(
+        "INSERT INTO voucher_out VALUES (?, ?, ?, ?, ?, ?, ?, NULL, NULL)",
+        (peer, body.lane, body.n, body.cum, voucher.body, voucher.signature, items),
+    )
+    for item in voucher.items:
+        db.execute(
+            "INSERT INTO item VALUES (1, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+            " amount = max(amount, excluded.amount), last_n = max(last_n, excluded.last_n),"
+            " final = max(final, excluded.final)",
+            (peer, item.kind, item.id, body.lane, item.amount, body.n, item.final),
+        )
+        if item.final and item.kind == JOB:
+            drop_intent(db, peer, AttemptId(item.id))
+
+
+def _pay(
+    db: apsw.Connection,
+    cause: Cause,
+    increases: Sequence[tuple[Item, MicroCredits]],
+    money: MicroCredits,
+    at_ms: int,
+) -> None:
+    """Entry of a payment; `money` beyond the items (lost vouchers) stays unlabelled."""
+    spent = [Leg("spent", item.id, increase) for item, increase in increases]
+    rest = money - sum(leg.amount for leg in spent)
+    post(db, cause, [Leg("peer", None, -money), *spent, Leg("unlabelled", None, rest)], at_ms)
+
+
+def adopt(db: apsw.Connection, peer: PeerId, voucher: Voucher, at_ms: int) -> None:
+    """Books a voucher of my own that the payee showed to me. The signature was checked."""
+    body = msgspec.msgpack.decode(voucher.body, type=VoucherBody)
+    place = (peer, body.lane, body.n)
+    known = one(
+        db,
+        "SELECT body, signature FROM voucher_out WHERE peer = ? AND lane = ? AND n = ?",
+        place,
+    )
+    if known is not None:
+        if known[0] != voucher.body:  # two copies of this identity ran at once
+            proof = (*known, voucher.body, voucher.signature)
+            keep_evidence(db, peer, (body.lane, body.n), proof, at_ms)
+        return
+    ensure_peer(db, peer)
+    row = one(db, "SELECT n, cum FROM lane_out WHERE peer = ? AND lane = ?", place[:2]) or (0, 0)
+    money = max(0, body.cum - row[1])
+    increases = [(item, _adopted(db, peer, body.lane, item)) for item in voucher.items]
+    if body.n > row[0]:
+        _keep(db, peer, body, voucher)
+    else:
+        _insert(db, peer, body, voucher)
+    _pay(db, Cause(*place, voucher.body, "recover-pay"), increases, money, at_ms)
+
+
+def _adopted(db: apsw.Connection, peer: PeerId, lane: bytes, item: Item) -> MicroCredits:
+    row = one(
+        db,
+        "SELECT amount FROM item WHERE mine = 1 AND peer = ? AND kind = ? AND id = ? AND lane = ?",
+        (peer, item.kind, item.id, lane),
+    )
+    return max(0, item.amount - (row[0] if row else 0))
+
+
+def note_receipt(db: apsw.Connection, peer: PeerId, body: ReceiptBody, receipt: Receipt) -> int:
+    """Marks the vouchers that `peer` says it booked; returns how many it has yet to confirm."""
+    fresh = []
+    for row in body.rows:
+        known = one(
+            db,
+            "SELECT body, receipt FROM voucher_out WHERE peer = ? AND lane = ? AND n = ?",
+            (peer, body.lane, row.n),
+        )
+        if known and known[1] is None and digest(known[0]) == row.body_hash:
+            fresh.append(row)
+    if fresh:
+        db.execute(
+            "INSERT INTO receipt(peer, body, signature) VALUES (?, ?, ?)",
+            (peer, receipt.body, receipt.signature),
+        )
+        number = db.last_insert_rowid()
+        for row in fresh:
+            db.execute(
+                "UPDATE voucher_out SET receipt = ?, attest = ?"
+                " WHERE peer = ? AND lane = ? AND n = ?",
+                (number, row.attest, peer, body.lane, row.n),
+            )
+    return count_unreceipted(db, peer)
+
+
+# The vouchers that still say something: last of their lane, or the last to name some attempt.
+_TELLING = """
+  SELECT v.n, v.receipt FROM voucher_out v WHERE v.peer = ?1 AND v.lane = ?2 AND (
+    v.n = (SELECT n FROM lane_out WHERE peer = ?1 AND lane = ?2)
+    OR EXISTS (SELECT 1 FROM item WHERE mine = 1 AND peer = ?1 AND lane = ?2 AND last_n = v.n))
+  ORDER BY v.n
+"""
+
+
+def telling(db: apsw.Connection, peer: PeerId, lane: bytes) -> list[tuple[int, bool]]:
+    """(n, receipted) of each voucher worth sending again, in order."""
+    return [(n, receipt is not None) for n, receipt in rows(db, _TELLING, (peer, lane))]
+
+
+def voucher_at(db: apsw.Connection, peer: PeerId, lane: bytes, n: int) -> Voucher:
+    """A voucher that is known to be stored."""
+    (row,) = rows(
+        db,
+        "SELECT body, signature, items FROM voucher_out WHERE peer = ? AND lane = ? AND n = ?",
+        (peer, lane, n),
+    )
+    return as_voucher(row)
+
+
+def as_voucher(row: tuple[Any, ...]) -> Voucher:
+    """From the columns body, signature, items: byte for byte what was signed."""
+    return Voucher(row[0], row[1], _items.decode(row[2]))
+
+
+_OPEN = """
+  FROM voucher_out v WHERE v.peer = ?1 AND v.receipt IS NULL AND (
+    v.n = (SELECT n FROM lane_out WHERE peer = ?1 AND lane = v.lane)
+    OR EXISTS (SELECT 1 FROM item WHERE mine = 1 AND peer = ?1 AND lane = v.lane AND last_n = v.n))
+"""
+
+
+def unreceipted(db: apsw.Connection, peer: PeerId, limit: int) -> list[Voucher]:
+    """Vouchers to `peer` that it has not confirmed and that are worth sending again."""
+    found = rows(
+        db,
+        f"SELECT body, signature, items {_OPEN} ORDER BY v.lane, v.n LIMIT ?2",
+        (peer, limit),
+    )
+    return [as_voucher(row) for row in found]
+
+
+def count_unreceipted(db: apsw.Connection, peer: PeerId) -> int:
+    ((count,),) = rows(db, f"SELECT count(*) {_OPEN}", (peer,))
+    return int(count)

@@ -1,0 +1,60 @@
+"""Reads of a book without a daemon, for the command line: aiosqlite under plain asyncio.
+
+Opens the file read-only, and gives exactly what the daemon gives: the queries are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from pathlib import Path
+from typing import TypeVar
+
+import aiosqlite
+
+from aivillage.ledger.audit import AuditReport, audit
+from aivillage.ledger.queries import Balance, HistoryRow, Query, balance, history
+from aivillage.protocols.envelope import is_signed_by
+from aivillage.protocols.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_balance(path: Path, stranger_pool: int = 0) -> Balance:
+    """Raises: ConfigError: there is no ledger at `path`."""
+    return _read(path, balance(stranger_pool))
+
+
+def read_history(path: Path, limit: int = 50) -> list[HistoryRow]:
+    """Raises: ConfigError: there is no ledger at `path`."""
+    return _read(path, history(limit))
+
+
+def read_audit(path: Path) -> AuditReport:
+    """Raises: ConfigError: there is no ledger at `path`."""
+    return _read(path, audit(is_signed_by))
+
+
+def _read(path: Path, query: Query[T]) -> T:
+    if not path.is_file():
+        raise ConfigError(f"there is no ledger at {path}", next_step="aivillage-node init")
+    try:
+        return asyncio.run(_answer(f"{path.absolute().as_uri()}?mode=ro", query))
+    except sqlite3.DatabaseError as error:
+        raise ConfigError(
+            f"{path} cannot be read as a ledger: {error}", next_step="restore it from a backup"
+        ) from None
+
+
+async def _answer(uri: str, query: Query[T]) -> T:
+    async with aiosqlite.connect(uri, uri=True, isolation_level=None) as db:
+        await db.execute("PRAGMA query_only=1")
+        await db.execute("BEGIN")
+        sql, bindings = next(query)
+        while True:
+            rows = await db.execute_fetchall(sql, bindings)
+            try:
+                sql, bindings = query.send([tuple(row) for row in rows])
+            except StopIteration as stop:
+                answer: T = stop.value
+                return answer

@@ -1,0 +1,187 @@
+"""SYNC: after every connection both sides show what they have, and heal what one forgot.
+
+The asking side lists its lanes; the answering side returns what differs. Claims of a seller
+whose buyer crashed ride on the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+import apsw
+
+from aivillage.ledger import payee, payer
+from aivillage.ledger.books import Pair, ensure_peer, one, read_pair, rows
+from aivillage.ledger.exposure import RHO
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
+from aivillage.protocols.vouchers import ARREARS, ITEMS_MAX, JOB, Claim, Item, LaneState, Voucher
+
+VOUCHERS_MAX: Final = 4096
+"""In one answer; the asking side asks again for the rest."""
+_RUNS_MAX: Final = 32
+
+
+def own_lanes(db: apsw.Connection, peer: PeerId) -> list[LaneState]:
+    """What I have of every lane with `peer`."""
+    out = rows(db, "SELECT lane, n FROM lane_out WHERE peer = ?", (peer,))
+    lanes = [LaneState(True, lane, n) for lane, n in out]
+    for lane, n, count in rows(db, "SELECT lane, n, count FROM lane_in WHERE peer = ?", (peer,)):
+        held = (1, n) if n == count else _runs(db, peer, lane)
+        lanes.append(LaneState(False, lane, n, held))
+    return lanes
+
+
+def _runs(db: apsw.Connection, peer: PeerId, lane: bytes) -> tuple[int, ...]:
+    """first, last, first, last... of the n that are stored; the newest runs if there are many."""
+    runs = rows(
+        db,
+        "SELECT min(n), max(n) FROM (SELECT n, n - row_number() OVER (ORDER BY n) AS run"
+        " FROM voucher_in WHERE peer = ? AND lane = ?) GROUP BY run ORDER BY run DESC LIMIT ?",
+        (peer, lane, _RUNS_MAX),
+    )
+    return tuple(n for run in runs for n in run)
+
+
+class Answer(NamedTuple):
+    pair: Pair
+    mine: list[Voucher]
+    yours: list[Voucher]
+    more: bool
+
+
+def answer(
+    db: apsw.Connection, peer: PeerId, epoch: int, lanes: Mapping[tuple[bool, bytes], LaneState]
+) -> Answer:
+    """What `peer` in its boot `epoch` lacks; the epoch is durable when the answer leaves."""
+    ensure_peer(db, peer)
+    db.execute("UPDATE peer SET epoch = max(epoch, ?) WHERE peer = ?", (epoch, peer))
+    yours = _forgotten(db, peer, lanes)
+    mine = _unseen(db, peer, lanes, VOUCHERS_MAX + 1 - len(yours))
+    more = len(yours) + len(mine) > VOUCHERS_MAX
+    return Answer(read_pair(db, peer), mine, yours, more)
+
+
+def _forgotten(
+    db: apsw.Connection, peer: PeerId, lanes: Mapping[tuple[bool, bytes], LaneState]
+) -> list[Voucher]:
+    """Vouchers that `peer` signed after the last one it knows, in order of n."""
+    found: list[Voucher] = []
+    for lane, n in rows(db, "SELECT lane, n FROM lane_in WHERE peer = ?", (peer,)):
+        state = lanes.get((True, lane))
+        if state is None or state.n < n:
+            newer = rows(
+                db,
+                "SELECT body, signature, items FROM voucher_in"
+                " WHERE peer = ? AND lane = ? AND n > ? ORDER BY n LIMIT ?",
+                (peer, lane, state.n if state else 0, VOUCHERS_MAX - len(found)),
+            )
+            found += [payer.as_voucher(row) for row in newer]
+    return found
+
+
+def _unseen(
+    db: apsw.Connection,
+    peer: PeerId,
+    lanes: Mapping[tuple[bool, bytes], LaneState],
+    limit: int,
+) -> list[Voucher]:
+    """My vouchers that still say something and that `peer` lacks or never confirmed."""
+    found: list[Voucher] = []
+    for (lane,) in rows(db, "SELECT lane FROM lane_out WHERE peer = ?", (peer,)):
+        state = lanes.get((False, lane))
+        for n, receipted in payer.telling(db, peer, lane):
+            if len(found) < limit and not (receipted and state and _holds(state.held, n)):
+                found.append(payer.voucher_at(db, peer, lane, n))
+    return found
+
+
+def _holds(runs: Sequence[int], n: int) -> bool:
+    return any(first <= n <= last for first, last in zip(runs[::2], runs[1::2], strict=False))
+
+
+class Reply(NamedTuple):
+    """A whole SYNC_REP, its signatures checked. `mine` is the sender's, with attest."""
+
+    epoch: int
+    more: bool
+    mine: list[tuple[Voucher, bool]]
+    yours: list[Voucher]
+    claims: list[Claim]
+
+
+class Healed(NamedTuple):
+    pair: Pair
+    booked: list[payee.Booked]
+    arrears: list[Voucher]
+    unconfirmed: int
+
+
+def apply_reply(
+    db: apsw.Connection,
+    wallet: payer.Wallet,
+    peer: PeerId,
+    reply: Reply,
+    running: frozenset[AttemptId],
+    at_ms: int,
+) -> Healed:
+    """Takes in what the other side showed, pays justified claims, seals the lanes of old boots."""
+    for voucher in reply.yours:
+        payer.adopt(db, peer, voucher, at_ms)
+    booked = [
+        payee.book_voucher(db, peer, voucher, "recover-receive", attest=attest, at_ms=at_ms)
+        for voucher, attest in reply.mine
+    ]
+    if not reply.more:
+        payee.seal(db, peer, reply.epoch)
+    arrears = pay_claims(db, wallet, peer, reply.claims, running, at_ms)
+    return Healed(read_pair(db, peer), booked, arrears, payer.count_unreceipted(db, peer))
+
+
+def pay_claims(
+    db: apsw.Connection,
+    wallet: payer.Wallet,
+    peer: PeerId,
+    claims: Sequence[Claim],
+    running: frozenset[AttemptId],
+    at_ms: int,
+) -> list[Voucher]:
+    """Signs for claims on work that this buyer asked for and forgot, within a budget."""
+    items = []
+    for claim in claims:
+        amount = 0 if claim.id in running else justified(db, peer, claim)
+        amount = min(amount, arrears_left(db, peer))
+        if amount > 0:
+            items.append(Item(ARREARS, claim.id, claim.quote_hash, amount, claim.out_hash, True))
+            db.execute("UPDATE peer SET arrears = arrears + ? WHERE peer = ?", (amount, peer))
+            payer.drop_intent(db, peer, AttemptId(claim.id))
+    batches = [items[start : start + ITEMS_MAX] for start in range(0, len(items), ITEMS_MAX)]
+    vouchers = [payer.make_voucher(db, wallet, peer, batch, at_ms) for batch in batches]
+    return [voucher for voucher in vouchers if voucher is not None]
+
+
+def justified(db: apsw.Connection, peer: PeerId, claim: Claim) -> MicroCredits:
+    """What of `claim` is within an intent of mine and was not paid."""
+    intent = one(
+        db,
+        "SELECT ceiling FROM intent WHERE peer = ? AND attempt = ? AND quote_hash = ?",
+        (peer, claim.id, claim.quote_hash),
+    )
+    paid = dict(
+        rows(
+            db,
+            "SELECT kind, amount FROM item WHERE mine = 1 AND peer = ? AND id = ?",
+            (peer, claim.id),
+        )
+    )
+    if intent is None or ARREARS in paid:
+        return 0
+    return min(claim.amount, int(intent[0])) - int(paid.get(JOB, 0))
+
+
+def arrears_left(db: apsw.Connection, peer: PeerId) -> MicroCredits:
+    """Budget for claims: X and 1/16 of what was paid, less the arrears paid already."""
+    pair = read_pair(db, peer)
+    row = one(db, "SELECT coalesce(sum(cum), 0) FROM lane_out WHERE peer = ?", (peer,))
+    paid = (row[0] if row else 0) - pair.arrears
+    return max(0, pair.received_exposure + max(0, paid) // RHO - pair.arrears)

@@ -1,0 +1,247 @@
+"""One try at one seller, as the buyer sees it: accept in order, store, then count as owed.
+
+The buyer pays its own meter, never the seller's word: what it accepted, at the quote's prices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+import trio
+
+from aivillage.models.inference.generate import Piece
+from aivillage.node.gossip import send_or_drop
+from aivillage.node.jobs import Jobs
+from aivillage.node.link import as_error
+from aivillage.node.market import Choice
+from aivillage.protocols import messages
+from aivillage.protocols.codec import pack
+from aivillage.protocols.errors import JobError, PeerError
+from aivillage.protocols.job import running_hash, token_bytes
+from aivillage.protocols.messages import (
+    Accepted,
+    Call,
+    Finished,
+    Frame,
+    Part,
+    Progress,
+    Started,
+    StepItem,
+)
+from aivillage.protocols.ports import Book
+from aivillage.protocols.pricing import Usage, price_of_rest
+from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId, Seconds
+
+WORK_SLACK_SECONDS: Final = 10.0
+
+
+class Output(msgspec.Struct):
+    """What a job has so far, over all attempts. `bodies` are the parts, as stored."""
+
+    bodies: list[bytes] = []
+    ids: list[int] = []
+    text: list[str] = []
+    read_bytes: int = 0
+    stored: int = 0
+
+    def add_piece(self, piece: Piece) -> bytes:
+        body = pack(piece)
+        self.bodies.append(body)
+        self.ids += piece.token_ids
+        self.text.append(piece.text)
+        self.read_bytes = max(self.read_bytes, piece.read_bytes)
+        return body
+
+
+class Attempt:
+    """Drives one call. `meter` turns what the job has into usage; `say` shows it to the person."""
+
+    def __init__(
+        self,
+        *,
+        job: JobId,
+        attempt: AttemptId,
+        choice: Choice,
+        output: Output,
+        done: Usage,
+        book: Book,
+        jobs: Jobs,
+        meter: Callable[[Output], Usage],
+        say: Callable[[Frame], None],
+        acknowledged: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.job = job
+        self.attempt = attempt
+        self.choice = choice
+        self.output = output
+        self.done = dict(done)
+        self.amount: MicroCredits = 0
+        self.out_hash = bytes(32)
+        self.kernel = ("", "")
+        self.started = time.monotonic()
+        self._acknowledged = acknowledged
+        self._number = 0
+        self._book = book
+        self._jobs = jobs
+        self._meter = meter
+        self._say = say
+        self._unstored = 0
+        self._all_stored = trio.Event()
+        self._scope = trio.CancelScope()
+        self._fault: PeerError | None = None
+        self._patience: Seconds = WORK_SLACK_SECONDS + 3 * choice.quote.seconds
+        self._deadline = trio.current_time() + self._patience
+
+    @property
+    def seller(self) -> PeerId:
+        return self.choice.link.peer
+
+    def on_step(self, item: StepItem) -> None:
+        """One item off the wire; called by the link's reader, so it only checks and stores."""
+        if self._fault is not None:
+            return
+        try:
+            self._take(item)
+        except PeerError as error:
+            self._fault = error
+            self._scope.cancel()
+
+    async def run(self, call: Call) -> Finished:
+        """Calls, and returns the seller's last word once all output is stored.
+
+        Raises:
+            PeerError: PEER_LOST or a breach of protocol. JobError: DEADLINE and the like.
+        """
+        link = self.choice.link
+        inbox = link.open_inbox(call.id)
+        try:
+            self._book.intend(
+                self.seller, self.attempt, call.quote_hash, call.ceiling_micro_credits
+            )
+            link.send(call)
+            with self._scope:
+                await self._acknowledge(inbox)
+                finished = await self._follow(inbox)
+                await self._stored()
+                return finished
+            raise self._fault or JobError("the attempt was stopped", code="CANCELLED")
+        finally:
+            link.close_inbox(call.id)
+
+    def bill(self, counted: Usage, finished: Finished) -> None:
+        """Our own meter of the whole result, at the quote's prices; the seller's must agree.
+
+        Raises:
+            PeerError: the seller counts another usage than we do, or the bill is too high.
+        """
+        if dict(counted) != finished.usage:
+            raise PeerError(
+                f"the seller counts {finished.usage}, the result shows {dict(counted)}",
+                code="BAD_REQUEST",
+            )
+        amount = price_of_rest(self.choice.quote.terms, counted, self.done)
+        if amount > self.choice.price_at_most:
+            raise PeerError("the bill is above the quoted ceiling", code="BAD_REQUEST")
+        self.amount, self.out_hash = amount, finished.out_hash
+
+    def stop(self, call_id: int) -> None:
+        """Tells the seller that nothing more will be accepted."""
+        send_or_drop(self.choice.link, messages.Cancel(id=call_id))
+
+    # ------------------------------------------------------------------ waiting
+    async def _acknowledge(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
+        wait = min(max(2 + 20 * self.choice.link.rtt_seconds, 2), 30)
+        with trio.move_on_after(wait):
+            frame = await _next(inbox)
+            if not isinstance(frame, Accepted):
+                raise PeerError("work before its acknowledgement", code="BAD_REQUEST")
+            await self._acknowledged()
+            return
+        raise PeerError(f"no acknowledgement within {wait:.1f} s", code="PEER_LOST")
+
+    async def _follow(self, inbox: trio.MemoryReceiveChannel[Frame]) -> Finished:
+        """Frames until the last one; each sign of work renews the deadline."""
+        self._beat()
+        while True:
+            frame = None
+            with trio.CancelScope(deadline=self._deadline):
+                frame = await _next(inbox)
+            if frame is not None:
+                self._beat()
+                if isinstance(frame, Finished):
+                    return frame
+                self._on_frame(frame)
+            elif trio.current_time() >= self._deadline:  # steps may have moved it meanwhile
+                raise PeerError(f"silent for {self._patience:.0f} s", code="PEER_LOST")
+
+    def _beat(self) -> None:
+        self._deadline = trio.current_time() + self._patience
+
+    def _on_frame(self, frame: Frame) -> None:
+        if isinstance(frame, Progress):
+            self._say(frame)
+        elif isinstance(frame, Started):
+            self.kernel = (frame.kernel_class, frame.identical)
+            self.started = time.monotonic()  # a peer's speed is that of its warm engine
+        elif isinstance(frame, Part):
+            if frame.seq != len(self.output.bodies):
+                raise PeerError("parts out of order", code="BAD_REQUEST")
+            self._fold(frame.body, frame.hash8)
+            self.output.bodies.append(frame.body)
+            self._keep(frame.body, self.amount)
+            self._say(frame)
+        else:
+            raise PeerError(f"{type(frame).__name__} in a call", code="BAD_REQUEST")
+
+    # ------------------------------------------------------------------ accepting
+    def _take(self, item: StepItem) -> None:
+        if item.first != len(self.output.ids):
+            raise PeerError("tokens out of order", code="BAD_REQUEST")
+        self._fold(token_bytes(item.token_ids), item.hash8)
+        body = self.output.add_piece(Piece(item.token_ids, item.text, item.read_bytes))
+        amount = price_of_rest(self.choice.quote.terms, self._meter(self.output), self.done)
+        if amount > self.choice.price_at_most:
+            raise PeerError("more was delivered than was asked for", code="BAD_REQUEST")
+        self._keep(body, amount)
+        self._beat()
+        if item.text:
+            self._say(messages.Text(id=0, text=item.text))
+
+    def _fold(self, body: bytes, hash8: bytes) -> None:
+        self.out_hash = running_hash(self.out_hash, self.attempt, self._number, body)
+        self._number += 1
+        if self.out_hash[:8] != hash8:
+            raise PeerError("the running hash does not fit what came", code="BAD_REQUEST")
+
+    def _keep(self, body: bytes, amount: MicroCredits) -> None:
+        """Stores a piece; only then is it accepted, and owed."""
+        self._unstored += 1
+        out_hash = self.out_hash
+
+        def durable() -> None:
+            self._unstored -= 1
+            self.amount = max(self.amount, amount)
+            self._book.accept(self.seller, self.attempt, self.amount, out_hash)
+            if not self._unstored:
+                self._all_stored.set()
+
+        self._jobs.keep(self.job, len(self.output.bodies) - 1, self.attempt, body, durable)
+
+    async def _stored(self) -> None:
+        while self._unstored:
+            self._all_stored = trio.Event()
+            await self._all_stored.wait()
+
+
+async def _next(inbox: trio.MemoryReceiveChannel[Frame]) -> Frame:
+    """The next frame of a call; a `Failure` becomes its exception."""
+    try:
+        frame = await inbox.receive()
+    except trio.EndOfChannel:
+        raise PeerError("the peer is gone", code="PEER_LOST") from None
+    if isinstance(frame, messages.Failure):
+        raise as_error(frame)
+    return frame

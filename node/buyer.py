@@ -1,0 +1,164 @@
+"""Takes the owner's jobs, and goes on with what a restart interrupted."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+import trio
+
+from aivillage.node.config import Settings
+from aivillage.node.jobs import JobRow
+from aivillage.node.links import Link
+from aivillage.node.pursuit import DEADLINE_SECONDS, SETTLE_SECONDS, Pursuit, Say, Trade
+from aivillage.protocols.errors import AivillageError, JobError, RefusedError
+from aivillage.protocols.messages import Frame, Step, Submit
+from aivillage.protocols.types import JobId, PeerId
+
+JOBS_MAX: Final = 64
+"""Running at the same time; one more is refused, since its owner can wait better than we."""
+
+
+class Running:
+    """A pursuit in its task."""
+
+    def __init__(self, pursuit: Pursuit) -> None:
+        self.pursuit = pursuit
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+        self.cancelled = False
+        self.error: AivillageError | None = None
+
+
+class Buyer:
+    """All running jobs of the owner. One task each, all in the nursery given."""
+
+    def __init__(self, *, settings: Settings, trade: Trade, nursery: trio.Nursery) -> None:
+        self._settings = settings
+        self._trade = trade
+        self._nursery = nursery
+        self._running: dict[JobId, Running] = {}
+        self.refusal: Callable[[], AivillageError | None] = lambda: None
+
+    async def submit(self, submit: Submit, say: Say) -> Running:
+        """Records a job and starts it.
+
+        Raises:
+            AivillageError: the request is wrong, or this node takes no work now.
+        """
+        refusal = self.refusal()
+        if refusal is not None:
+            raise refusal
+        if len(self._running) >= JOBS_MAX:
+            raise RefusedError(
+                f"{JOBS_MAX} jobs of yours are running",
+                code="BUSY",
+                next_step="wait for one, or `aivillage-node jobs cancel ID`",
+            )
+        await self._trade.workers.estimate(submit.operation, submit.request)
+        ceiling = submit.ceiling_micro_credits
+        row = JobRow(
+            id=JobId(secrets.token_hex(16)),
+            operation=submit.operation,
+            request=submit.request,
+            state="new",
+            ceiling=self._settings.ceiling_micro_credits if ceiling is None else ceiling,
+            deadline=submit.deadline_seconds,
+            peer=submit.peer or "",
+            created=time.time(),
+        )
+        await self._trade.jobs.add(row)
+        return self._start(Pursuit(row, self._trade, say))
+
+    async def resume(self) -> None:
+        """Starts again what a stop or crash of this node interrupted."""
+        for row in await self._trade.jobs.unfinished():
+            pursuit = Pursuit(row, self._trade, _unheard)
+            await pursuit.restore()
+            self._trade.events.emit("job_resumed", job=row.id, delivered=len(pursuit.output.bodies))
+            self._start(pursuit)
+
+    def _start(self, pursuit: Pursuit) -> Running:
+        running = Running(pursuit)
+        self._running[pursuit.row.id] = running
+        self._nursery.start_soon(self._live, running)
+        return running
+
+    def cancel(self, job: JobId) -> bool:
+        """Stops a running job; what was accepted is paid. False: it is not running."""
+        running = self._running.get(job)
+        if running is None:
+            return False
+        running.cancelled = True
+        running.scope.cancel()
+        return True
+
+    def running(self) -> list[Running]:
+        return list(self._running.values())
+
+    def on_step(self, link: Link, frame: Step) -> None:
+        """Hands each item to its attempt; items of ended attempts are late, and not paid."""
+        for item in frame.items:
+            attempt = self._trade.attempts.get((link.peer, item.session))
+            if attempt is not None:
+                attempt.on_step(item)
+
+    def on_up(self, peer: PeerId) -> None:
+        """A peer that is back may go on with what it lost: a fact changed."""
+        self._trade.market.forget_peer(peer)
+        self._trade.discovery.reachable(peer)
+        for running in self.running():
+            running.pursuit.excluded.pop(peer, None)
+
+    async def _live(self, running: Running) -> None:
+        """One job; its end is in jobs.db before anybody hears of it."""
+        row = running.pursuit.row
+        with running.scope:
+            try:
+                with trio.fail_after(row.deadline or DEADLINE_SECONDS):
+                    await running.pursuit.run()
+            except trio.TooSlowError:
+                running.error = JobError("the job's deadline passed", code="DEADLINE")
+            except AivillageError as error:
+                running.error = error
+            except Exception as defect:  # one job must not fell the daemon
+                self._trade.events.emit("job_crashed", level=40, job=row.id, error=repr(defect))
+                running.error = JobError(f"a defect of this node: {defect!r}", code="JOB_FAILED")
+        if running.pursuit.result is not None:
+            running.error = None  # whatever came late: it is done, and paid
+        elif running.cancelled:
+            running.error = JobError("cancelled by its owner", code="CANCELLED")
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
+            await self._close(running)
+
+    async def _close(self, running: Running) -> None:
+        pursuit, error = running.pursuit, running.error
+        if error is None:
+            pursuit.end("settled")
+        else:
+            pursuit.end("cancel" if running.cancelled else "fail")
+        receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
+        await self._trade.jobs.end(
+            pursuit.row.id,
+            pursuit.state,
+            result=pursuit.result,
+            receipt=receipt,
+            code=error.code if error else "",
+            message=error.message if error else "",
+        )
+        self._trade.events.emit(
+            "job_ended",
+            job=pursuit.row.id,
+            state=pursuit.state,
+            micro_credits=pursuit.spent,
+            code=error.code if error else "",
+        )
+        del self._running[pursuit.row.id]
+        running.ended.set()
+
+
+def _unheard(_frame: Frame) -> None:
+    """Nobody follows this job now."""

@@ -1,0 +1,145 @@
+"""The owner's settings: flag > `AIVILLAGE_*` > config.toml > default, each key documented once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta
+
+from aivillage.protocols.errors import ConfigError
+from aivillage.protocols.types import AMOUNT_MAX, MicroCredits, Seconds
+
+ENV_PREFIX: Final = "AIVILLAGE_"
+CONFIG_FILE: Final = "config.toml"
+
+Amount = Annotated[MicroCredits, Meta(ge=0, le=AMOUNT_MAX)]
+Positive = Annotated[Seconds, Meta(gt=0)]
+
+
+def _doc(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything an owner can set. The field's description is its documentation."""
+
+    listen: Annotated[str, _doc("address:port for peers (TCP)")] = "0.0.0.0:4051"
+    announce: Annotated[
+        tuple[str, ...], _doc("addresses to hand out instead of the ones found, host:port")
+    ] = ()
+    dev_mode: Annotated[bool, _doc("development only: debug logs, unsandboxed modules")] = False
+    enable: Annotated[tuple[str, ...], _doc("experimental operations to switch on")] = ()
+    serve: Annotated[bool, _doc("run other people's jobs")] = True
+    slots: Annotated[int, Meta(ge=1, le=256), _doc("jobs of others at the same time")] = 8
+    price_percent: Annotated[
+        int, Meta(ge=0, le=1_000_000), _doc("my prices as a percentage of the default ones")
+    ] = 100
+    ceiling_micro_credits: Annotated[Amount, _doc("most a job may cost without --max-price")] = (
+        100_000
+    )
+    village_line_micro_credits: Annotated[
+        Amount, _doc("most a member of my village may owe me")
+    ] = 10_000_000
+    village_exposure_micro_credits: Annotated[
+        Amount, _doc("the part of it that may be unsigned")
+    ] = 20_000
+    stranger_pool_micro_credits: Annotated[
+        Amount, _doc("unsigned work for all strangers together")
+    ] = 0
+    model: Annotated[str, _doc("GGUF file of the model to serve; empty: the packaged one")] = ""
+    heartbeat_seconds: Annotated[Positive, _doc("between pings; three misses drop a peer")] = 10.0
+    offer_seconds: Annotated[Positive, _doc("between offers; one lives four times as long")] = 30.0
+    worker_idle_seconds: Annotated[Positive, _doc("an idle worker process ends after")] = 600.0
+    worker_memory_mb: Annotated[int, Meta(ge=256), _doc("data memory of one worker")] = 8192
+    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$"), _doc("log level")] = (
+        "info"
+    )
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """Where a setting's value comes from."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+def describe() -> dict[str, str]:
+    """Key -> its one-line documentation."""
+    schema = msgspec.json.schema(Settings)["$defs"]["Settings"]["properties"]
+    return {key: field.get("description", "") for key, field in schema.items()}
+
+
+def load(
+    data_dir: Path, flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ
+) -> tuple[Settings, list[Origin]]:
+    """Settings and where each came from.
+
+    Raises:
+        ConfigError: a key is unknown or a value does not fit; says which and what to write.
+    """
+    layers = (
+        ("config.toml", _read_file(data_dir / CONFIG_FILE)),
+        ("environment", _read_environment(environ)),
+        ("flag", {key: value for key, value in flags.items() if value is not None}),
+    )
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, layer in layers:
+        for key, value in layer.items():
+            _known(key, name)
+            values[key], origin[key] = value, name
+    settings = _convert(values, origin)
+    return settings, [
+        Origin(key, getattr(settings, key), origin.get(key, "default")) for key in describe()
+    ]
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}",
+            next_step="mend the file, or move it away to run on defaults",
+        ) from None
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """`AIVILLAGE_DEV_MODE=true`; lists are separated by commas. Foreign names pass."""
+    found: dict[str, Any] = {}
+    for key in describe():
+        text = environ.get(ENV_PREFIX + key.upper())
+        if text is not None:
+            is_list = isinstance(getattr(Settings(), key), tuple)
+            found[key] = [part for part in text.split(",") if part] if is_list else text
+    return found
+
+
+def _known(key: str, layer: str) -> None:
+    names = describe()
+    if key in names:
+        return
+    close = difflib.get_close_matches(key, names, n=1)
+    hint = f"write {close[0]!r}" if close else "see `aivillage-node config show`"
+    raise ConfigError(f"{layer} names an unknown setting {key!r}", next_step=hint)
+
+
+def _convert(values: dict[str, Any], origin: Mapping[str, str]) -> Settings:
+    try:
+        return msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        key = str(error).rpartition("$.")[2].rstrip("`").partition("[")[0]
+        where = origin.get(key, "the configuration")
+        raise ConfigError(
+            f"{where}: {key or 'a value'} does not fit: {error}",
+            next_step=f"{key}: {describe().get(key, 'see `aivillage-node config show`')}",
+        ) from None

@@ -1,0 +1,225 @@
+"""The control socket: the owner's commands, in the frames that peers use, on a Unix socket.
+
+Only the owner can open it (0600). One task per connection; a broken client fells nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import trio
+
+from aivillage.node.buyer import Buyer, Running
+from aivillage.node.events import Events
+from aivillage.node.framing import FrameReader
+from aivillage.protocols import codec, messages
+from aivillage.protocols.errors import AivillageError, ConfigError, NodeError, PeerError
+from aivillage.protocols.messages import Answer, Ask, Cancel, Failure, Frame, Submit
+from aivillage.protocols.types import PeerId
+
+CLIENTS_MAX: Final = 32
+"""A person's terminals and one gateway; more is a mistake."""
+UNSENT_MAX: Final = 4096
+"""Frames for a client that does not read; its job goes on without it."""
+
+Handler = Callable[[dict[str, Any]], Awaitable[Any]]
+
+
+class _SocketStream:
+    """A Unix socket as a `Stream`; its peer is the owner."""
+
+    peer = PeerId("owner")
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+
+    async def read(self, size_bytes_max: int) -> bytes:
+        try:
+            return bytes(await self._stream.receive_some(size_bytes_max))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise PeerError("the client is gone", code="PEER_LOST") from None
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self._stream.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise PeerError("the client is gone", code="PEER_LOST") from None
+
+    async def close(self) -> None:
+        await self._stream.aclose()
+
+
+class Control:
+    """Serves `handlers` (name -> coroutine function of its arguments) and submissions."""
+
+    def __init__(
+        self,
+        handlers: Mapping[str, Handler],
+        buyer: Buyer,
+        hello: Callable[[], messages.Hello],
+        events: Events,
+    ) -> None:
+        self._handlers = handlers
+        self._buyer = buyer
+        self._hello = hello
+        self._events = events
+        self._slots = trio.CapacityLimiter(CLIENTS_MAX)
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """One client, until it leaves."""
+        async with self._slots, stream:
+            wire = _SocketStream(stream)
+            send, receive = trio.open_memory_channel[Frame](UNSENT_MAX)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write, wire, receive)
+                    send.send_nowait(self._hello())
+                    await self._read(wire, _Client(send, nursery))
+                    nursery.cancel_scope.cancel()
+            except* PeerError:
+                self._events.emit("client_lost", level=10)
+
+    async def _write(self, wire: _SocketStream, frames: trio.MemoryReceiveChannel[Frame]) -> None:
+        async for frame in frames:
+            await wire.write(codec.frame(frame))
+
+    async def _read(self, wire: _SocketStream, client: _Client) -> None:
+        reader = FrameReader(wire, codec.FRAME_BYTES_MAX)
+        while True:
+            while reader.ready:
+                self._take(client, codec.decode(reader.ready.popleft()))
+            if not await reader.fill():
+                return
+
+    def _take(self, client: _Client, frame: Frame) -> None:
+        if isinstance(frame, Ask):
+            client.nursery.start_soon(self._answer, client, frame)
+        elif isinstance(frame, Submit):
+            client.nursery.start_soon(self._submit, client, frame)
+        elif isinstance(frame, Cancel):
+            running = client.jobs.get(frame.id)
+            if running is not None:
+                self._buyer.cancel(running.pursuit.row.id)
+
+    async def _answer(self, client: _Client, ask: Ask) -> None:
+        handler = self._handlers.get(ask.what, _unknown)
+        try:
+            client.say(Answer(id=ask.id, value=await handler(ask.args)))
+        except AivillageError as error:
+            client.say(_failure(ask.id, error))
+        except (KeyError, TypeError, ValueError) as error:
+            client.say(Failure(id=ask.id, code="BAD_REQUEST", message=f"{ask.what}: {error!r}"))
+        except Exception as defect:  # a defect in one answer must not fell the daemon
+            self._events.emit("ask_crashed", level=40, what=ask.what, error=repr(defect))
+            client.say(Failure(id=ask.id, code="INTERNAL", message=repr(defect)))
+
+    async def _submit(self, client: _Client, submit: Submit) -> None:
+        def say(frame: Frame) -> None:
+            client.say(msgspec.structs.replace(frame, id=submit.id))
+
+        try:
+            running = await self._buyer.submit(submit, say if submit.follow else _unheard)
+        except AivillageError as error:
+            client.say(_failure(submit.id, error))
+            return
+        job = {"job": running.pursuit.row.id}
+        if not submit.follow:
+            client.say(Answer(id=submit.id, value=job))
+            return
+        client.jobs[submit.id] = running
+        client.say(messages.Progress(id=submit.id, done=0, note=f"job {job['job']}"))
+        await running.ended.wait()
+        if running.error is not None:
+            client.say(_failure(submit.id, running.error))
+            return
+        receipt = msgspec.to_builtins(running.pursuit.receipt())
+        result = msgspec.msgpack.decode(running.pursuit.result or b"\xc0")
+        client.say(Answer(id=submit.id, value={**job, "result": result, "receipt": receipt}))
+
+
+class _Client:
+    """One connection: what it follows, and its way out."""
+
+    def __init__(self, send: trio.MemorySendChannel[Frame], nursery: trio.Nursery) -> None:
+        self.jobs: dict[int, Running] = {}
+        self.nursery = nursery
+        self._send = send
+
+    def say(self, frame: Frame) -> None:
+        """Queues a frame; a client that does not read is cut off, its jobs go on."""
+        try:
+            self._send.send_nowait(frame)
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            self.nursery.cancel_scope.cancel()
+
+
+async def _unknown(_args: dict[str, Any]) -> Any:
+    raise NodeError(
+        "this daemon does not know that question",
+        next_step="restart it: `aivillage-node stop`, then `start`",
+    )
+
+
+def _failure(call: int, error: AivillageError) -> Failure:
+    return Failure(id=call, code=error.code, message=error.message, next_step=error.next_step)
+
+
+def _unheard(_frame: Frame) -> None:
+    """Nobody follows this job."""
+
+
+@asynccontextmanager
+async def open_control(path: Path, control: Control) -> AsyncIterator[None]:
+    """Serves the control socket while the block runs.
+
+    Raises:
+        ConfigError: another daemon serves this data folder, or the place cannot be written.
+    """
+    await _require_free(path)
+    socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        before = os.umask(0o177)
+        try:
+            await socket.bind(str(path))
+        finally:
+            os.umask(before)
+    except OSError as error:
+        socket.close()
+        raise ConfigError(
+            f"the control socket {path} cannot be made: {error.strerror}",
+            next_step="set XDG_RUNTIME_DIR to a folder of yours",
+        ) from None
+    socket.listen(CLIENTS_MAX)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, control.serve, [trio.SocketListener(socket)])
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel()
+            _remove(path)
+
+
+async def _require_free(path: Path) -> None:
+    """A socket without a listener is left from a crash; one with is a running daemon."""
+    try:
+        stream = await trio.open_unix_socket(str(path))
+    except OSError:
+        _remove(path)
+        return
+    await stream.aclose()
+    raise ConfigError(
+        "a daemon is running on this data folder",
+        next_step="`aivillage-node status` shows it, `aivillage-node stop` ends it",
+    )
+
+
+def _remove(path: Path) -> None:
+    """Only ever a socket: anything else in its place is somebody's file."""
+    if path.is_socket():
+        path.unlink(missing_ok=True)

@@ -1,0 +1,157 @@
+"""Read this file first: every service of the node, in the order in which it starts."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from aivillage import __version__
+from aivillage.ledger.desk import Settings as LedgerSettings
+from aivillage.ledger.ledger import NodeBook, open_ledger
+from aivillage.node import identity
+from aivillage.node.buyer import Buyer
+from aivillage.node.config import Origin, Settings
+from aivillage.node.control import Control, open_control
+from aivillage.node.desk import Desk
+from aivillage.node.discovery import Discovery
+from aivillage.node.events import Events
+from aivillage.node.gossip import Gossiper
+from aivillage.node.herald import Herald
+from aivillage.node.jobs import Jobs, open_jobs
+from aivillage.node.links import LinkLimits, open_links
+from aivillage.node.market import Market
+from aivillage.node.monitor import Monitor
+from aivillage.node.paths import Paths
+from aivillage.node.pricelist import PriceList
+from aivillage.node.pursuit import Trade
+from aivillage.node.seller import Seller
+from aivillage.node.switch import Switch
+from aivillage.node.villagers import Membership, Villagers
+from aivillage.node.workers import Workers, WorkerSettings, open_workers
+from aivillage.protocols.messages import VERSION_MAJOR, VERSION_MINOR, Hello
+from aivillage.protocols.ports import Transport
+
+
+async def run(
+    settings: Settings,
+    origins: list[Origin],
+    paths: Paths,
+    ready: Callable[[Desk], None],
+    *,
+    join: str | None = None,
+) -> None:
+    """Serves until a signal or `aivillage-node stop`; `ready` is called once everything does.
+
+    Raises:
+        ConfigError: something on this machine is wrong; nothing was changed.
+    """
+    from aivillage.node.transport.libp2p import open_libp2p
+
+    key = identity.load(paths.data_dir)
+    async with AsyncExitStack() as stack:
+        jobs = await stack.enter_async_context(open_jobs(paths.jobs))
+        pool = LedgerSettings(stranger_pool=settings.stranger_pool_micro_credits)
+        ledger = await stack.enter_async_context(open_ledger(paths.ledger, key, settings=pool))
+        workers = await stack.enter_async_context(
+            open_workers(
+                worker_settings(settings), cache_folder=paths.cache, scratch_folder=paths.scratch
+            )
+        )
+        transport = await stack.enter_async_context(open_libp2p(key, settings.listen))
+        desk = await stack.enter_async_context(
+            open_node(key, settings, origins, paths, jobs, ledger, workers, transport)
+        )
+        if join is not None:
+            await desk.villagers.join(join)
+        ready(desk)
+        await _stopped(desk.stop)
+
+
+@asynccontextmanager
+async def open_node(
+    key: Ed25519PrivateKey,
+    settings: Settings,
+    origins: list[Origin],
+    paths: Paths,
+    jobs: Jobs,
+    ledger: NodeBook,
+    workers: Workers,
+    transport: Transport,
+) -> AsyncIterator[Desk]:
+    """The services between stores and network, on any transport."""
+    events, monitor, stop = Events(), Monitor(paths.data_dir), trio.Event()
+    membership = Membership(identity.peer_of(key), jobs)
+    await membership.load()
+    hello = _hello(ledger, membership, transport)
+    limits = LinkLimits(ping_seconds=settings.heartbeat_seconds)
+    async with open_links(transport, hello, limits=limits) as links, trio.open_nursery() as nursery:
+        villagers = Villagers(
+            key=key, settings=settings, membership=membership, links=links, jobs=jobs,
+            book=ledger, events=events, nursery=nursery,
+        )  # fmt: skip
+        discovery = Discovery(key)
+        gossiper = Gossiper(links.all, discovery.accept)
+        seller = Seller(
+            settings=settings, prices=PriceList(key, settings.price_percent), workers=workers,
+            book=ledger, events=events, nursery=nursery,
+        )  # fmt: skip
+        herald = Herald(
+            discovery=discovery, gossiper=gossiper, seller=seller, links=links,
+            offer_seconds=settings.offer_seconds,
+        )  # fmt: skip
+        market = Market(links, discovery, ledger, herald.advertise)
+        trade = Trade(jobs, ledger, market, discovery, workers, events, {})
+        buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
+        buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
+        Switch(links, ledger, villagers, gossiper, buyer, seller, herald.news_for)
+        desk = Desk(
+            origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
+            seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
+            stop=stop, started=time.time(),
+        )  # fmt: skip
+        async with open_control(paths.socket, Control(desk.handlers(), buyer, hello, events)):
+            for service in (monitor.run, villagers.keep_in_touch, herald.run, buyer.resume):
+                nursery.start_soon(service)
+            yield desk
+        nursery.cancel_scope.cancel()
+
+
+def worker_settings(settings: Settings) -> WorkerSettings:
+    return WorkerSettings(
+        enabled=settings.enable,
+        dev_mode=settings.dev_mode,
+        idle_exit_seconds=settings.worker_idle_seconds,
+        engine_slots=settings.slots,
+    )
+
+
+def _hello(ledger: NodeBook, membership: Membership, transport: Transport) -> Callable[[], Hello]:
+    """What we say first on every link: as it is at that moment."""
+    return lambda: Hello(
+        major=VERSION_MAJOR,
+        minor=VERSION_MINOR,
+        agent=f"aivillage/{__version__}",
+        boot_epoch=ledger.epoch,
+        clock_unix_ms=int(time.time() * 1000),
+        certificates=membership.certificates,
+        addresses=transport.addresses(),
+    )
+
+
+async def _stopped(stop: trio.Event) -> None:
+    """Returns at the first SIGINT or SIGTERM, or when the owner asks."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def by_signal() -> None:
+                async for _ in signals:
+                    stop.set()
+
+            nursery.start_soon(by_signal)
+            await stop.wait()
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,209 @@
+"""What the owner can ask of a running node: each answer from where the truth is, at that moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import msgspec
+import trio
+
+from aivillage import __version__
+from aivillage.ledger.ledger import NodeBook
+from aivillage.node.buyer import Buyer
+from aivillage.node.config import Origin
+from aivillage.node.discovery import Discovery, Record
+from aivillage.node.events import Events
+from aivillage.node.jobs import JobRow, Jobs
+from aivillage.node.links import Links
+from aivillage.node.monitor import Monitor
+from aivillage.node.paths import Paths
+from aivillage.node.seller import Seller
+from aivillage.node.villagers import Villagers
+from aivillage.protocols.errors import RequestError
+
+JOBS_LISTED: Final = 50
+HISTORY_LISTED: Final = 100
+
+
+class Desk(msgspec.Struct, frozen=True, kw_only=True):
+    """Answers by name; `handlers()` is the table that the control socket serves."""
+
+    origins: list[Origin]
+    paths: Paths
+    links: Links
+    villagers: Villagers
+    discovery: Discovery
+    seller: Seller
+    buyer: Buyer
+    jobs: Jobs
+    ledger: NodeBook
+    monitor: Monitor
+    events: Events
+    stop: trio.Event
+    started: float
+
+    def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
+        """What can be asked, by name."""
+        return {
+            "status": self.on_status,
+            "peers": self.on_peers,
+            "operations": self.on_operations,
+            "jobs": self.on_jobs,
+            "job": self.on_job,
+            "cancel": self.on_cancel,
+            "balance": self.on_balance,
+            "history": self.on_history,
+            "audit": self.on_audit,
+            "invite": self.on_invite,
+            "join": self.on_join,
+            "config": self.on_config,
+            "events": self.on_events,
+            "stop": self.on_stop,
+        }
+
+    async def on_status(self, _args: dict[str, Any]) -> dict[str, Any]:
+        """One screen of truth: every figure is read now, none is remembered."""
+        refusal = self.monitor.refusal()
+        settings = {origin.key: origin.value for origin in self.origins}
+        return {
+            "peer": self.villagers.peer,
+            "version": __version__,
+            "state": "ready" if refusal is None else f"refusing work: {refusal.message}",
+            "uptime_seconds": round(time.time() - self.started, 1),
+            "addresses": list(self.links.transport.addresses()),
+            "village": self.villagers.membership.village.hex(),
+            "peers": len(self.links.all()),
+            "members": sum(self.villagers.line_of(link) is not None for link in self.links.all()),
+            "jobs_running": len(self.buyer.running()),
+            "sales_running": len(self.seller.running()),
+            "slots_free": self.seller.free_slots(),
+            "serves": [operation.name for operation in self.seller.operations()],
+            "balance_micro_credits": (await self.ledger.balance()).net,
+            "dev_mode": settings["dev_mode"],
+            "rss_mb": round(self.monitor.rss_mb(), 1),
+            "loop_lag_ms": self.monitor.loop_lag_ms(),
+        }
+
+    async def on_peers(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
+        """Everybody known; those linked first."""
+        offers = {offer.seller: offer for offer in self.discovery.offers()}
+        found = []
+        for known in await self.jobs.known_peers():
+            link = self.links.get(known.id)
+            record = self.discovery.records.get(known.id, Record())
+            offer = offers.get(known.id)
+            found.append(
+                {
+                    "peer": known.id,
+                    "connected": link is not None,
+                    "member": link is not None and self.villagers.line_of(link) is not None,
+                    "rtt_ms": round(link.rtt_seconds * 1000, 2) if link else None,
+                    "agent": link.hello.agent if link else "",
+                    "offers": [operation.name for operation in offer.operations] if offer else [],
+                    "units_per_second": round(record.units_per_second, 1),
+                    "good": record.good,
+                    "bad": record.bad,
+                    "addresses": list(known.addresses),
+                    "last_seen_unix": known.seen,
+                }
+            )
+        return sorted(found, key=lambda peer: not peer["connected"])
+
+    async def on_operations(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
+        """Ours, with schemas, and who else offers each."""
+        offers = self.discovery.offers()
+        return [
+            msgspec.to_builtins(operation)
+            | {
+                "offered_by": [
+                    offer.seller
+                    for offer in offers
+                    if any(offered.name == operation.name for offered in offer.operations)
+                ]
+            }
+            for operation in self.seller.known_operations()
+        ]
+
+    async def on_jobs(self, args: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = await self.jobs.latest(int(args.get("limit", JOBS_LISTED)))
+        return [self._shown(row) for row in rows]
+
+    async def on_job(self, args: dict[str, Any]) -> dict[str, Any]:
+        row = await self._job(args)
+        attempts = await self.jobs.attempts(row.id)
+        result = msgspec.msgpack.decode(row.result) if row.result else None
+        return self._shown(row) | {
+            "request": msgspec.msgpack.decode(row.request),
+            "result": result,
+            "attempts": [
+                {
+                    "attempt": attempt.id.hex(),
+                    "seller": attempt.seller,
+                    "price_micro_credits": attempt.price,
+                    "outcome": attempt.outcome or "running",
+                }
+                for attempt in attempts
+            ],
+        }
+
+    async def on_cancel(self, args: dict[str, Any]) -> dict[str, Any]:
+        row = await self._job(args)
+        if not self.buyer.cancel(row.id):
+            raise RequestError(
+                f"job {row.id[:8]} is {row.state} already", next_step="aivillage-node jobs list"
+            )
+        return {"job": row.id, "state": "cancelling"}
+
+    async def _job(self, args: dict[str, Any]) -> JobRow:
+        row = await self.jobs.get(str(args["job"]))
+        if row is None:
+            raise RequestError(
+                f"no single job begins with {args['job']!r}", next_step="aivillage-node jobs list"
+            )
+        return row
+
+    def _shown(self, row: JobRow) -> dict[str, Any]:
+        return {
+            "job": row.id,
+            "operation": row.operation,
+            "state": row.state,
+            "created_unix": row.created,
+            "ended_unix": row.ended,
+            "ceiling_micro_credits": row.ceiling,
+            "receipt": msgspec.json.decode(row.receipt) if row.receipt else None,
+            "code": row.code,
+            "message": row.message,
+        }
+
+    async def on_balance(self, _args: dict[str, Any]) -> dict[str, Any]:
+        balance = await self.ledger.balance()
+        return dict(msgspec.to_builtins(balance))
+
+    async def on_history(self, args: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = await self.ledger.history(int(args.get("limit", HISTORY_LISTED)))
+        return [msgspec.to_builtins(row) | {"attempt": row.attempt.hex()} for row in rows]
+
+    async def on_audit(self, _args: dict[str, Any]) -> dict[str, Any]:
+        report = await self.ledger.audit()
+        return dict(msgspec.to_builtins(report))
+
+    async def on_invite(self, args: dict[str, Any]) -> dict[str, Any]:
+        addresses = tuple(self.links.transport.addresses())
+        return {"token": self.villagers.invite(addresses, args.get("line_micro_credits"))}
+
+    async def on_join(self, args: dict[str, Any]) -> dict[str, Any]:
+        inviter = await self.villagers.join(str(args["token"]))
+        return {"inviter": inviter, "village": self.villagers.membership.village.hex()}
+
+    async def on_config(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
+        return [msgspec.to_builtins(origin) for origin in self.origins]
+
+    async def on_events(self, _args: dict[str, Any]) -> dict[str, Any]:
+        recent = [{"at_unix": at, "event": name} | f for at, name, f in self.events.recent]
+        return {"counts": dict(self.events.counts), "recent": recent}
+
+    async def on_stop(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self.stop.set()
+        return {"stopping": True}

@@ -1,0 +1,39 @@
+"""What happened, as typed lines: logs, counters and tests subscribe to the same events."""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+_log = logging.getLogger("aivillage")
+
+
+class Events:
+    """Counts and logs events; the last ones are kept for `status` and for tests."""
+
+    def __init__(self) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.recent: collections.deque[tuple[float, str, dict[str, Any]]] = collections.deque(
+            maxlen=256  # a screen or two of history for `doctor`
+        )
+
+    def emit(self, name: str, *, level: int = logging.INFO, **fields: Any) -> None:
+        """Records `name`, past tense, with its fields."""
+        self.counts[name] += 1
+        self.recent.append((time.time(), name, fields))
+        if _log.isEnabledFor(level):
+            _log.log(level, "%s %s", name, json.dumps(fields, default=str))
+
+
+def configure_logging(level: str) -> None:
+    """One line an event on standard error; libraries speak up from warnings on."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    _log.setLevel(level.upper())

@@ -1,0 +1,82 @@
+"""One Ed25519 key file is who this node is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from aivillage.protocols.errors import ConfigError
+from aivillage.protocols.types import PeerId, peer_id
+
+KEY_FILE: Final = "identity.key"
+
+
+def peer_of(key: Ed25519PrivateKey) -> PeerId:
+    return peer_id(key.public_key().public_bytes_raw())
+
+
+def exists(data_dir: Path) -> bool:
+    return (data_dir / KEY_FILE).exists()
+
+
+def create(data_dir: Path) -> Ed25519PrivateKey:
+    """A new key in `data_dir`, readable by the owner only, whole or not at all.
+
+    Raises:
+        ConfigError: there is a key already, or the folder cannot be written.
+    """
+    path = data_dir / KEY_FILE
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_suffix(".new")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(pem)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)  # refuses to replace a key, unlike a rename
+        draft.unlink()
+    except FileExistsError:
+        raise ConfigError(
+            f"{path} exists already", next_step="use it, or choose another --data-dir"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{data_dir} cannot hold a key: {error.strerror}",
+            next_step="choose a folder of yours with --data-dir",
+        ) from None
+    return key
+
+
+def load(data_dir: Path) -> Ed25519PrivateKey:
+    """The key in `data_dir`.
+
+    Raises:
+        ConfigError: no key, not a key, or one that others can read.
+    """
+    path = data_dir / KEY_FILE
+    try:
+        if path.stat().st_mode & 0o077:
+            raise ConfigError(f"others can read {path}", next_step=f"chmod 600 {path}")
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"there is no node in {data_dir}", next_step="aivillage-node init"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is not a key: {error}", next_step="restore it from your backup"
+        ) from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(f"{path} is not an Ed25519 key", next_step="restore it from your backup")
+    return key

@@ -1,0 +1,356 @@
+"""jobs.db: what the owner asked for, what was delivered so far, and whom this node knows.
+
+It must survive kill -9, not power loss (`synchronous=NORMAL`): money lives in ledger.db. One
+connection, one thread at a time; delivered output is written in groups, and counts as accepted
+only once it is here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import apsw
+import msgspec
+import trio
+
+from aivillage.protocols.errors import AivillageError, ConfigError, NodeError
+from aivillage.protocols.job import State
+from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
+
+APPLICATION_ID: Final = 0x41_49_56_4A
+SCHEMA_VERSION: Final = 1
+T = TypeVar("T")
+_log = logging.getLogger("aivillage.jobs")
+
+_SCHEMA: Final = """
+CREATE TABLE job(
+  id TEXT PRIMARY KEY, operation TEXT NOT NULL, request BLOB NOT NULL, state TEXT NOT NULL,
+  ceiling INTEGER NOT NULL, deadline REAL, peer TEXT NOT NULL DEFAULT '', created REAL NOT NULL,
+  ended REAL, result BLOB, receipt BLOB, code TEXT NOT NULL DEFAULT '',
+  message TEXT NOT NULL DEFAULT '') STRICT;
+CREATE INDEX job_open ON job(state) WHERE ended IS NULL;
+CREATE TABLE attempt(
+  id BLOB PRIMARY KEY, job TEXT NOT NULL REFERENCES job(id), seller TEXT NOT NULL,
+  price INTEGER NOT NULL DEFAULT 0, outcome TEXT NOT NULL DEFAULT '', created REAL NOT NULL) STRICT;
+CREATE INDEX attempt_job ON attempt(job);
+CREATE TABLE delivered(
+  job TEXT NOT NULL REFERENCES job(id), seq INTEGER NOT NULL, attempt BLOB NOT NULL,
+  body BLOB NOT NULL, PRIMARY KEY(job, seq)) STRICT, WITHOUT ROWID;
+CREATE TABLE known_peer(
+  id TEXT PRIMARY KEY, addresses BLOB NOT NULL, seen REAL NOT NULL,
+  units_per_second REAL NOT NULL DEFAULT 0, good INTEGER NOT NULL DEFAULT 0,
+  bad INTEGER NOT NULL DEFAULT 0) STRICT;
+CREATE TABLE certificate(body BLOB PRIMARY KEY, village BLOB NOT NULL, added REAL NOT NULL) STRICT;
+CREATE TABLE used_invite(nonce BLOB PRIMARY KEY, guest TEXT NOT NULL, at REAL NOT NULL) STRICT;
+CREATE TABLE setting(key TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
+"""
+
+
+class JobRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One job of the owner's."""
+
+    id: JobId
+    operation: str
+    request: bytes
+    state: State
+    ceiling: MicroCredits
+    deadline: float | None
+    peer: str
+    created: float
+    ended: float | None = None
+    result: bytes | None = None
+    receipt: bytes | None = None
+    code: str = ""
+    message: str = ""
+
+
+class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One seller's try at a job; `price` is what was accepted from it."""
+
+    id: bytes
+    job: JobId
+    seller: PeerId
+    price: MicroCredits
+    outcome: str
+    created: float
+
+
+class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):
+    """A peer met before, and how it did."""
+
+    id: PeerId
+    addresses: tuple[str, ...]
+    seen: float
+    units_per_second: float
+    good: int
+    bad: int
+
+
+def _select(kind: type[msgspec.Struct], table: str) -> str:
+    return f"SELECT {', '.join(kind.__struct_fields__)} FROM {table} "  # noqa: S608 ours alone
+
+
+_JOB: Final = _select(JobRow, "job")
+_ATTEMPT: Final = _select(AttemptRow, "attempt")
+_PEER: Final = _select(KnownPeer, "known_peer")
+
+
+class Jobs:
+    """The store. Every method is one transaction in the store's own thread."""
+
+    def __init__(self, db: apsw.Connection) -> None:
+        self._db = db
+        self._limiter = trio.CapacityLimiter(1)  # apsw connections serve one thread at a time
+        self._pending: list[tuple[tuple[Any, ...], Callable[[], None]]] = []
+        self._wake = trio.Event()
+
+    async def _run(self, work: Callable[[apsw.Connection], T]) -> T:
+        def transaction() -> T:
+            try:
+                with self._db:
+                    found = work(self._db)
+            except apsw.Error as error:
+                raise _typed(error) from error
+            return found
+
+        return await trio.to_thread.run_sync(transaction, limiter=self._limiter)
+
+    async def _write(self, sql: str, *rows: tuple[Any, ...]) -> None:
+        def work(db: apsw.Connection) -> None:
+            db.executemany(sql, rows)
+
+        await self._run(work)
+
+    async def _read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        return await self._run(lambda db: cast("list[Any]", db.execute(sql, values).fetchall()))
+
+    # ------------------------------------------------------------------ jobs
+    async def add(self, job: JobRow) -> None:
+        await self._write(
+            "INSERT INTO job(id, operation, request, state, ceiling, deadline, peer, created)"
+            " VALUES(?,?,?,?,?,?,?,?)",
+            (job.id, job.operation, job.request, job.state, job.ceiling, job.deadline, job.peer,
+             job.created),
+        )  # fmt: skip
+
+    async def move(self, job: JobId, state: State) -> None:
+        await self._write("UPDATE job SET state=? WHERE id=?", (state, job))
+
+    async def end(
+        self,
+        job: JobId,
+        state: State,
+        *,
+        result: bytes | None = None,
+        receipt: bytes | None = None,
+        code: str = "",
+        message: str = "",
+    ) -> None:
+        await self._write(
+            "UPDATE job SET state=?, ended=?, result=?, receipt=?, code=?, message=? WHERE id=?",
+            (state, time.time(), result, receipt, code, message, job),
+        )
+
+    async def get(self, job: str) -> JobRow | None:
+        """The job whose id is, or begins with, `job`; None where that is not exactly one."""
+        if not job or set(job) - set("0123456789abcdef"):
+            return None
+        rows = await self._read(_JOB + "WHERE id GLOB ? LIMIT 2", job + "*")
+        return _row(JobRow, rows[0]) if len(rows) == 1 else None
+
+    async def latest(self, limit: int) -> list[JobRow]:
+        rows = await self._read(_JOB + "ORDER BY created DESC LIMIT ?", limit)
+        return [_row(JobRow, row) for row in rows]
+
+    async def unfinished(self) -> list[JobRow]:
+        rows = await self._read(_JOB + "WHERE ended IS NULL ORDER BY created")
+        return [_row(JobRow, row) for row in rows]
+
+    # ------------------------------------------------------------------ attempts, output
+    async def begin_attempt(self, attempt: AttemptId, job: JobId, seller: PeerId) -> None:
+        await self._write(
+            "INSERT INTO attempt(id, job, seller, created) VALUES(?,?,?,?)",
+            (attempt, job, seller, time.time()),
+        )
+
+    async def end_attempt(self, attempt: AttemptId, price: MicroCredits, outcome: str) -> None:
+        await self._write(
+            "UPDATE attempt SET price=?, outcome=? WHERE id=?", (price, outcome, attempt)
+        )
+
+    async def attempts(self, job: JobId) -> list[AttemptRow]:
+        rows = await self._read(_ATTEMPT + "WHERE job=? ORDER BY created", job)
+        return [_row(AttemptRow, row) for row in rows]
+
+    async def delivered(self, job: JobId) -> list[bytes]:
+        rows = await self._read("SELECT body FROM delivered WHERE job=? ORDER BY seq", job)
+        return [row[0] for row in rows]
+
+    async def forget_delivered(self, job: JobId) -> None:
+        """Drops output that turned out to be wrong."""
+        await self._write("DELETE FROM delivered WHERE job=?", (job,))
+
+    def keep(
+        self, job: JobId, seq: int, attempt: AttemptId, body: bytes, durable: Callable[[], None]
+    ) -> None:
+        """Queues one piece of output; `durable` is called on this loop once it is stored."""
+        self._pending.append(((job, seq, attempt, body), durable))
+        self._wake.set()
+
+    async def flush_forever(self) -> None:
+        """Writes queued output in groups: whatever came while the last group was written."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            group, self._pending = self._pending, []
+            while not await self._stored([row for row, _ in group]):  # noqa: ASYNC110
+                await trio.sleep(1)  # a full disk: what was delivered waits, unaccepted, unpaid
+            for _, durable in group:
+                durable()
+
+    async def _stored(self, rows: list[tuple[Any, ...]]) -> bool:
+        try:
+            await self._write(
+                "INSERT OR IGNORE INTO delivered(job, seq, attempt, body) VALUES(?,?,?,?)", *rows
+            )
+        except NodeError as error:
+            _log.warning("output_not_stored reason=%s", error)
+            return False
+        return True
+
+    # ------------------------------------------------------------------ peers, village
+    async def saw_peer(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
+        await self._write(
+            "INSERT INTO known_peer(id, addresses, seen) VALUES(?,?,?) ON CONFLICT(id) DO UPDATE"
+            " SET addresses=excluded.addresses, seen=excluded.seen",
+            (peer, msgspec.msgpack.encode(addresses), time.time()),
+        )
+
+    async def rate_peer(self, peer: PeerId, *, good: bool, units_per_second: float) -> None:
+        await self._write(
+            "UPDATE known_peer SET good=good+?, bad=bad+?, units_per_second=? WHERE id=?",
+            (int(good), int(not good), units_per_second, peer),
+        )
+
+    async def known_peers(self) -> list[KnownPeer]:
+        rows = await self._read(_PEER + "ORDER BY seen DESC LIMIT 1000")
+        return [
+            KnownPeer(
+                id=PeerId(row[0]),
+                addresses=msgspec.msgpack.decode(row[1], type=tuple[str, ...]),
+                seen=row[2],
+                units_per_second=row[3],
+                good=row[4],
+                bad=row[5],
+            )
+            for row in rows
+        ]
+
+    async def use_invite(self, nonce: bytes, guest: PeerId) -> bool:
+        """Marks an invite as used by `guest`; False where somebody else used it before.
+
+        The same guest may ask again: its answer may have been lost.
+        """
+
+        def work(db: apsw.Connection) -> bool:
+            db.execute(
+                "INSERT OR IGNORE INTO used_invite(nonce, guest, at) VALUES(?,?,?)",
+                (nonce, guest, time.time()),
+            )
+            row = db.execute("SELECT guest FROM used_invite WHERE nonce=?", (nonce,)).get
+            return bool(row == guest)
+
+        return await self._run(work)
+
+    async def add_certificates(self, village: bytes, bodies: tuple[bytes, ...]) -> None:
+        now = time.time()
+        await self._write(
+            "INSERT OR IGNORE INTO certificate(body, village, added) VALUES(?,?,?)",
+            *((body, village, now) for body in bodies),
+        )
+
+    async def certificates(self, village: bytes) -> tuple[bytes, ...]:
+        rows = await self._read(
+            "SELECT body FROM certificate WHERE village=? ORDER BY added DESC", village
+        )
+        return tuple(row[0] for row in rows)
+
+    async def setting(self, key: str) -> bytes | None:
+        rows = await self._read("SELECT value FROM setting WHERE key=?", key)
+        return rows[0][0] if rows else None
+
+    async def set_setting(self, key: str, value: bytes) -> None:
+        await self._write(
+            "INSERT INTO setting(key, value) VALUES(?,?)"
+            " ON CONFLICT(key) DO UPDATE SET value=excluded.value",
+            (key, value),
+        )
+
+
+@asynccontextmanager
+async def open_jobs(path: Path) -> AsyncIterator[Jobs]:
+    """Opens or makes jobs.db.
+
+    Raises:
+        ConfigError: the file is corrupt, newer than this program, or not ours.
+    """
+    db = await trio.to_thread.run_sync(_open, path)
+    jobs = Jobs(db)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(jobs.flush_forever)
+            yield jobs
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(db.close)
+
+
+def _open(path: Path) -> apsw.Connection:
+    try:
+        db = apsw.Connection(str(path))
+        db.set_busy_timeout(5000)
+        found = (db.pragma("application_id"), db.pragma("user_version"))
+        if found == (0, 0):
+            _create(db)
+        elif found != (APPLICATION_ID, SCHEMA_VERSION):
+            raise ConfigError(
+                f"{path} is of version {found[1]}, this program knows {SCHEMA_VERSION}",
+                next_step="run the newer program, or choose another --data-dir",
+            )
+        db.pragma("journal_mode", "wal")
+        db.pragma("synchronous", 1)
+        db.pragma("foreign_keys", 1)
+    except apsw.Error as error:
+        raise ConfigError(
+            f"{path} cannot be opened: {error}",
+            next_step=f"move it away: mv {path} {path}.broken (your credits are in ledger.db)",
+        ) from None
+    return db
+
+
+def _create(db: apsw.Connection) -> None:
+    with db:
+        db.execute(_SCHEMA)
+        db.pragma("application_id", APPLICATION_ID)
+        db.pragma("user_version", SCHEMA_VERSION)
+
+
+def _row(kind: type[T], row: tuple[Any, ...]) -> T:
+    fields: tuple[str, ...] = kind.__struct_fields__  # type: ignore[attr-defined]
+    return kind(**dict(zip(fields, row, strict=True)))
+
+
+def _typed(error: apsw.Error) -> AivillageError:
+    if isinstance(error, apsw.FullError | apsw.IOError):
+        return NodeError(
+            f"jobs.db cannot be written: {error}",
+            code="DISK_FULL",
+            next_step="free some disk space; jobs wait until then",
+        )
+    return NodeError(f"jobs.db: {error}", code="INTERNAL")

@@ -1,0 +1,403 @@
+"""One live link: a kept-open stream with one peer that carries every call of the pair.
+
+Ids: who dialled opens calls with odd ids, who accepted with even ones, so an id names one call
+whatever its direction, and an answer carries the id of its call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import trio
+
+from aivillage.node.framing import FrameReader, RateLimit
+from aivillage.protocols import codec
+from aivillage.protocols.errors import AivillageError, JobError, PeerError, RequestError, from_code
+from aivillage.protocols.messages import (
+    Answer,
+    Ask,
+    Failure,
+    Frame,
+    Hello,
+    Ping,
+    Pong,
+    Submit,
+    Text,
+    Tunnel,
+)
+from aivillage.protocols.ports import Stream
+from aivillage.protocols.types import PeerId, Seconds
+
+log = logging.getLogger("aivillage.links")
+
+NOT_FOR_PEERS: Final = (Hello, Ask, Answer, Submit, Text, Tunnel)
+"""A second hello, and what only the owner's control socket may say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkLimits:
+    """What one peer may cost us. The defaults are generous: they stop abuse, not use."""
+
+    queue_frames_max: int = 8192
+    """256 calls in flight with some 30 frames each; more means that the peer does not read."""
+    queue_bytes_max: int = 16 << 20
+    """Sixteen of the largest frames."""
+    inbox_frames_max: int = 1024
+    """About 10 s of one session at 100 steps a second."""
+    frame_bytes_max: int = codec.FRAME_BYTES_MAX
+    frames_per_second: float = 20_000
+    """Six times the 3,200 tokens a second that a full batch of 32 sends, one frame each."""
+    bytes_per_second: float = 64 << 20
+    """Half of what one stream carries on a LAN."""
+    write_bytes: int = 256 * 1024
+    """Frames are joined up to here; beyond it a write gains nothing and delays a receipt."""
+    hello_seconds: Seconds = 5.0
+    probe_seconds: Seconds = 2.0
+    """How long a link has to prove that it lives when its peer opens another one."""
+    ping_seconds: Seconds = 10.0
+    ping_misses_max: int = 3
+    flush_seconds: Seconds = 1.0
+
+
+class LinkOwner(Protocol):
+    """Who hears what happens on a link. All plain calls."""
+
+    def frame_arrived(self, link: Link, frame: Frame) -> None: ...
+    def link_closed(self, link: Link, reason: str) -> None: ...
+    def rider(self, link: Link) -> Frame | None:
+        """A frame that may join a write that is about to leave."""
+        ...
+
+
+class Link:
+    """A live link. Built by `Links`; `send`, `ask` and inboxes are for the daemon."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        reader: FrameReader,
+        hello: Hello,
+        *,
+        dialled: bool,
+        limits: LinkLimits,
+        owner: LinkOwner,
+    ) -> None:
+        self.peer: PeerId = stream.peer
+        self.hello = hello
+        self.dialled = dialled
+        self.opened_at = trio.current_time()
+        self.rtt_seconds: Seconds = 0.0
+        self.heard_count = 0
+        self.closed_because = ""
+        self.silent = False
+        self.ended = trio.Event()
+        self._stream = stream
+        self._reader = reader
+        self._limits = limits
+        self._owner = owner
+        self._ids = itertools.count(1 if dialled else 2, 2)
+        self._queue: deque[bytes] = deque()
+        self._queue_bytes = 0
+        self._wake = trio.Event()
+        self._drained = trio.Event()
+        self._hearing = trio.lowlevel.ParkingLot()
+        self._scope = trio.CancelScope()
+        self._pings: dict[int, float] = {}
+        self._asks: dict[int, _Asked] = {}
+        self._inboxes: dict[int, trio.MemorySendChannel[Frame]] = {}
+
+    def next_id(self) -> int:
+        """A fresh id for a call that this side opens: odd if it dialled, else even."""
+        return next(self._ids)
+
+    def send(self, message: Frame) -> None:
+        """Queues `message`; what is queued together leaves in one write.
+
+        Raises:
+            PeerError: PEER_LOST, the link is closed or this send found the peer too slow.
+            RequestError: TOO_LARGE, the peer would not take it.
+        """
+        if self.closed_because:
+            raise self._lost()
+        framed = codec.frame(message)
+        if len(framed) - codec.LENGTH_BYTES > self.hello.max_frame_bytes:
+            raise RequestError(
+                f"the peer takes frames of at most {self.hello.max_frame_bytes:,} bytes",
+                code="TOO_LARGE",
+                next_step="make the request smaller, or choose another peer",
+            )
+        self._enqueue(framed)
+        if self._overflowing():
+            self.close("the peer reads too slowly")
+            raise self._lost()
+
+    async def drained(self) -> None:
+        """Returns when the queue is below half. Raises: PeerError: PEER_LOST."""
+        await trio.lowlevel.checkpoint()
+        while not self.closed_because and not self._half_empty():
+            await self._drained.wait()
+        if self.closed_because:
+            raise self._lost()
+
+    async def ask(self, message: Frame, *, timeout_seconds: Seconds) -> Frame:
+        """Sends `message` and returns the next frame with its id.
+
+        Raises:
+            AivillageError: the peer's `Failure`, typed by its code.
+            PeerError: PEER_LOST.
+            JobError: DEADLINE.
+        """
+        call: int = message.id  # type: ignore[union-attr]  # Step has none, and asks nothing
+        asked = self._asks[call] = _Asked()
+        try:
+            self.send(message)
+            with trio.move_on_after(timeout_seconds):
+                await asked.done.wait()
+        finally:
+            del self._asks[call]
+        if asked.reply is None:
+            if self.closed_because:
+                raise self._lost()
+            raise JobError(f"no answer within {timeout_seconds:g} s", code="DEADLINE")
+        if isinstance(asked.reply, Failure):
+            raise as_error(asked.reply)
+        return asked.reply
+
+    def open_inbox(self, call: int) -> trio.MemoryReceiveChannel[Frame]:
+        """Every frame with that id, in order, until `close_inbox`.
+
+        When the link dies, the last frame is a `Failure` with PEER_LOST; when the reader falls
+        `inbox_frames_max` behind, one with BUSY. Then the channel ends.
+        """
+        # One more than the limit: the last place is for the Failure that ends it.
+        send, receive = trio.open_memory_channel[Frame](self._limits.inbox_frames_max + 1)
+        self._inboxes[call] = send
+        if self.closed_because:
+            self._end_inbox(call, "PEER_LOST", self.closed_because)
+        return receive
+
+    def close_inbox(self, call: int) -> None:
+        """Later frames with that id go to `on_message`. An unknown id is no error."""
+        inbox = self._inboxes.pop(call, None)
+        if inbox is not None:
+            inbox.close()
+
+    def close(self, reason: str, *, say: Failure | None = None) -> None:
+        """Dead from now on, for both sides; what is queued has `flush_seconds` to leave.
+
+        `say` is the last frame. Closing twice is no error, the first reason stays.
+        """
+        if self.closed_because:
+            return
+        if say is not None:
+            self._enqueue(codec.frame(say))
+        self.closed_because = reason
+        self._scope.deadline = trio.current_time() + self._limits.flush_seconds
+        self._wake.set()
+        self._drained.set()
+        self._hearing.unpark_all()
+        for asked in self._asks.values():
+            asked.done.set()
+        for call in list(self._inboxes):
+            self._end_inbox(call, "PEER_LOST", reason)
+        self._owner.link_closed(self, reason)
+
+    async def is_alive(self, within_seconds: Seconds) -> bool:
+        """Whether the peer can be heard on this link now."""
+        if not self.closed_because:
+            self._ping()
+            with trio.move_on_after(within_seconds):
+                await self._hearing.park()
+                return not self.closed_because
+        return False
+
+    async def run(self) -> None:
+        """Reads, writes and pings until the link is closed, then closes the stream."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    for loop in (self._write_loop, self._read_loop, self._ping_loop):
+                        nursery.start_soon(self._guarded, loop)
+        finally:
+            self.close("the node is stopping")
+            with trio.CancelScope(shield=True):
+                await self._stream.close()
+            self.ended.set()
+
+    async def _guarded(self, loop: Callable[[], Awaitable[None]]) -> None:
+        """The one place where a failure of this link ends: at this link."""
+        try:
+            await loop()
+        except PeerError as error:
+            self.fail(error)
+        except Exception as error:
+            log.exception("link_failed", extra={"peer": self.peer})
+            self.close(f"a defect of this node: {error!r}")
+
+    def fail(self, error: AivillageError) -> None:
+        """Closes because of `error`, and tells the peer unless it is gone."""
+        gone = error.code == "PEER_LOST"
+        say = None if gone else Failure(id=0, code=error.code, message=error.message[:200])
+        self.close(error.message, say=say)
+        if gone:
+            self._scope.cancel()
+
+    # ------------------------------------------------------------------ writing
+
+    def _enqueue(self, framed: bytes) -> None:
+        self._queue.append(framed)
+        self._queue_bytes += len(framed)
+        self._wake.set()
+
+    def _overflowing(self) -> bool:
+        limits = self._limits
+        return (
+            len(self._queue) > limits.queue_frames_max or self._queue_bytes > limits.queue_bytes_max
+        )
+
+    def _half_empty(self) -> bool:
+        limits = self._limits
+        return (
+            len(self._queue) <= limits.queue_frames_max // 2
+            and self._queue_bytes <= limits.queue_bytes_max // 2
+        )
+
+    async def _write_loop(self) -> None:
+        while True:
+            while self._queue:
+                await self._stream.write(self._batch())
+                if self._half_empty():
+                    self._drained.set()
+                    self._drained = trio.Event()
+            if self.closed_because:
+                self._scope.cancel()
+                return
+            self._wake = trio.Event()
+            await self._wake.wait()
+
+    def _batch(self) -> bytes:
+        """What leaves in one write: queued frames up to `write_bytes`, at least one."""
+        rider = self._owner.rider(self)
+        if rider is not None:
+            self._enqueue(codec.frame(rider))
+        parts: list[bytes] = []
+        size_bytes, size_max = 0, self._limits.write_bytes
+        while self._queue and (not parts or size_bytes + len(self._queue[0]) <= size_max):
+            part = self._queue.popleft()
+            size_bytes += len(part)
+            parts.append(part)
+        self._queue_bytes -= size_bytes
+        return b"".join(parts)
+
+    # ------------------------------------------------------------------ reading
+
+    async def _read_loop(self) -> None:
+        frames = RateLimit(self._limits.frames_per_second)
+        volume = RateLimit(self._limits.bytes_per_second)
+        size_bytes = 1
+        while size_bytes:
+            count = len(self._reader.ready)
+            while self._reader.ready and not self.closed_because:
+                self._take(codec.decode(self._reader.ready.popleft()))
+            if self.closed_because:
+                return
+            await frames.spend(count)
+            size_bytes = await self._reader.fill()
+            await volume.spend(size_bytes)
+        raise PeerError("the peer closed the link", code="PEER_LOST")
+
+    def _take(self, frame: Frame) -> None:
+        self.heard_count += 1
+        self._hearing.unpark_all()
+        if isinstance(frame, Ping):
+            self.send(Pong(nonce=frame.nonce))
+        elif isinstance(frame, Pong):
+            self._ponged(frame.nonce)
+        elif isinstance(frame, NOT_FOR_PEERS):
+            raise PeerError(f"{type(frame).__name__} is not for peers", code="BAD_REQUEST")
+        elif isinstance(frame, Failure) and frame.id == 0:
+            raise PeerError(f"the peer ended it: {frame.code} {frame.message}", code="PEER_LOST")
+        elif not self._answered(frame):
+            self._owner.frame_arrived(self, frame)
+
+    def _answered(self, frame: Frame) -> bool:
+        """Whether an inbox or an ask here was waiting for `frame`."""
+        call: int = getattr(frame, "id", 0)
+        inbox = self._inboxes.get(call)
+        if inbox is not None:
+            used = inbox.statistics().current_buffer_used
+            if used < self._limits.inbox_frames_max:
+                _offer(inbox, frame)
+            else:
+                self._end_inbox(call, "BUSY", "this node did not keep up with the answers")
+            return True
+        asked = self._asks.get(call)
+        if asked is None or asked.done.is_set():
+            return False
+        asked.reply = frame
+        asked.done.set()
+        return True
+
+    def _end_inbox(self, call: int, code: str, message: str) -> None:
+        inbox = self._inboxes.pop(call)
+        _offer(inbox, Failure(id=call, code=code, message=message))
+        inbox.close()
+
+    # ------------------------------------------------------------------ liveness
+
+    async def _ping_loop(self) -> None:
+        """Three intervals in which nothing at all came from the peer drop the link."""
+        misses = 0
+        while misses < self._limits.ping_misses_max:
+            if self.closed_because:
+                return
+            heard_count = self.heard_count
+            self._ping()
+            await trio.sleep(self._limits.ping_seconds)
+            misses = misses + 1 if self.heard_count == heard_count else 0
+        self.silent = True
+        raise PeerError(f"no sign of life for {misses} pings", code="PEER_LOST")
+
+    def _ping(self) -> None:
+        nonce = next(_nonces)
+        self._pings = {nonce: trio.current_time()}
+        self.send(Ping(nonce=nonce))
+
+    def _ponged(self, nonce: int) -> None:
+        sent_at = self._pings.pop(nonce, None)
+        if sent_at is not None:
+            self.rtt_seconds = trio.current_time() - sent_at
+
+    def _lost(self) -> PeerError:
+        return PeerError(
+            f"the link with {self.peer} is closed: {self.closed_because}",
+            code="PEER_LOST",
+            next_step="connect to the peer again",
+        )
+
+
+class _Asked:
+    """A question under way."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.reply: Frame | None = None
+
+
+_nonces = itertools.count(1)
+
+
+def as_error(failure: Failure) -> AivillageError:
+    return from_code(failure.code, failure.message, failure.next_step)
+
+
+def _offer(inbox: trio.MemorySendChannel[Frame], frame: Frame) -> None:
+    try:
+        inbox.send_nowait(frame)
+    except trio.BrokenResourceError:
+        log.debug("late_answer_dropped", extra={"call": getattr(frame, "id", 0)})

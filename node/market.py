@@ -1,0 +1,230 @@
+"""Finds the peer for a job: quotes from the best candidates, and the reason for the choice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+import trio
+
+from aivillage.node.discovery import Candidate, Discovery
+from aivillage.node.links import Link, Links
+from aivillage.node.pricelist import quote_hash, read_quote
+from aivillage.protocols import messages
+from aivillage.protocols.errors import (
+    AivillageError,
+    LedgerError,
+    PeerError,
+    RefusedError,
+    RequestError,
+)
+from aivillage.protocols.messages import Quote, QuoteReply
+from aivillage.protocols.ports import Book
+from aivillage.protocols.pricing import Usage, price_of_rest
+from aivillage.protocols.types import MicroCredits, PeerId, Seconds, as_credits
+
+ASKED_AT_ONCE: Final = 3
+"""Quotes asked for at a time: enough to choose, little enough to answer."""
+QUOTE_SECONDS: Final = 5.0
+CONNECT_SECONDS: Final = 5.0
+SEEK_SECONDS: Final = 10.0
+"""How long a job waits for the first offer, its task advertised meanwhile."""
+QUOTE_MARGIN_MS: Final = 2_000
+
+
+class Need(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be bought: at most `usage`, of which `done` is had already."""
+
+    operation: str
+    request: bytes
+    usage: Usage
+    done: Usage
+    budget: MicroCredits
+    peer: str = ""
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """A seller that said yes, and why it is this one."""
+
+    link: Link
+    quote: Quote
+    quote_hash: bytes
+    price_at_most: MicroCredits
+    seconds: Seconds
+    why: str
+
+
+class Quoted(msgspec.Struct, frozen=True):
+    """A quote kept while it is good, and what we owed when we got it."""
+
+    quote: Quote
+    hash: bytes
+    reply: QuoteReply
+    owed: MicroCredits
+
+
+class Market:
+    """Asks peers for quotes and chooses. Quotes are kept while they are good."""
+
+    def __init__(
+        self, links: Links, discovery: Discovery, book: Book, advertise: Callable[[str], None]
+    ) -> None:
+        self._links = links
+        self._book = book
+        self._discovery = discovery
+        self._advertise = advertise
+        self._quotes: dict[tuple[PeerId, str], Quoted] = {}
+
+    async def choose(self, need: Need, excluded: Mapping[PeerId, str]) -> Choice:
+        """The best seller for `need`.
+
+        Raises:
+            RefusedError: NO_PEER, nobody offers it; the message says what was tried.
+            AivillageError: everybody refused; the most telling reason.
+        """
+        reasons: dict[PeerId, AivillageError] = {}
+        with trio.move_on_after(SEEK_SECONDS):
+            while True:
+                # Taken before we look, so that an offer that comes meanwhile is not missed.
+                news = self._discovery.next_news()
+                tried = {*excluded, *reasons}
+                candidates = [c for c in self._candidates(need) if c.peer not in tried]
+                choice = await self._best(need, candidates[:ASKED_AT_ONCE], reasons)
+                if choice is not None:
+                    return choice
+                if candidates:
+                    continue
+                if any(error.code != "PEER_LOST" for error in reasons.values()):
+                    break  # somebody is there and said no: waiting changes nothing
+                self._advertise(need.operation)
+                await news.wait()
+        raise self._nobody(need, excluded, reasons)
+
+    def _candidates(self, need: Need) -> list[Candidate]:
+        found = self._discovery.candidates(need.operation)
+        if not need.peer:
+            return found
+        return [c for c in found if c.peer == need.peer or c.peer.endswith(need.peer)]
+
+    async def _best(
+        self, need: Need, candidates: list[Candidate], reasons: dict[PeerId, AivillageError]
+    ) -> Choice | None:
+        found: list[Choice] = []
+
+        async def ask(candidate: Candidate) -> None:
+            try:
+                found.append(await self._quoted(need, candidate))
+            except AivillageError as error:
+                reasons[candidate.peer] = error
+
+        async with trio.open_nursery() as nursery:
+            for candidate in candidates:
+                nursery.start_soon(ask, candidate)
+        if not found:
+            return None
+        best = min(found, key=lambda choice: (choice.seconds, choice.price_at_most))
+        others = len(found) - 1
+        why = f"{best.why}, best of {others + 1}" if others else f"{best.why}, the only one"
+        return msgspec.structs.replace(best, why=why)
+
+    async def _quoted(self, need: Need, candidate: Candidate) -> Choice:
+        """A quote from one candidate, held against our budget and its patience with us."""
+        link = await self._reach(candidate)
+        quoted = await self._quote(need, link)
+        quote, reply = quoted.quote, quoted.reply
+        room = reply.room_micro_credits + quoted.owed - self._book.owed_to(link.peer)
+        price = price_of_rest(quote.terms, need.usage, need.done)
+        if price > need.budget:
+            raise RequestError(
+                f"it may cost {as_credits(price)} credits, your ceiling leaves "
+                f"{as_credits(need.budget)}",
+                code="PRICE_ABOVE_CEILING",
+                next_step="allow more with --max-price, or ask for less",
+            )
+        if price > room:
+            raise LedgerError(
+                f"it may cost {as_credits(price)} credits, and {link.peer[-8:]} lets you owe "
+                f"{as_credits(max(0, room))} more",
+                next_step="earn credits by serving, or ask for less",
+            )
+        seconds = _seconds(quote, need, candidate) * (1 + reply.queue_length)
+        return Choice(
+            link=link,
+            quote=quote,
+            quote_hash=quoted.hash,
+            price_at_most=price,
+            seconds=seconds,
+            why=_why(candidate, link, reply),
+        )
+
+    async def _reach(self, candidate: Candidate) -> Link:
+        link = self._links.get(candidate.peer)
+        if link is not None:
+            return link
+        for address in candidate.addresses:
+            with trio.move_on_after(CONNECT_SECONDS):
+                try:
+                    return await self._links.connect(address)
+                except AivillageError:
+                    continue  # the next address; all failing is said below
+        self._discovery.unreachable(candidate.peer)
+        raise PeerError(f"{candidate.peer} cannot be reached", code="PEER_LOST")
+
+    async def _quote(self, need: Need, link: Link) -> Quoted:
+        """Terms are posted, so a quote that is still good saves a round trip."""
+        kept = self._quotes.get((link.peer, need.operation))
+        if kept and kept.quote.not_after_unix_ms - QUOTE_MARGIN_MS > time.time() * 1000:
+            return kept
+        owed = self._book.owed_to(link.peer)
+        reply = await link.ask(
+            messages.QuoteRequest(
+                id=link.next_id(), operation=need.operation, request=need.request
+            ),
+            timeout_seconds=QUOTE_SECONDS,
+        )
+        if not isinstance(reply, QuoteReply):
+            raise PeerError("a quote was asked for, something else came", code="BAD_REQUEST")
+        quote = read_quote(reply.quote, link.peer, need.operation)
+        fresh = Quoted(quote, quote_hash(reply.quote), reply, owed)
+        self._quotes[link.peer, need.operation] = fresh
+        return fresh
+
+    def forget_quote(self, peer: PeerId, operation: str) -> None:
+        """A call was refused: the next one asks anew."""
+        self._quotes.pop((peer, operation), None)
+
+    def forget_peer(self, peer: PeerId) -> None:
+        """A restarted seller does not know its quotes."""
+        self._quotes = {key: kept for key, kept in self._quotes.items() if key[0] != peer}
+
+    def _nobody(
+        self, need: Need, excluded: Mapping[PeerId, str], reasons: Mapping[PeerId, AivillageError]
+    ) -> AivillageError:
+        told = [error for error in reasons.values() if error.code != "PEER_LOST"]
+        if told:
+            return told[0]
+        tried = [f"{peer[-8:]}: {why}" for peer, why in excluded.items()]
+        tried += [f"{peer[-8:]}: {error.message}" for peer, error in reasons.items()]
+        detail = f" ({'; '.join(tried[:4])})" if tried else ""
+        return RefusedError(
+            f"no peer does {need.operation} now{detail}",
+            code="NO_PEER",
+            next_step="`aivillage-node peers` shows who is there; invite one that offers it",
+        )
+
+
+def _seconds(quote: Quote, need: Need, candidate: Candidate) -> Seconds:
+    """Our own measurement of the peer, else its word."""
+    speed = candidate.record.units_per_second
+    if speed <= 0:
+        return quote.seconds
+    return sum(max(0, n - need.done.get(u, 0)) for u, n in need.usage.items()) / speed
+
+
+def _why(candidate: Candidate, link: Link, reply: QuoteReply) -> str:
+    record = candidate.record
+    speed = f"{record.units_per_second:.0f} units/s measured" if record.units_per_second else "new"
+    wait = f", {reply.queue_length} ahead" if reply.queue_length else ""
+    return f"{speed}, {link.rtt_seconds * 1000:.0f} ms away{wait}"

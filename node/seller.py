@@ -1,0 +1,385 @@
+"""Runs other people's jobs, and never further ahead of their pay than the owner allows."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+import trio
+
+from aivillage.models import registry
+from aivillage.models.inference.generate import FinishReason, GenerateResult, Piece
+from aivillage.models.inference.generate import usage as units
+from aivillage.node.config import Settings
+from aivillage.node.engines import EngineClient, EngineSession
+from aivillage.node.events import Events
+from aivillage.node.gossip import send_or_drop
+from aivillage.node.links import Link
+from aivillage.node.pricelist import PriceList
+from aivillage.node.steps import StepWriter
+from aivillage.node.workers import Workers
+from aivillage.protocols import messages
+from aivillage.protocols.codec import pack, unpack
+from aivillage.protocols.errors import (
+    AivillageError,
+    JobError,
+    LedgerError,
+    NodeError,
+    PeerError,
+    RefusedError,
+    RequestError,
+)
+from aivillage.protocols.job import running_hash, token_bytes
+from aivillage.protocols.messages import Call, OperationInfo, QuoteRequest, StepItem
+from aivillage.protocols.ports import Book, PartEvent, ProgressEvent, ResultEvent
+from aivillage.protocols.pricing import Terms, Usage, dearest_unit, price_of_rest
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
+
+ATTEMPTS_REMEMBERED: Final = 65_536
+"""Against replayed calls; an attempt id is 16 random bytes of the buyer's."""
+DEADLINE_SECONDS_MAX: Final = 3600.0
+LOOKAHEAD_UNITS: Final = 32
+"""The engine may compute one prompt slice ahead of what may be delivered."""
+BEAT_SECONDS: Final = 2.0
+"""A sign of life while nothing can be delivered yet: a model loads, a prompt is read."""
+
+
+class Sale(msgspec.Struct):
+    """One running attempt of somebody else's job."""
+
+    link: Link
+    call: Call
+    attempt: AttemptId
+    terms: Terms
+    scope: trio.CancelScope
+    steps: StepWriter
+    out_hash: bytes = bytes(32)
+    number: int = 0
+    amount: MicroCredits = 0
+    started: float = 0.0
+
+    @property
+    def peer(self) -> PeerId:
+        return self.link.peer
+
+    def fold(self, body: bytes) -> bytes:
+        """Adds one delivered piece to the running hash."""
+        self.out_hash = running_hash(self.out_hash, self.attempt, self.number, body)
+        self.number += 1
+        return self.out_hash
+
+
+class Seller:
+    """Answers quotes and calls. One task per call, all in the nursery given."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        prices: PriceList,
+        workers: Workers,
+        book: Book,
+        events: Events,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._settings = settings
+        self._prices = prices
+        self._workers = workers
+        self._book = book
+        self._events = events
+        self._nursery = nursery
+        self._sales: dict[tuple[PeerId, int], Sale] = {}
+        self._steps: dict[PeerId, StepWriter] = {}
+        self._attempts: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+        self.refusal: Callable[[], AivillageError | None] = lambda: None
+
+    # ------------------------------------------------------------------ what we sell
+    def operations(self) -> list[OperationInfo]:
+        """What this node sells now, at the owner's prices."""
+        if not self._settings.serve or self.refusal() is not None:
+            return []
+        return [operation for operation in self.known_operations() if operation.enabled]
+
+    def known_operations(self) -> list[OperationInfo]:
+        """Everything installed here, at the owner's prices, switched on or not."""
+        return [
+            msgspec.structs.replace(operation, terms=self._prices.terms(operation))
+            for operation in self._workers.operations()
+        ]
+
+    def free_slots(self) -> int:
+        return max(0, self._settings.slots - len(self._sales))
+
+    def running(self) -> list[Sale]:
+        return list(self._sales.values())
+
+    # ------------------------------------------------------------------ messages
+    def on_quote_request(self, link: Link, request: QuoteRequest) -> None:
+        self._nursery.start_soon(self._answer_quote, link, request)
+
+    def on_call(self, link: Link, call: Call) -> None:
+        """Acknowledges at once or refuses; the work goes on in a task of its own."""
+        try:
+            sale = self._admit(link, call)
+        except AivillageError as error:
+            self._refuse(link, call.id, error)
+            return
+        self._sales[link.peer, call.id] = sale
+        send_or_drop(link, messages.Accepted(id=call.id))
+        self._nursery.start_soon(self._serve, sale)
+
+    def on_cancel(self, link: Link, call_id: int) -> None:
+        sale = self._sales.get((link.peer, call_id))
+        if sale is not None:
+            sale.scope.cancel()
+
+    def on_list(self, link: Link, call_id: int) -> None:
+        send_or_drop(link, messages.Operations(id=call_id, operations=tuple(self.operations())))
+
+    def on_down(self, link: Link) -> None:
+        """A lost buyer's work stops: nobody would pay for it."""
+        self._steps.pop(link.peer, None)
+        for sale in self.running():
+            if sale.link is link:
+                sale.scope.cancel()
+
+    # ------------------------------------------------------------------ admission
+    async def _answer_quote(self, link: Link, request: QuoteRequest) -> None:
+        try:
+            operation = self._sold(request.operation)
+            usage, seconds = await self._workers.estimate(request.operation, request.request)
+            reply = messages.QuoteReply(
+                id=request.id,
+                quote=self._prices.quote(operation, dict(usage), seconds),
+                room_micro_credits=self._book.headroom(link.peer),
+                queue_length=len(self._sales),
+            )
+        except AivillageError as error:
+            self._refuse(link, request.id, error)
+        else:
+            send_or_drop(link, reply)
+
+    def _sold(self, name: str) -> OperationInfo:
+        operation = self._workers.describe(name)
+        refusal = self.refusal()
+        if refusal is not None:
+            raise refusal
+        if not self._settings.serve:
+            raise RefusedError("this node serves nobody", code="NOT_OFFERED")
+        return operation
+
+    def _admit(self, link: Link, call: Call) -> Sale:
+        """Everything that can be said before any work.
+
+        Raises:
+            AivillageError: the call is refused, and why.
+        """
+        self._sold(call.operation)
+        if len(call.attempt) != 16 or (link.peer, call.id) in self._sales:
+            raise RequestError("an attempt has a fresh 16-byte id, a call a free one")
+        if call.attempt in self._attempts:
+            raise PeerError("this attempt was called before", code="REPLAYED")
+        if len(self._sales) >= self._settings.slots:
+            raise RefusedError("all slots are taken", code="BUSY", next_step="try another peer")
+        quote = self._prices.find(call.quote_hash, call.operation)
+        self._require_credit(link.peer, dearest_unit(quote.terms))
+        self._attempts[call.attempt] = None
+        if len(self._attempts) > ATTEMPTS_REMEMBERED:
+            self._attempts.popitem(last=False)
+        attempt = AttemptId(call.attempt)
+        self._book.begin_sale(link.peer, attempt, call.quote_hash, call.ceiling_micro_credits)
+        return Sale(
+            link=link,
+            call=call,
+            attempt=attempt,
+            terms=quote.terms,
+            scope=trio.CancelScope(),
+            steps=self._steps.setdefault(link.peer, StepWriter(link)),
+            started=time.monotonic(),
+        )
+
+    def _require_credit(self, peer: PeerId, dearest: MicroCredits) -> None:
+        if self._book.headroom(peer) < dearest:
+            raise LedgerError(
+                "you owe this node as much as its owner allows",
+                code="INSUFFICIENT_CREDITS",
+                next_step="earn with it, or ask its owner for a longer line",
+            )
+
+    # ------------------------------------------------------------------ work
+    async def _serve(self, sale: Sale) -> None:
+        """One attempt, from acknowledged to its typed end."""
+        seconds = min(max(sale.call.deadline_seconds, 1.0), DEADLINE_SECONDS_MAX)
+        error: AivillageError | None = None
+        with sale.scope:
+            try:
+                with trio.fail_after(seconds):
+                    await self._work(sale)
+            except trio.TooSlowError:
+                error = JobError(f"not done within {seconds:.0f} s", code="DEADLINE")
+            except AivillageError as found:
+                error = found
+            except Exception as defect:  # one call must not fell its neighbours
+                self._events.emit("sale_crashed", level=40, peer=sale.peer, error=repr(defect))
+                error = NodeError("the seller failed")
+        if sale.scope.cancelled_caught:
+            error = JobError("cancelled by the buyer", code="CANCELLED")
+        self._end(sale, error)
+
+    def _end(self, sale: Sale, error: AivillageError | None) -> None:
+        del self._sales[sale.peer, sale.call.id]
+        self._book.end_sale(sale.peer, sale.attempt)
+        sale.steps.flush()
+        self._events.emit(
+            "sale_ended",
+            peer=sale.peer,
+            operation=sale.call.operation,
+            attempt=sale.attempt.hex(),
+            micro_credits=sale.amount,
+            outcome=error.code if error else "finished",
+            seconds=round(time.monotonic() - sale.started, 3),
+        )
+        if error is not None:
+            self._refuse(sale.link, sale.call.id, error)
+
+    async def _work(self, sale: Sale) -> None:
+        if registry.is_served_by_engine(sale.call.operation):
+            await self._generate(sale)
+        else:
+            await self._run_module(sale)
+
+    async def _deliver(self, sale: Sale, amount: MicroCredits, out_hash: bytes) -> None:
+        """Waits until the attempt's delivered value may grow to `amount`, and counts it.
+
+        Raises:
+            RequestError: PRICE_ABOVE_CEILING, the buyer would not pay it.
+        """
+        if amount > sale.call.ceiling_micro_credits:
+            raise RequestError("the next unit is above the ceiling", code="PRICE_ABOVE_CEILING")
+        while not self._book.deliver(sale.peer, sale.attempt, amount, out_hash):
+            self._book.want_room(sale.peer, amount - sale.amount)
+            await self._book.room_changed(sale.peer)
+        sale.amount = amount
+
+    async def _generate(self, sale: Sale) -> None:
+        """Streams an engine session, unit by unit, as far as pay allows."""
+        call = sale.call
+        engine = await self._loaded(sale)
+        info = engine.info
+        send_or_drop(
+            sale.link,
+            messages.Started(id=call.id, kernel_class=info.kernel_class, identical=info.identical),
+        )
+        delivered = [unpack(Piece, body) for body in call.delivered]
+        ids = [token for piece in delivered for token in piece.token_ids]
+        text = ["".join(piece.text for piece in delivered)]
+        async with engine.open_session(call.request, tuple(ids)) as session:
+            self._allow(sale, session, 0)
+            async for frame in session:
+                if frame.error:
+                    raise JobError(frame.error, code="JOB_FAILED")
+                first = len(ids)
+                ids += frame.token_ids
+                text.append(frame.text)
+                usage = units(frame.read_bytes, len(ids))
+                body = token_bytes(frame.token_ids)
+                out_hash = sale.fold(body)
+                await self._deliver(sale, price_of_rest(sale.terms, usage, call.done), out_hash)
+                sale.steps.add(
+                    StepItem(call.id, first, frame.token_ids, frame.text, out_hash[:8],
+                             frame.read_bytes)
+                )  # fmt: skip
+                self._allow(sale, session, sum(usage.values()))
+                if frame.finished:
+                    result = GenerateResult(
+                        text="".join(text),
+                        token_ids=tuple(ids),
+                        finish_reason=msgspec.convert(frame.finished, FinishReason),
+                        prompt_bytes=frame.read_bytes,
+                    )
+                    self._finish(sale, pack(result), usage)
+                    return
+        raise JobError("the engine stopped before the end", code="JOB_FAILED")
+
+    async def _loaded(self, sale: Sale) -> EngineClient:
+        """The engine, loaded; the buyer gets a sign of life every two seconds until then."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._beat, sale, "loading the model")
+            engine = await self._workers.engine(sale.call.operation)
+            nursery.cancel_scope.cancel()
+        return engine
+
+    async def _beat(self, sale: Sale, note: str) -> None:
+        while True:
+            await trio.sleep(BEAT_SECONDS)
+            send_or_drop(sale.link, messages.Progress(id=sale.call.id, done=0, note=note))
+
+    def _allow(self, sale: Sale, session: EngineSession, units_made: int) -> None:
+        room = self._book.room(sale.peer) // max(1, dearest_unit(sale.terms))
+        session.allow(units_made + room + LOOKAHEAD_UNITS)
+
+    async def _run_module(self, sale: Sale) -> None:
+        """A module's call: parts as they come; the result when its price may be delivered."""
+        call = sale.call
+        async with self._workers.run(
+            call.operation,
+            call.request,
+            delivered=call.delivered,
+            deadline_seconds=call.deadline_seconds,
+            on_call=_no_sub_jobs,
+        ) as events:
+            async for event in events:
+                if isinstance(event, ProgressEvent):
+                    send_or_drop(
+                        sale.link,
+                        messages.Progress(
+                            id=call.id, done=event.done, total=event.total, note=event.note
+                        ),
+                    )
+                elif isinstance(event, PartEvent):
+                    self._part(sale, event)
+                elif isinstance(event, ResultEvent):
+                    usage = await self._workers.meter(call.operation, call.request, event.body)
+                    out_hash = sale.fold(event.body)
+                    await self._deliver(sale, price_of_rest(sale.terms, usage, call.done), out_hash)
+                    self._finish(sale, event.body, usage)
+                    return
+        raise JobError("the module ended without a result", code="JOB_FAILED")
+
+    def _part(self, sale: Sale, event: PartEvent) -> None:
+        seq = len(sale.call.delivered) + sale.number
+        out_hash = sale.fold(event.body)
+        send_or_drop(
+            sale.link,
+            messages.Part(id=sale.call.id, seq=seq, body=event.body, hash8=out_hash[:8]),
+        )
+
+    def _finish(self, sale: Sale, result: bytes, usage: Usage) -> None:
+        sale.steps.flush()
+        send_or_drop(
+            sale.link,
+            messages.Finished(
+                id=sale.call.id,
+                attempt=sale.attempt,
+                result=result,
+                usage=dict(usage),
+                out_hash=sale.out_hash,
+                seconds=time.monotonic() - sale.started,
+            ),
+        )
+
+    def _refuse(self, link: Link, call_id: int, error: AivillageError) -> None:
+        self._events.emit("call_refused", peer=link.peer, code=error.code, reason=error.message)
+        send_or_drop(
+            link,
+            messages.Failure(
+                id=call_id, code=error.code, message=error.message, next_step=error.next_step
+            ),
+        )
+
+
+async def _no_sub_jobs(_operation: str, _request: bytes, _budget: int) -> bytes:
+    raise RefusedError("this node buys nothing for the jobs of others", code="OWNER_LIMIT")

@@ -1,0 +1,77 @@
+"""Every frame off a link, to the one that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from aivillage.node.buyer import Buyer
+from aivillage.node.gossip import Gossiper, send_or_drop
+from aivillage.node.links import Link, Links
+from aivillage.node.seller import Seller
+from aivillage.node.villagers import Villagers
+from aivillage.protocols import messages
+from aivillage.protocols.messages import Frame
+from aivillage.protocols.ports import Book
+from aivillage.protocols.types import PeerId
+
+
+class Switch:
+    """Plain calls, in order, from the link's reader: whoever needs time starts a task."""
+
+    def __init__(
+        self,
+        links: Links,
+        book: Book,
+        villagers: Villagers,
+        gossiper: Gossiper,
+        buyer: Buyer,
+        seller: Seller,
+        news: Callable[[PeerId], list[messages.Gossip]],
+    ) -> None:
+        self._book = book
+        self._villagers = villagers
+        self._gossiper = gossiper
+        self._buyer = buyer
+        self._seller = seller
+        self._news = news
+        self._routes: dict[type[Any], Callable[[Link, Any], None]] = {
+            messages.Step: buyer.on_step,
+            messages.Ledger: self._on_ledger,
+            messages.Gossip: lambda link, frame: gossiper.receive(link.peer, frame),
+            messages.QuoteRequest: seller.on_quote_request,
+            messages.Call: seller.on_call,
+            messages.Cancel: lambda link, frame: seller.on_cancel(link, frame.id),
+            messages.ListOperations: lambda link, frame: seller.on_list(link, frame.id),
+            messages.Join: villagers.on_join,
+        }
+        links.on_message = self.on_message
+        links.on_up = self.on_up
+        links.on_down = self.on_down
+        links.before_write = self.rider
+
+    def on_message(self, link: Link, frame: Frame) -> None:
+        """A frame without a reader is late news of an ended call: it is dropped, and not paid."""
+        route = self._routes.get(type(frame))
+        if route is not None:
+            route(link, frame)
+
+    def on_up(self, link: Link) -> None:
+        self._villagers.on_up(link)
+        self._buyer.on_up(link.peer)
+        for gossip in self._news(link.peer):
+            send_or_drop(link, gossip)
+
+    def on_down(self, link: Link, reason: str) -> None:
+        self._villagers.on_down(link, reason)
+        self._seller.on_down(link)
+        self._gossiper.forget(link.peer)
+
+    def rider(self, link: Link) -> Frame | None:
+        """A receipt never travels in a write of its own while others leave."""
+        blob = self._book.take_receipt(link.peer)
+        return messages.Ledger(blobs=(blob,)) if blob else None
+
+    def _on_ledger(self, link: Link, frame: messages.Ledger) -> None:
+        for blob in frame.blobs:
+            self._book.receive(link.peer, blob)

@@ -1,0 +1,302 @@
+"""The transport between machines: py-libp2p behind `Transport`, made safe to be cancelled.
+
+Cancelling a library call can cut an encrypted frame in half and with it the connection. So every
+call that writes runs in a task of the transport: the caller may leave, the call goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final
+from weakref import WeakValueDictionary
+
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from aivillage.node.transport.host import run_host
+from aivillage.protocols.errors import PeerError, RequestError
+from aivillage.protocols.ports import StreamHandler
+from aivillage.protocols.types import PeerId, peer_id
+
+log = logging.getLogger("aivillage.transport")
+
+DIAL_SECONDS: Final = 10.0
+OPEN_SECONDS: Final = 10.0
+CLOSE_SECONDS: Final = 1.0
+LINGER_SECONDS: Final = 5.0
+"""How long a closed stream is drained before it is reset: what the peer still sends is lost."""
+
+
+@asynccontextmanager
+async def open_libp2p(key: Ed25519PrivateKey, listen: str) -> AsyncIterator[Libp2pTransport]:
+    """A node on the network under the identity `key`, listening on `listen` ("ip:port").
+
+    Raises:
+        ConfigError: `listen` is malformed or taken.
+    """
+    async with run_host(key, listen) as host, trio.open_nursery() as nursery:
+        transport = Libp2pTransport(host, peer_id(key.public_key().public_bytes_raw()), nursery)
+        log.info("transport_opened", extra={"addresses": transport.addresses()})
+        try:
+            yield transport
+        finally:
+            with trio.CancelScope(shield=True):
+                await transport.hang_up_all()
+            nursery.cancel_scope.cancel()
+
+
+class Libp2pTransport:
+    """A `Transport` over TCP, Noise and Yamux."""
+
+    def __init__(self, host: Any, peer: PeerId, nursery: trio.Nursery) -> None:
+        self._host = host
+        self._swarm = host.get_network()
+        self._peer = peer
+        self._nursery = nursery
+        # Two dials of one peer at a time would end in two connections.
+        self._dials: WeakValueDictionary[PeerId, trio.Lock] = WeakValueDictionary()
+
+    @property
+    def peer(self) -> PeerId:
+        return self._peer
+
+    def addresses(self) -> tuple[str, ...]:
+        from libp2p.utils.address_validation import expand_wildcard_address
+
+        found = [
+            expanded
+            for listener in self._swarm.listeners.values()
+            for address in listener.get_addrs()
+            for expanded in expand_wildcard_address(address)
+        ]
+        return tuple(dict.fromkeys(f"{address}/p2p/{self._peer}" for address in found))
+
+    def serve(self, protocol: str, handler: StreamHandler) -> None:
+        async def handle(library_stream: Any) -> None:
+            stream = Libp2pStream(library_stream, self._nursery)
+            try:
+                await handler(stream)
+            except PeerError as error:
+                log.info("stream_lost", extra={"peer": stream.peer, "reason": str(error)})
+                await stream.reset()
+                return
+            except Exception as error:
+                details = {"protocol": protocol, "peer": stream.peer}
+                log.warning("stream_handler_failed", extra=details, exc_info=error)
+                await stream.reset()
+                return
+            await stream.close()
+
+        self._host.set_stream_handler(protocol, handle)
+
+    async def dial(self, address: str) -> PeerId:
+        maddr, peer = _parsed(address)
+        name = PeerId(str(peer))
+        if name == self._peer:
+            raise RequestError("this is the node's own address", next_step="dial another node")
+        async with self._dials.setdefault(name, trio.Lock()):
+            if not self._connected(peer):
+                # Straight to the address: the library's own way tries one address per kind only,
+                # waits 250 ms after a success, and refuses a peer for a minute after a failure.
+                call = _Call(self._swarm.dial_addr, maddr, peer)
+                await call.run_in(self._nursery, DIAL_SECONDS, f"nobody answers at {address}")
+        return name
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> Libp2pStream:
+        library_peer = _library_peer(peer)
+        await trio.lowlevel.checkpoint()
+        if not self._connected(library_peer):
+            raise _lost(f"not connected to {peer}")
+        call = _Call(self._host.new_stream, library_peer, [protocol])
+        reason = f"{peer} did not open a stream for {protocol}"
+        call.if_abandoned = _reset_library_stream
+        return Libp2pStream(await call.run_in(self._nursery, OPEN_SECONDS, reason), self._nursery)
+
+    async def hang_up(self, peer: PeerId) -> None:
+        library_peer = _library_peer(peer)
+        connections = list(self._swarm.get_connections(library_peer))
+        call = _Call(self._swarm.close_peer, library_peer)
+        try:
+            await call.run_in(self._nursery, CLOSE_SECONDS, "closing took too long")
+        except PeerError as error:
+            # A peer that does not read blocks the goodbye: close the socket under it.
+            log.info("connection_cut", extra={"peer": peer, "reason": str(error)})
+            for connection in connections:
+                await _cut(connection)
+
+    async def hang_up_all(self) -> None:
+        """As `hang_up` for everybody at once: a peer that is stuck delays nobody's end."""
+        async with trio.open_nursery() as nursery:
+            for library_peer in list(self._swarm.connections):
+                nursery.start_soon(self.hang_up, PeerId(str(library_peer)))
+
+    def _connected(self, library_peer: Any) -> bool:
+        known = self._swarm.get_connections(library_peer)
+        return any(not connection.is_closed for connection in known)
+
+
+class Libp2pStream:
+    """A `Stream` on a Yamux stream."""
+
+    def __init__(self, library_stream: Any, nursery: trio.Nursery) -> None:
+        self._library = library_stream
+        self._muxed = library_stream.muxed_stream
+        self._nursery = nursery
+        self._in_order = trio.Lock()
+        self._closing = False
+        self._peer = PeerId(str(library_stream.muxed_conn.peer_id))
+
+    @property
+    def peer(self) -> PeerId:
+        return self._peer
+
+    async def read(self, size_bytes_max: int) -> bytes:
+        if self._closing:
+            raise _lost("the stream is closed")
+        try:
+            return await self._read(size_bytes_max)
+        except Exception as error:
+            raise _lost(f"the stream with {self._peer} broke: {error!r}") from error
+
+    async def write(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._closing:
+            raise _lost("the stream is closed")
+        call = _Call(self._write, data)
+        await call.run_in(self._nursery, None, f"the stream with {self._peer} broke")
+
+    async def close(self) -> None:
+        if not self._closing:
+            self._closing = True
+            await _Call(self._finish).wait_in(self._nursery, CLOSE_SECONDS)
+
+    async def reset(self) -> None:
+        """Ends both directions at once; never raises, never blocks for longer than a second."""
+        self._closing = True
+        await _Call(self._library.reset).wait_in(self._nursery, CLOSE_SECONDS)
+
+    async def _read(self, size_bytes_max: int) -> bytes:
+        from libp2p.stream_muxer.exceptions import MuxedStreamEOF
+
+        try:
+            data: bytes = await self._muxed.read(size_bytes_max)
+        except MuxedStreamEOF:
+            # The library also says EOF when the whole connection is gone.
+            if self._muxed.reset_received or self._muxed.conn.event_shutting_down.is_set():
+                raise
+            return b""
+        return data
+
+    async def _write(self, data: bytes) -> None:
+        async with self._in_order:
+            await self._muxed.write(data)
+
+    async def _finish(self) -> None:
+        """Says the end, then reads until the peer has said it too, so that nothing is cut off."""
+        ended = _Call(self._say_end)
+        with trio.move_on_after(LINGER_SECONDS):
+            await ended.run_in(self._nursery, None, "the stream broke")
+            while await self._read(65_536):
+                pass
+            await self._library.remove()
+            return
+        await self._library.reset()
+
+    async def _say_end(self) -> None:
+        async with self._in_order:
+            await self._muxed.close()
+
+
+class _Call:
+    """A library call in a task of the transport, which its caller may stop waiting for."""
+
+    def __init__(self, call: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        self._call = call
+        self._args = args
+        self._done = trio.Event()
+        self._result: Any = None
+        self._error: Exception | None = None
+        self._abandoned = False
+        self.if_abandoned: Callable[[Any], Awaitable[None]] | None = None
+
+    async def run_in(self, nursery: trio.Nursery, seconds: float | None, failure: str) -> Any:
+        """Its result. Raises: PeerError: PEER_LOST with `failure`, it failed or took too long."""
+        if not await self.wait_in(nursery, seconds):
+            raise _lost(f"{failure} within {seconds:g} s")
+        if self._error is not None:
+            raise _lost(f"{failure}: {_reason(self._error)}") from self._error
+        return self._result
+
+    async def wait_in(self, nursery: trio.Nursery, seconds: float | None) -> bool:
+        """Whether it ended in time, well or not."""
+        if nursery.cancel_scope.cancel_called:
+            # Handlers end a little later than the transport; it starts nothing for them.
+            self._error = trio.ClosedResourceError("the transport is closed")
+            return True
+        nursery.start_soon(self._run)
+        try:
+            with trio.move_on_after(float("inf") if seconds is None else seconds):
+                await self._done.wait()
+        finally:
+            self._abandoned = not self._done.is_set()
+        return self._done.is_set()
+
+    async def _run(self) -> None:
+        try:
+            self._result = await self._call(*self._args)
+        except Exception as error:
+            self._error = error
+            log.debug("library_call_failed", extra={"reason": repr(error)})
+        self._done.set()
+        if self._abandoned and self.if_abandoned is not None and self._error is None:
+            await self.if_abandoned(self._result)
+
+
+async def _reset_library_stream(library_stream: Any) -> None:
+    """A stream that nobody waits for any more must not stay open."""
+    try:
+        await library_stream.reset()
+    except Exception as error:
+        log.debug("library_call_failed", extra={"reason": repr(error)})
+
+
+async def _cut(connection: Any) -> None:
+    try:
+        await connection.muxed_conn.secured_conn.close()
+    except Exception as error:
+        log.debug("library_call_failed", extra={"reason": repr(error)})
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause: the library wraps what happened three times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or repr(error)
+
+
+def _parsed(address: str) -> tuple[Any, Any]:
+    """The address without its peer, and the peer."""
+    import multiaddr
+    from libp2p.peer.id import ID
+
+    try:
+        maddr = multiaddr.Multiaddr(address)
+        peer = ID.from_base58(maddr.value_for_protocol("p2p"))
+        return maddr.decapsulate(f"/p2p/{peer}"), peer
+    except Exception as error:
+        raise RequestError(
+            f"{address!r} is no address of a node: {error}",
+            next_step="write /ip4/<ip>/tcp/<port>/p2p/<peer id>",
+        ) from None
+
+
+def _library_peer(peer: PeerId) -> Any:
+    from libp2p.peer.id import ID
+
+    return ID.from_base58(peer)
+
+
+def _lost(message: str) -> PeerError:
+    return PeerError(message, code="PEER_LOST", next_step="dial the peer again")

@@ -1,0 +1,415 @@
+"""An in-memory network of nodes: the twin of the libp2p transport for simulations and tests.
+
+Streams are reliable and ordered, as TCP's are: `loss` makes a chunk late (a retransmission), it
+never makes a hole. A partition stalls what is under way without telling anybody; a cut breaks it
+at once. All waiting is trio's own, so an autojump clock runs through it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+
+from aivillage.protocols.errors import ConfigError, PeerError, RequestError
+from aivillage.protocols.ports import StreamHandler
+from aivillage.protocols.types import PeerId
+
+log = logging.getLogger("aivillage.transport")
+
+BUFFER_BYTES: Final = 256 * 1024
+"""In flight per direction, as a Yamux window: beyond it a writer waits for the reader."""
+CONNECT_SECONDS_MAX: Final = 10.0
+"""How long a dial or a new stream waits for a partition to heal; libp2p's own limit."""
+RETRANSMIT_SECONDS: Final = 0.2
+"""What a lost chunk costs: TCP's usual first retransmission timeout."""
+
+
+class LoopbackNetwork:
+    """The wires between nodes, and the switches that break them."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        latency_seconds: float = 0.0,
+        jitter_seconds: float = 0.0,
+        loss: float = 0.0,
+    ) -> None:
+        self.latency_seconds = latency_seconds
+        self.jitter_seconds = jitter_seconds
+        self.loss = loss
+        self.nodes: dict[str, LoopbackTransport] = {}
+        self._random = random.Random(seed)
+        self._side: dict[str, int] = {}
+        self._changed = trio.Event()
+
+    @asynccontextmanager
+    async def open(self, name: str, peer: PeerId) -> AsyncIterator[LoopbackTransport]:
+        """A node called `name`; leaving the block hangs up and ends its handlers."""
+        if name in self.nodes:
+            raise ConfigError(
+                f"the name {name} is taken in this network", next_step="choose another name"
+            )
+        async with trio.open_nursery() as nursery:
+            node = self.nodes[name] = LoopbackTransport(self, name, peer, nursery)
+            try:
+                yield node
+            finally:
+                del self.nodes[name]
+                node.hang_up_all()
+                nursery.cancel_scope.cancel()
+
+    def delay_seconds(self) -> float:
+        """How long the next chunk is under way."""
+        delay = self.latency_seconds + self._random.random() * self.jitter_seconds
+        while self.loss and self._random.random() < self.loss:
+            delay += RETRANSMIT_SECONDS
+        return delay
+
+    def partition(self, *groups: Iterable[str]) -> None:
+        """Only nodes in the same group hear each other; unnamed ones form one more group."""
+        self._side = {name: at for at, group in enumerate(groups, start=1) for name in group}
+        self._wake()
+
+    def heal(self) -> None:
+        self.partition()
+
+    def cut(self, one: str, other: str) -> None:
+        """Breaks every connection between two nodes; both notice at once and may dial again."""
+        node = self.nodes.get(one)
+        for connection in list(node.connections.values()) if node else []:
+            if connection.joins(other):
+                connection.break_both()
+
+    def separated(self, one: str, other: str) -> bool:
+        return self._side.get(one, 0) != self._side.get(other, 0)
+
+    async def joined(self, one: str, other: str) -> None:
+        """Returns when no partition is between the two."""
+        while self.separated(one, other):
+            await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+
+class LoopbackTransport:
+    """A `Transport` whose wires are Python lists."""
+
+    def __init__(
+        self, network: LoopbackNetwork, name: str, peer: PeerId, nursery: trio.Nursery
+    ) -> None:
+        self.network = network
+        self.name = name
+        self.connections: dict[PeerId, _Connection] = {}
+        self.nursery = nursery
+        self._peer = peer
+        self._handlers: dict[str, StreamHandler] = {}
+
+    @property
+    def peer(self) -> PeerId:
+        return self._peer
+
+    def addresses(self) -> tuple[str, ...]:
+        return (f"/memory/{self.name}/p2p/{self._peer}",)
+
+    def serve(self, protocol: str, handler: StreamHandler) -> None:
+        self._handlers[protocol] = handler
+
+    async def dial(self, address: str) -> PeerId:
+        name, peer = _parsed(address)
+        if peer == self._peer:
+            raise RequestError("this is the node's own address", next_step="dial another node")
+        await trio.lowlevel.checkpoint()
+        if peer in self.connections:
+            return peer
+        await self._round_trip(name, peer)
+        other = self.network.nodes.get(name)
+        if other is None:
+            raise _lost(f"nobody answers at {address}")
+        if other.peer != peer:
+            raise _lost(f"{other.peer} answered at {address}")
+        if peer not in self.connections:
+            _Connection(self, other)
+        return peer
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> LoopbackStream:
+        connection = self._connection(peer)
+        other = connection.other(self)
+        await self._round_trip(other.name, peer)
+        if self.connections.get(peer) is not connection:
+            raise _lost(f"the connection to {peer} broke")
+        handler = other.handler(protocol)
+        if handler is None:
+            raise _lost(f"{peer} does not speak {protocol}")
+        near, far = connection.new_streams(self)
+        other.nursery.start_soon(_handle, handler, far, protocol)
+        return near
+
+    async def hang_up(self, peer: PeerId) -> None:
+        await trio.lowlevel.checkpoint()
+        connection = self.connections.get(peer)
+        if connection is not None:
+            connection.hang_up(self)
+
+    def hang_up_all(self) -> None:
+        for connection in list(self.connections.values()):
+            connection.hang_up(self)
+
+    def handler(self, protocol: str) -> StreamHandler | None:
+        return self._handlers.get(protocol)
+
+    def _connection(self, peer: PeerId) -> _Connection:
+        connection = self.connections.get(peer)
+        if connection is None:
+            raise _lost(f"not connected to {peer}")
+        return connection
+
+    async def _round_trip(self, name: str, peer: PeerId) -> None:
+        with trio.move_on_after(CONNECT_SECONDS_MAX) as scope:
+            await self.network.joined(self.name, name)
+            await trio.sleep(self.network.delay_seconds() + self.network.delay_seconds())
+            await self.network.joined(self.name, name)
+        if scope.cancelled_caught:
+            raise _lost(f"{peer} did not answer within {CONNECT_SECONDS_MAX:.0f} s")
+
+
+class _Connection:
+    """What two nodes share; it lists itself with both until it breaks."""
+
+    def __init__(self, dialer: LoopbackTransport, acceptor: LoopbackTransport) -> None:
+        self._ends = (dialer, acceptor)
+        self._streams: dict[LoopbackTransport, list[LoopbackStream]] = {dialer: [], acceptor: []}
+        dialer.connections[acceptor.peer] = self
+        acceptor.connections[dialer.peer] = self
+
+    def joins(self, name: str) -> bool:
+        return any(end.name == name for end in self._ends)
+
+    def other(self, end: LoopbackTransport) -> LoopbackTransport:
+        return self._ends[1] if end is self._ends[0] else self._ends[0]
+
+    def new_streams(self, opener: LoopbackTransport) -> tuple[LoopbackStream, LoopbackStream]:
+        other = self.other(opener)
+        there, back = _Pipe(opener, other), _Pipe(other, opener)
+        near = LoopbackStream(other.peer, back, there)
+        far = LoopbackStream(opener.peer, there, back)
+        for end, stream in ((opener, near), (other, far)):
+            alive = [known for known in self._streams[end] if not known.ended]
+            self._streams[end] = [*alive, stream]
+        return near, far
+
+    def break_both(self) -> None:
+        for end in self._ends:
+            self._break(end, at_once=True)
+
+    def hang_up(self, end: LoopbackTransport) -> None:
+        """`end` forgets the connection now; the other side hears of it as of any chunk."""
+        self._break(end, at_once=True)
+        other = self.other(end)
+        if other.network.nodes.get(other.name) is other:
+            other.nursery.start_soon(self._break_later, other, end.name)
+
+    async def _break_later(self, end: LoopbackTransport, other_name: str) -> None:
+        arrivals = [stream.last_arrival for stream in self._streams[end]]
+        delay = end.network.delay_seconds()
+        await trio.sleep_until(max(trio.current_time() + delay, *arrivals, 0.0))
+        await end.network.joined(end.name, other_name)
+        self._break(end, at_once=False)
+
+    def _break(self, end: LoopbackTransport, *, at_once: bool) -> None:
+        peer = self.other(end).peer
+        if end.connections.get(peer) is self:
+            del end.connections[peer]
+        for stream in self._streams[end]:
+            stream.break_(at_once=at_once)
+        self._streams[end] = []
+
+
+class LoopbackStream:
+    """One end of a stream: the pipe it reads and the pipe it writes."""
+
+    def __init__(self, peer: PeerId, inward: _Pipe, outward: _Pipe) -> None:
+        self._peer = peer
+        self._inward = inward
+        self._outward = outward
+        self._broken = trio.Event()
+        self._writing = trio.Lock()
+
+    @property
+    def peer(self) -> PeerId:
+        return self._peer
+
+    @property
+    def ended(self) -> bool:
+        return self._broken.is_set() or (self._inward.discards and self._outward.finished)
+
+    @property
+    def last_arrival(self) -> float:
+        return self._inward.last_arrival
+
+    async def read(self, size_bytes_max: int) -> bytes:
+        await trio.lowlevel.checkpoint()
+        # What arrived before the connection broke is still there to be read.
+        while (data := self._inward.take(size_bytes_max)) is None and not self._broken.is_set():
+            await self._inward.wait_readable()
+        if data is not None:
+            return data
+        raise _lost(f"the stream with {self._peer} broke")
+
+    async def write(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        async with self._writing:
+            # Room is waited for before the first byte, so that a cancelled write wrote nothing.
+            while not self._broken.is_set() and self._outward.full:
+                await self._outward.wait_writable()
+            if self._broken.is_set() or self._outward.finished:
+                raise _lost(f"the stream with {self._peer} broke")
+            self._outward.put(data)
+
+    async def close(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._outward.finish()
+        self._inward.discard()
+
+    def break_(self, *, at_once: bool) -> None:
+        """`at_once`: what has arrived and was not read is gone too."""
+        self._broken.set()
+        if at_once:
+            self._inward.lose()
+        self._inward.wake()
+        self._outward.wake()
+
+
+class _Pipe:
+    """One direction: chunks with the time at which they arrive. `None` is the end."""
+
+    def __init__(self, source: LoopbackTransport, sink: LoopbackTransport) -> None:
+        self.finished = False
+        self.discards = False
+        self._names = source.name, sink.name
+        self._network = source.network
+        self._chunks: deque[tuple[float, bytes | None]] = deque()
+        self._size_bytes = 0
+        self.last_arrival = 0.0
+        self._changed = trio.Event()
+
+    @property
+    def full(self) -> bool:
+        return self._size_bytes >= BUFFER_BYTES and not self.discards
+
+    def put(self, data: bytes | None) -> None:
+        if self.discards or data == b"":
+            return
+        # Later chunks never overtake earlier ones, whatever the jitter says.
+        arrival = max(self.last_arrival, trio.current_time() + self._network.delay_seconds())
+        self.last_arrival = arrival
+        self._chunks.append((arrival, data))
+        self._size_bytes += len(data or b"")
+        self.wake()
+
+    def finish(self) -> None:
+        if not self.finished:
+            self.finished = True
+            self.put(None)
+
+    def discard(self) -> None:
+        """Nobody reads any more: writers must not wait for it."""
+        self.discards = True
+        self._chunks.clear()
+        self._size_bytes = 0
+        self.wake()
+
+    def lose(self) -> None:
+        """The connection is gone, with all that was under way."""
+        self.finished = True
+        self._chunks.clear()
+        self._size_bytes = 0
+        self.wake()
+
+    def take(self, size_bytes_max: int) -> bytes | None:
+        """What has arrived, `b""` at the end, or None if that is nothing yet."""
+        taken, now = bytearray(), trio.current_time()
+        while self._arrived(now) and len(taken) < size_bytes_max:
+            arrival, chunk = self._chunks.popleft()
+            if chunk is None:
+                self._chunks.appendleft((arrival, chunk))
+                break
+            room = size_bytes_max - len(taken)
+            taken += chunk[:room]
+            if len(chunk) > room:
+                self._chunks.appendleft((arrival, chunk[room:]))
+        if taken:
+            self._size_bytes -= len(taken)
+            self.wake()
+            return bytes(taken)
+        return b"" if self._arrived(now) or self.discards else None
+
+    async def wait_readable(self) -> None:
+        """Returns when something may have arrived, or the stream broke."""
+        changed = self._changed
+        if not self._chunks:
+            await changed.wait()
+        elif self._network.separated(*self._names):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_first, changed.wait, nursery.cancel_scope)
+                await self._network.joined(*self._names)
+                nursery.cancel_scope.cancel()
+        else:
+            with trio.move_on_at(self._chunks[0][0]):
+                await changed.wait()
+
+    async def wait_writable(self) -> None:
+        await self._changed.wait()
+
+    def wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _arrived(self, now: float) -> bool:
+        return (
+            bool(self._chunks)
+            and self._chunks[0][0] <= now
+            and not self._network.separated(*self._names)
+        )
+
+
+async def _first(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+    await wait()
+    scope.cancel()
+
+
+async def _handle(handler: StreamHandler, stream: LoopbackStream, protocol: str) -> None:
+    """The one place where a handler's failure ends: at its own stream."""
+    try:
+        await handler(stream)
+    except PeerError as error:
+        log.info("stream_lost", extra={"peer": stream.peer, "reason": str(error)})
+    except Exception as error:
+        log.warning(
+            "stream_handler_failed",
+            extra={"protocol": protocol, "peer": stream.peer},
+            exc_info=error,
+        )
+    with trio.CancelScope(shield=True):
+        await stream.close()
+
+
+def _parsed(address: str) -> tuple[str, PeerId]:
+    parts = address.split("/")
+    if len(parts) != 5 or (parts[0], parts[1], parts[3]) != ("", "memory", "p2p") or not parts[4]:
+        raise RequestError(
+            f"{address!r} is no address of this network",
+            next_step="write /memory/<name>/p2p/<peer id>",
+        )
+    return parts[2], PeerId(parts[4])
+
+
+def _lost(message: str) -> PeerError:
+    return PeerError(message, code="PEER_LOST", next_step="dial the peer again")

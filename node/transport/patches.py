@@ -1,0 +1,272 @@
+"""What py-libp2p 0.8.1 needs before it can face strangers: one function per fault.
+
+Each function replaces as little as it can, says what goes wrong without it, and has a test that
+shows both. They are written against one release, so any other release is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import struct
+from collections import Counter
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any, Final
+
+import trio
+
+from aivillage.protocols.errors import ConfigError
+
+log = logging.getLogger("aivillage.transport")
+
+PINNED: Final = "0.8.1"
+STREAMS_INBOUND_MAX: Final = 256
+"""Open inbound streams per connection, as go-yamux; each may buffer 256 KiB before we look."""
+PENDING_PER_HOST_MAX: Final = 32
+"""Sockets of one host between accept and the end of the handshake, which takes milliseconds."""
+WINDOW_BYTES_MAX: Final = 1 << 20
+"""Receive window once data flows: a LAN's bandwidth times delay, and what one stream may hold."""
+CHUNK_BYTES: Final = 65_519 - 12
+"""A Yamux frame of this much data is exactly one Noise message; 65,536 would make two."""
+
+
+def refuse_other_versions() -> None:
+    """Raises: ConfigError: the installed libp2p is not the one these patches fit."""
+    installed = version("libp2p")
+    if installed != PINNED:
+        raise ConfigError(
+            f"libp2p {installed} is installed, this node is written for {PINNED}",
+            next_step=f"pip install libp2p=={PINNED}",
+        )
+
+
+def apply() -> None:
+    """All of them, once per process. Applying them again changes nothing."""
+    refuse_other_versions()
+    for patch in ALL:
+        patch()
+
+
+def name_the_connection_logger() -> None:
+    """Without it: connection code logs through the root logger, which installs a handler."""
+    swarm_connection = _library("libp2p.network.connection.swarm_connection")
+
+    own = logging.getLogger("libp2p.network.connection")
+    swarm_connection.logging = SimpleNamespace(
+        debug=own.debug, info=own.info, warning=own.warning, error=own.error
+    )
+
+
+def contain_handler_errors() -> None:
+    """Without it: an exception in any stream handler ends the whole host."""
+    swarm_conn = _library("libp2p.network.connection.swarm_connection").SwarmConn
+
+    original = _original(swarm_conn, "_handle_muxed_stream")
+
+    async def handle_muxed_stream(self: Any, muxed_stream: Any) -> None:
+        try:
+            await original(self, muxed_stream)
+        except Exception as error:
+            peer = str(self.muxed_conn.peer_id)
+            log.warning("stream_handler_failed", extra={"peer": peer}, exc_info=error)
+            # `reset` waits for the connection's write lock: not for longer than a second.
+            with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
+                await _quietly(muxed_stream.reset)
+
+    swarm_conn._handle_muxed_stream = handle_muxed_stream
+
+
+def end_tasks_with_their_connection() -> None:
+    """Without it: each inbound connection leaves a task and one of the inbound places behind.
+
+    There are `max_connections` places; once they are gone the node accepts nobody. And one host
+    could take them all with sockets that say nothing, so it gets `PENDING_PER_HOST_MAX` of those.
+    """
+    raw_connection = _library("libp2p.network.connection.raw_connection").RawConnection
+    swarm = _library("libp2p.network.swarm").Swarm
+    pending: Counter[tuple[int, str]] = Counter()
+
+    async def upgrade(self: Any, raw: Any, maddr: Any, place: tuple[int, str]) -> Any:
+        pending[place] += 1
+        try:
+            return await self.upgrade_inbound_raw_conn(raw, maddr)
+        finally:
+            pending[place] -= 1
+            if not pending[place]:
+                del pending[place]
+
+    async def handle_inbound(self: Any, stream: Any, maddr: Any, _failure: Any) -> None:
+        raw = raw_connection(stream, False)
+        place = id(self), (stream.get_remote_address() or ("", 0))[0]
+        try:
+            if pending[place] < PENDING_PER_HOST_MAX:
+                muxed = await upgrade(self, raw, maddr, place)
+                await muxed.event_closed.wait()
+        except Exception as error:
+            log.debug("inbound_connection_failed", extra={"reason": repr(error)})
+        await _quietly(raw.close)
+
+    swarm._do_handle_inbound_connection = handle_inbound
+
+
+def wait_for_window_without_a_cap() -> None:
+    """Without it: a reader that pauses for 5 s kills the writer's stream, and both poll.
+
+    The deadline is the caller's. Window and state become properties that wake the writer.
+    """
+    stream_error = _library("libp2p.stream_muxer.exceptions").MuxedStreamError
+    yamux = _library("libp2p.stream_muxer.yamux.yamux")
+
+    header = struct.Struct(yamux.YAMUX_HEADER_FORMAT)
+
+    async def write(self: Any, data: bytes) -> None:
+        sent, total = 0, len(data)
+        while sent < total:
+            while self.send_window <= 0 and not (self.closed or self.send_closed):
+                self._writable = trio.Event()
+                await self._writable.wait()
+            if self.closed or self.send_closed:
+                raise stream_error("Stream is closed for sending")
+            size = min(self.send_window, CHUNK_BYTES, total - sent)
+            self.send_window -= size
+            head = header.pack(0, yamux.TYPE_DATA, 0, self.stream_id, size)
+            await self.conn._write_frame(head + data[sent : sent + size])
+            sent += size
+
+    yamux.YamuxStream.write = write
+    for name in ("send_window", "closed", "send_closed"):
+        setattr(yamux.YamuxStream, name, _waking_property(name))
+
+
+def coalesce_window_updates() -> None:
+    """Without it: every read, also one of a single byte, sends an encrypted frame.
+
+    One update per half window, sent by the connection's own task, so that a cancelled reader
+    cannot cut a frame in half.
+    """
+    yamux = _library("libp2p.stream_muxer.yamux.yamux")
+
+    async def update(self: Any, *, bytes_read: int = 0) -> None:
+        self._pending_recv_release += bytes_read
+        if self._pending_recv_release < self.target_recv_window // 2:
+            return
+        if self.recv_closed or self.conn.event_shutting_down.is_set():
+            return
+        grown = max(self.target_recv_window, WINDOW_BYTES_MAX)
+        increment = self._pending_recv_release + grown - self.target_recv_window
+        self.target_recv_window = grown
+        self._pending_recv_release = 0
+        self.recv_window += increment
+        self.conn._nursery.start_soon(_quietly, self.send_window_update, increment)
+
+    yamux.YamuxStream._auto_tune_and_send_window_update = update
+
+
+def write_frames_cheaply() -> None:
+    """Without it: each frame is parsed again for a debug line and pays one more checkpoint."""
+    yamux_conn = _library("libp2p.stream_muxer.yamux.yamux").Yamux
+
+    async def write_frame(self: Any, data: bytes) -> None:
+        async with self._write_lock:
+            await self.secured_conn.write(data)
+
+    yamux_conn._write_frame = write_frame
+
+
+def enforce_flow_control() -> None:
+    """Without it: a peer that ignores the window fills our memory; now it loses the stream."""
+    yamux = _library("libp2p.stream_muxer.yamux.yamux")
+
+    # A frame larger than any window we grant is refused before it is read.
+    yamux.MAX_WINDOW_SIZE = WINDOW_BYTES_MAX
+
+    def get(self: Any) -> Any:
+        return self.__dict__["recv_window"]
+
+    def put(self: Any, value: int) -> None:
+        self.__dict__["recv_window"] = value
+        if value < 0 and not self.closed:
+            _end_violator(self)
+
+    yamux.YamuxStream.recv_window = property(get, put)
+
+
+def cap_inbound_streams() -> None:
+    """Without it: 20,000 opened streams are 20,000 tasks; now the 257th is reset."""
+    yamux_conn = _library("libp2p.stream_muxer.yamux.yamux").Yamux
+
+    original = _original(yamux_conn, "accept_stream")
+
+    async def accept_stream(self: Any) -> Any:
+        while True:
+            stream = await original(self)
+            inbound = sum(not known.is_initiator for known in self.streams.values())
+            if inbound <= STREAMS_INBOUND_MAX:
+                return stream
+            log.info("stream_refused", extra={"peer": str(self.peer_id), "open": inbound})
+            await stream.reset()
+
+    yamux_conn.accept_stream = accept_stream
+
+
+ALL: Final = (
+    name_the_connection_logger,
+    contain_handler_errors,
+    end_tasks_with_their_connection,
+    wait_for_window_without_a_cap,
+    coalesce_window_updates,
+    write_frames_cheaply,
+    enforce_flow_control,
+    cap_inbound_streams,
+)
+
+
+def _library(module: str) -> Any:
+    """A module of the library, untyped: the patches reach into what is private to it."""
+    return importlib.import_module(module)
+
+
+def _original(owner: Any, name: str) -> Any:
+    """The method as the library wrote it, also when the patch is applied a second time."""
+    kept = f"_unpatched_{name}"
+    if not hasattr(owner, kept):
+        setattr(owner, kept, getattr(owner, name))
+    return getattr(owner, kept)
+
+
+def _waking_property(name: str) -> property:
+    def get(self: Any) -> Any:
+        return self.__dict__[name]
+
+    def put(self: Any, value: Any) -> None:
+        self.__dict__[name] = value
+        waiting = self.__dict__.get("_writable")
+        if waiting is not None:
+            waiting.set()
+
+    return property(get, put)
+
+
+def _end_violator(stream: Any) -> None:
+    """Resets a stream whose peer sent more than it was allowed; called inside the read loop."""
+    yamux = _library("libp2p.stream_muxer.yamux.yamux")
+
+    conn, stream_id = stream.conn, stream.stream_id
+    log.warning("window_violated", extra={"peer": str(conn.peer_id)})
+    stream.reset_received = stream.closed = stream.recv_closed = stream.send_closed = True
+    buffer = conn.stream_buffers.get(stream_id)
+    if buffer is not None:
+        buffer.clear()
+    reset = struct.pack(
+        yamux.YAMUX_HEADER_FORMAT, 0, yamux.TYPE_WINDOW_UPDATE, yamux.FLAG_RST, stream_id, 0
+    )
+    conn._nursery.start_soon(_quietly, conn._write_frame, reset)
+
+
+async def _quietly(call: Any, *args: Any) -> None:
+    """Runs a library call on something that may be gone already."""
+    try:
+        await call(*args)
+    except Exception as error:
+        log.debug("library_call_failed", extra={"reason": repr(error)})

@@ -1,0 +1,147 @@
+"""Who belongs: invites, certificates, and the chain that proves them.
+
+A village is named by the hash of its founder's public key. An invite is a signed promise, good
+once and for a week; whoever shows it gets a certificate. A certificate counts when a chain of
+certificates leads from it to the founder, each signed by somebody who may invite.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from aivillage.node.identity import peer_of
+from aivillage.protocols.envelope import seal, unseal
+from aivillage.protocols.errors import PeerError, RefusedError, RequestError
+from aivillage.protocols.messages import CERTIFICATES_MAX, Certificate, Invite
+from aivillage.protocols.types import MicroCredits, PeerId, public_key
+
+TOKEN_PREFIX: Final = "aiv1."  # noqa: S105
+TOKEN_CHARACTERS_MAX: Final = 4096
+INVITE_DAYS: Final = 7
+CERTIFICATE_DAYS: Final = 365
+DAY_MS: Final = 86_400_000
+
+
+def village_of(founder: PeerId) -> bytes:
+    """The village that `founder` founds: 32 bytes."""
+    return hashlib.sha256(public_key(founder)).digest()
+
+
+def make_invite(
+    key: Ed25519PrivateKey,
+    village: bytes,
+    addresses: Sequence[str],
+    line: MicroCredits,
+    now_unix_ms: int,
+) -> str:
+    """A token to hand to one person; whoever holds it can join."""
+    invite = Invite(
+        village=village,
+        inviter=peer_of(key),
+        addresses=tuple(addresses),
+        nonce=secrets.token_bytes(16),
+        not_after_unix_ms=now_unix_ms + INVITE_DAYS * DAY_MS,
+        line_micro_credits=line,
+    )
+    raw = seal(key, "invite", invite)
+    return TOKEN_PREFIX + base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+def read_invite(token: str) -> Invite:
+    """The invite inside a token, its signature checked.
+
+    Raises:
+        RequestError: BAD_REQUEST, the token is cut, changed or not one.
+    """
+    text = token.strip()
+    if not text.startswith(TOKEN_PREFIX) or len(text) > TOKEN_CHARACTERS_MAX:
+        raise _bad_token("it does not start with " + TOKEN_PREFIX)
+    try:
+        body = text.removeprefix(TOKEN_PREFIX)
+        raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
+        signer, invite = unseal(raw, "invite", Invite)
+    except (binascii.Error, ValueError, PeerError) as error:
+        raise _bad_token(str(getattr(error, "message", error))) from None
+    if signer != invite.inviter:
+        raise _bad_token("it is signed by somebody else")
+    return invite
+
+
+def _bad_token(reason: str) -> RequestError:
+    return RequestError(
+        f"this invite is not valid: {reason}",
+        next_step="copy the whole token, or ask for a new one",
+    )
+
+
+def redeem(
+    key: Ed25519PrivateKey, token: str, guest: PeerId, now_unix_ms: int
+) -> tuple[bytes, bytes]:
+    """(nonce to mark as used, certificate for `guest`) for an invite that I made.
+
+    Raises:
+        RefusedError: OWNER_LIMIT, not mine or expired.
+    """
+    invite = read_invite(token)
+    if invite.inviter != peer_of(key):
+        raise RefusedError("this invite was made by another node", code="OWNER_LIMIT")
+    if invite.not_after_unix_ms < now_unix_ms:
+        raise RefusedError(
+            "this invite has expired", code="OWNER_LIMIT", next_step="ask for a new one"
+        )
+    certificate = Certificate(
+        village=invite.village,
+        issuer=invite.inviter,
+        member=guest,
+        line_micro_credits=invite.line_micro_credits,
+        not_after_unix_ms=now_unix_ms + CERTIFICATE_DAYS * DAY_MS,
+    )
+    return invite.nonce, seal(key, "certificate", certificate)
+
+
+def membership(
+    certificates: Iterable[bytes], peer: PeerId, village: bytes, now_unix_ms: int
+) -> MicroCredits | None:
+    """The line that `village` vouches for `peer`, or None where `peer` is a stranger.
+
+    The founder belongs by name; anybody else by a chain that ends at the founder.
+    """
+    if village_of(peer) == village:
+        return 2**53 - 1
+    valid = _valid(list(certificates)[:CERTIFICATES_MAX], village, now_unix_ms)
+    line: MicroCredits | None = None
+    member, may_be_member = peer, True
+    for _ in range(CERTIFICATES_MAX):
+        found = next(
+            (c for c in valid if c.member == member and (may_be_member or c.may_invite)), None
+        )
+        if found is None:
+            return None
+        line = found.line_micro_credits if line is None else min(line, found.line_micro_credits)
+        if village_of(found.issuer) == village:
+            return line
+        member, may_be_member = found.issuer, False
+    return None
+
+
+def _valid(envelopes: Iterable[bytes], village: bytes, now_unix_ms: int) -> list[Certificate]:
+    found = []
+    for envelope in envelopes:
+        try:
+            signer, certificate = unseal(envelope, "certificate", Certificate)
+        except PeerError:
+            continue  # one forged certificate must not hide a good one
+        if (
+            signer == certificate.issuer
+            and certificate.village == village
+            and certificate.not_after_unix_ms >= now_unix_ms
+        ):
+            found.append(certificate)
+    return found

@@ -1,0 +1,226 @@
+"""The people around: who is linked, who belongs, joining, and finding lost neighbours again."""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from typing import Final
+
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from aivillage.node import village
+from aivillage.node.config import Settings
+from aivillage.node.events import Events
+from aivillage.node.gossip import send_or_drop
+from aivillage.node.identity import peer_of
+from aivillage.node.jobs import Jobs
+from aivillage.node.links import Link, Links
+from aivillage.protocols import messages
+from aivillage.protocols.errors import AivillageError, PeerError, RefusedError
+from aivillage.protocols.ports import Book
+from aivillage.protocols.types import MicroCredits, PeerId, Seconds
+
+VILLAGE_SETTING: Final = "village"
+JOIN_SECONDS: Final = 15.0
+DIAL_SECONDS: Final = 10.0
+BACKOFF_SECONDS: Final = (1.0, 60.0)
+
+
+class Membership:
+    """Which village this node belongs to, and what proves it: what the hello carries."""
+
+    def __init__(self, peer: PeerId, jobs: Jobs) -> None:
+        self.village = village.village_of(peer)
+        self.certificates: tuple[bytes, ...] = ()
+        self._jobs = jobs
+
+    async def load(self) -> None:
+        """What a former run joined."""
+        self.village = await self._jobs.setting(VILLAGE_SETTING) or self.village
+        self.certificates = await self._jobs.certificates(self.village)
+
+    async def store(self, joined: bytes, certificates: tuple[bytes, ...]) -> None:
+        await self._jobs.add_certificates(joined, certificates)
+        await self._jobs.set_setting(VILLAGE_SETTING, joined)
+        await self.load()
+
+
+class Villagers:
+    """Neighbours: who may owe us what, who joins, and who is to be found again."""
+
+    def __init__(
+        self,
+        *,
+        key: Ed25519PrivateKey,
+        settings: Settings,
+        membership: Membership,
+        links: Links,
+        jobs: Jobs,
+        book: Book,
+        events: Events,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.peer = peer_of(key)
+        self.membership = membership
+        self.lines: dict[PeerId, MicroCredits] = {}
+        self._key = key
+        self._settings = settings
+        self._links = links
+        self._jobs = jobs
+        self._book = book
+        self._events = events
+        self._nursery = nursery
+        self._not_before: dict[PeerId, tuple[float, Seconds]] = {}
+
+    def line_of(self, link: Link) -> MicroCredits | None:
+        """What a neighbour may owe us; None for a stranger."""
+        now = int(time.time() * 1000)
+        promised = village.membership(
+            link.hello.certificates, link.peer, self.membership.village, now
+        )
+        if promised is None:
+            return None
+        return min(promised, self._settings.village_line_micro_credits)
+
+    # ------------------------------------------------------------------ links
+    def on_up(self, link: Link) -> None:
+        """Opens the books with a neighbour, and remembers where it lives."""
+        line = self.line_of(link)
+        self._not_before.pop(link.peer, None)
+        self._book.connected(
+            link.peer,
+            link.hello.boot_epoch,
+            functools.partial(_send_blob, link),
+        )
+        if line is not None:
+            self.lines[link.peer] = line
+            self._nursery.start_soon(self._trust, link, line)
+        self._events.emit(
+            "peer_up", peer=link.peer, agent=link.hello.agent, member=line is not None
+        )
+
+    async def _trust(self, link: Link, line: MicroCredits) -> None:
+        try:
+            exposure = min(line, self._settings.village_exposure_micro_credits)
+            await self._book.set_line(link.peer, line, exposure)
+            await self._jobs.saw_peer(link.peer, link.hello.addresses)
+        except AivillageError as error:
+            self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
+
+    def on_down(self, link: Link, reason: str) -> None:
+        self._book.disconnected(link.peer)
+        self._events.emit("peer_down", peer=link.peer, reason=reason)
+
+    async def keep_in_touch(self) -> None:
+        """Dials known villagers that are not linked, ever more rarely where nobody answers."""
+        while True:
+            for known in await self._jobs.known_peers():
+                await self._dial_if_due(known.id, known.addresses)
+            await trio.sleep(random.uniform(0.5, 1.5))
+
+    async def _dial_if_due(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
+        due, wait = self._not_before.get(peer, (0.0, BACKOFF_SECONDS[0]))
+        if self._links.get(peer) or trio.current_time() < due:
+            return
+        self._not_before[peer] = (
+            trio.current_time() + wait * random.uniform(0.5, 1.5),
+            min(wait * 2, BACKOFF_SECONDS[1]),
+        )
+        self._nursery.start_soon(self._dial, addresses)
+
+    async def _dial(self, addresses: tuple[str, ...]) -> None:
+        for address in addresses:
+            with trio.move_on_after(DIAL_SECONDS):
+                try:
+                    await self._links.connect(address)
+                except AivillageError:
+                    continue  # the next address; the backoff brings us back
+                return
+
+    # ------------------------------------------------------------------ joining
+    def invite(self, addresses: tuple[str, ...], line: MicroCredits | None) -> str:
+        """A token for one newcomer.
+
+        Raises:
+            RefusedError: OWNER_LIMIT, only the founder of a village invites.
+        """
+        if village.village_of(self.peer) != self.membership.village:
+            raise RefusedError(
+                "only the founder of this village can invite",
+                code="OWNER_LIMIT",
+                next_step="ask the person who invited you for another token",
+            )
+        promised = self._settings.village_line_micro_credits if line is None else line
+        now = int(time.time() * 1000)
+        return village.make_invite(self._key, self.membership.village, addresses, promised, now)
+
+    async def join(self, token: str) -> PeerId:
+        """Becomes a member of the inviter's village.
+
+        Raises:
+            AivillageError: the token is bad, used or expired, or the inviter is not there.
+        """
+        invite = village.read_invite(token)
+        link = await self._reach(invite.addresses, invite.inviter)
+        reply = await link.ask(
+            messages.Join(id=link.next_id(), token=token), timeout_seconds=JOIN_SECONDS
+        )
+        now = int(time.time() * 1000)
+        joined = reply.certificates if isinstance(reply, messages.Joined) else ()
+        if village.membership(joined, self.peer, invite.village, now) is None:
+            raise PeerError("the inviter sent no valid certificate", code="BAD_REQUEST")
+        await self.membership.store(invite.village, joined)
+        await self._jobs.saw_peer(link.peer, link.hello.addresses)
+        # The hellos were said before we were members: say them again.
+        await self._links.drop(link.peer, "joined a village")
+        await self._reach(invite.addresses, invite.inviter)
+        self._events.emit("village_joined", village=invite.village.hex(), inviter=invite.inviter)
+        return invite.inviter
+
+    async def _reach(self, addresses: tuple[str, ...], peer: PeerId) -> Link:
+        failure: AivillageError = PeerError("the invite names no address", code="PEER_LOST")
+        for address in addresses:
+            try:
+                with trio.fail_after(DIAL_SECONDS):
+                    link = await self._links.connect(address)
+            except trio.TooSlowError:
+                failure = PeerError(f"{address} does not answer", code="PEER_LOST")
+            except AivillageError as error:
+                failure = error
+            else:
+                if link.peer == peer:
+                    return link
+                failure = PeerError(f"{address} is somebody else", code="PEER_LOST")
+        failure.next_step = "is the inviter's node running, and reachable from here?"
+        raise failure
+
+    def on_join(self, link: Link, request: messages.Join) -> None:
+        self._nursery.start_soon(self._admit, link, request)
+
+    async def _admit(self, link: Link, request: messages.Join) -> None:
+        try:
+            now = int(time.time() * 1000)
+            nonce, certificate = village.redeem(self._key, request.token, link.peer, now)
+            if not await self._jobs.use_invite(nonce, link.peer):
+                raise RefusedError(
+                    "this invite was used already",
+                    code="OWNER_LIMIT",
+                    next_step="ask for a new one: `aivillage-node invite`",
+                )
+        except AivillageError as error:
+            failure = messages.Failure(
+                id=request.id, code=error.code, message=error.message, next_step=error.next_step
+            )
+            send_or_drop(link, failure)
+            return
+        self._events.emit("member_admitted", peer=link.peer)
+        joined = messages.Joined(
+            id=request.id, certificates=(*self.membership.certificates, certificate)
+        )
+        send_or_drop(link, joined)
+
+
+def _send_blob(link: Link, blob: bytes) -> None:
+    send_or_drop(link, messages.Ledger(blobs=(blob,)))

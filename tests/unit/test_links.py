@@ -1,0 +1,477 @@
+"""Links over the in-memory network; time is autojumped."""
+
+from __future__ import annotations
+
+import random
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+
+import pytest
+import trio
+
+from aivillage.node.links import LinkLimits, Links, open_links
+from aivillage.node.transport.loopback import LoopbackNetwork
+from aivillage.protocols import codec
+from aivillage.protocols.errors import JobError, PeerError, RequestError
+from aivillage.protocols.messages import (
+    JOB_PROTOCOL,
+    Accepted,
+    Ask,
+    Cancel,
+    Failure,
+    Hello,
+    Ledger,
+    ListOperations,
+    Operations,
+    Ping,
+    Progress,
+    Step,
+    StepItem,
+)
+
+LIMITS = LinkLimits()
+
+
+class Recorder:
+    """Writes down what the callbacks hear."""
+
+    def __init__(self, links: Links) -> None:
+        self.links = links
+        self.events: list[str] = []
+        self.frames: list[object] = []
+        self.reasons: list[str] = []
+        links.on_up = lambda link: self.events.append("up")
+        links.on_down = self._down
+        links.on_message = lambda link, frame: self.frames.append(frame)
+
+    def _down(self, link, reason) -> None:
+        self.events.append("down")
+        self.reasons.append(reason)
+
+    @property
+    def address(self) -> str:
+        return self.links.transport.addresses()[0]
+
+    @property
+    def peer(self):
+        return self.links.transport.peer
+
+
+@asynccontextmanager
+async def mesh(hello_of, peer_of, *, count=2, limits=LIMITS, network=None, hello=None):
+    """`count` nodes with links; node 0 has the lowest PeerId."""
+    network = network or LoopbackNetwork()
+    peers = sorted(peer_of(at + 1) for at in range(count))
+    async with AsyncExitStack() as stack:
+        nodes = []
+        for at, peer in enumerate(peers):
+            transport = await stack.enter_async_context(network.open(f"n{at}", peer))
+            links = await stack.enter_async_context(
+                open_links(transport, hello or hello_of, limits=limits)
+            )
+            nodes.append(Recorder(links))
+        yield nodes
+
+
+async def settle(seconds: float = 0.01) -> None:
+    await trio.sleep(seconds)
+
+
+@pytest.fixture
+def two(hello_of, peer_of):
+    return lambda **options: mesh(hello_of, peer_of, **options)
+
+
+async def test_connect_is_idempotent_and_both_sides_are_up(two, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        assert await a.links.connect(b.address) is link
+        await settle()
+        assert (a.events, b.events) == (["up"], ["up"])
+        assert link.peer == b.peer
+        assert b.links.get(a.peer).hello.agent == "test"
+        assert b.links.all() == [b.links.get(a.peer)]
+    assert (a.events, b.events) == (["up", "down"], ["up", "down"])
+
+
+async def test_frames_arrive_in_order_and_step_is_a_frame(two, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        sent = [Progress(id=1, done=float(n)) for n in range(500)]
+        sent.append(Step(seq=1, items=(StepItem(1, 0, (5,), "x", b"12345678"),)))
+        for frame in sent:
+            link.send(frame)
+        await settle()
+        assert b.frames == sent
+
+
+async def test_ask_returns_the_answer_and_a_failure_becomes_its_exception(two, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+
+        def answer(back, frame) -> None:
+            if isinstance(frame, ListOperations):
+                back.send(Operations(id=frame.id, operations=()))
+            else:
+                back.send(Failure(id=frame.id, code="BAD_REQUEST", message="no"))
+
+        b.links.on_message = answer
+        question = ListOperations(id=link.next_id())
+        assert await link.ask(question, timeout_seconds=5) == Operations(
+            id=question.id, operations=()
+        )
+        with pytest.raises(RequestError, match="no"):
+            await link.ask(Cancel(id=link.next_id()), timeout_seconds=5)
+
+
+async def test_ask_without_an_answer_is_deadline_and_without_a_peer_is_lost(two, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        with pytest.raises(JobError) as caught:
+            await link.ask(ListOperations(id=link.next_id()), timeout_seconds=3)
+        assert caught.value.code == "DEADLINE"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(a.links.transport.hang_up, b.peer)
+            with pytest.raises(PeerError) as lost:
+                await link.ask(ListOperations(id=link.next_id()), timeout_seconds=60)
+        assert lost.value.code == "PEER_LOST"
+        with pytest.raises(PeerError):
+            link.send(Accepted(id=1))
+
+
+async def test_ids_of_the_two_sides_never_meet(two, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        await settle()
+        back = b.links.get(a.peer)
+        mine = {link.next_id() for _ in range(50)}
+        theirs = {back.next_id() for _ in range(50)}
+        assert not mine & theirs
+
+
+async def test_an_inbox_takes_its_id_and_ends_with_peer_lost(two, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        await settle()
+        call = link.next_id()
+        inbox = link.open_inbox(call)
+        back = b.links.get(a.peer)
+        back.send(Progress(id=call, done=0.5))
+        back.send(Progress(id=call + 2, done=0.1))
+        assert await inbox.receive() == Progress(id=call, done=0.5)
+        await settle()
+        assert a.frames == [Progress(id=call + 2, done=0.1)]
+        await b.links.drop(a.peer, "test")
+        last = await inbox.receive()
+        assert isinstance(last, Failure)
+        assert last.code == "PEER_LOST"
+        with pytest.raises(trio.EndOfChannel):
+            await inbox.receive()
+
+
+async def test_an_inbox_at_its_limit_holds_and_past_it_ends_with_busy(two, autojump_clock):
+    async with two(limits=replace(LIMITS, inbox_frames_max=10)) as (a, b):
+        link = await a.links.connect(b.address)
+        await settle()
+        inbox = link.open_inbox(1)
+        for n in range(11):
+            b.links.get(a.peer).send(Progress(id=1, done=float(n)))
+        await settle()
+        got = [frame async for frame in inbox]
+        assert got[:10] == [Progress(id=1, done=float(n)) for n in range(10)]
+        assert [frame.code for frame in got[10:]] == ["BUSY"]
+        assert a.links.get(b.peer) is link
+
+
+async def test_a_closed_inbox_hands_later_frames_to_on_message(two, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        await settle()
+        link.open_inbox(1)
+        link.close_inbox(1)
+        link.close_inbox(1)
+        b.links.get(a.peer).send(Progress(id=1, done=1.0))
+        await settle()
+        assert a.frames == [Progress(id=1, done=1.0)]
+
+
+async def test_a_peer_that_does_not_read_is_dropped_at_the_queue_limit(two, autojump_clock):
+    limits = replace(LIMITS, queue_frames_max=100)
+    async with two(limits=limits) as (a, b):
+        link = await a.links.connect(b.address)
+        await settle()
+        for _ in range(100):
+            link.send(Accepted(id=1))
+        with pytest.raises(PeerError, match="too slowly"):
+            link.send(Accepted(id=1))
+        assert a.links.get(b.peer) is None
+        assert a.events == ["up", "down"]
+
+
+async def test_drained_waits_for_half_the_queue(two, autojump_clock):
+    network = LoopbackNetwork()
+    limits = replace(LIMITS, queue_bytes_max=1 << 20)
+    async with two(limits=limits, network=network) as (a, b):
+        link = await a.links.connect(b.address)
+        await settle()
+        network.partition(["n0"], ["n1"])
+        body = Ledger(blobs=(bytes(4000),) * 25)
+        for _ in range(9):
+            link.send(body)
+        with trio.move_on_after(1) as scope:
+            await link.drained()
+            while True:
+                link.send(body)
+                await link.drained()
+        assert scope.cancelled_caught
+        network.heal()
+        await link.drained()
+        await settle(3)
+        assert all(frame == body for frame in b.frames)
+        assert len(b.frames) >= 9
+
+
+async def test_a_rider_joins_the_write_that_leaves_anyway(two, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        await settle()
+        riders = [Ledger(blobs=(b"receipt",))]
+        a.links.before_write = lambda link: riders.pop() if riders else None
+        link.send(Accepted(id=2))
+        await settle()
+        assert b.frames == [Accepted(id=2), Ledger(blobs=(b"receipt",))]
+
+
+async def test_two_hundred_races_leave_one_link_that_works(hello_of, peer_of, autojump_clock):
+    for seed in range(200):
+        network = LoopbackNetwork(seed, latency_seconds=0.02, jitter_seconds=0.05)
+        rng = random.Random(seed)
+
+        async def later(node, address, rng=rng):
+            await trio.sleep(rng.random() * 0.15)
+            await node.links.connect(address)
+
+        async with mesh(hello_of, peer_of, network=network) as (a, b):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(later, a, b.address)
+                nursery.start_soon(later, b, a.address)
+            await trio.sleep(1)
+            for node, other in ((a, b), (b, a)):
+                assert node.events.count("up") - node.events.count("down") == 1, seed
+                node.links.get(other.peer).send(Progress(id=9, done=float(seed)))
+            assert a.links.get(b.peer).dialled != b.links.get(a.peer).dialled, seed
+            await trio.sleep(1)
+            assert a.frames == b.frames == [Progress(id=9, done=float(seed))], seed
+
+
+async def test_in_a_dead_heat_the_stream_of_the_lower_peer_wins(two, autojump_clock):
+    network = LoopbackNetwork(latency_seconds=0.05)
+    async with two(network=network) as (low, high):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(low.links.connect, high.address)
+            nursery.start_soon(high.links.connect, low.address)
+        assert low.links.get(high.peer).dialled
+        assert not high.links.get(low.peer).dialled
+
+
+async def test_a_new_connection_replaces_a_link_that_only_one_side_lost(two, autojump_clock):
+    network = LoopbackNetwork(latency_seconds=0.01)
+    async with two(network=network) as (low, high):
+        first = await low.links.connect(high.address)
+        await settle(1)
+        network.partition(["n0"], ["n1"])
+        await high.links.drop(low.peer, "cable pulled")
+        assert low.links.get(high.peer) is first
+        network.heal()
+        second = await high.links.connect(low.address)
+        await settle(5)
+        assert low.links.get(high.peer) is not first
+        assert low.links.get(high.peer) is not None
+        assert high.links.get(low.peer) is second
+
+
+async def test_three_missed_pings_drop_the_link(two, autojump_clock):
+    network = LoopbackNetwork()
+    async with two(network=network) as (a, b):
+        await a.links.connect(b.address)
+        await settle(25)
+        assert a.events == ["up"]
+        network.partition(["n0"], ["n1"])
+        began = trio.current_time()
+        while a.links.get(b.peer):
+            await trio.sleep(0.5)
+        assert 20 <= trio.current_time() - began <= 41
+        assert "no sign of life" in a.reasons[0]
+
+
+async def test_a_pong_measures_the_round_trip(two, autojump_clock):
+    async with two(network=LoopbackNetwork(latency_seconds=0.04)) as (a, b):
+        link = await a.links.connect(b.address)
+        await settle(1)
+        assert link.rtt_seconds == pytest.approx(0.08)
+
+
+async def test_another_major_version_is_refused_and_a_minor_one_passes(two, autojump_clock):
+    hellos = iter([Hello(major=2, minor=0, agent="", boot_epoch=1, clock_unix_ms=0)])
+
+    def hello():
+        return next(hellos, Hello(major=1, minor=9, agent="", boot_epoch=1, clock_unix_ms=0))
+
+    async with two(hello=hello) as (a, b):
+        with pytest.raises(PeerError) as caught:
+            await a.links.connect(b.address)
+        assert caught.value.code == "VERSION_UNSUPPORTED"
+        assert (await a.links.connect(b.address)).hello.minor == 9
+
+
+async def raw_stream(a, b):
+    """A stream to `b` with no links behind it, past the hello."""
+    await a.links.transport.dial(b.address)
+    return await a.links.transport.open_stream(b.peer, JOB_PROTOCOL)
+
+
+async def read_failure(stream) -> Failure:
+    """The last frame before the end of the stream."""
+    data = b""
+    while chunk := await stream.read(65536):
+        data += chunk
+    frames = []
+    while data:
+        size = int.from_bytes(data[:4], "big")
+        frames.append(codec.decode(data[4 : 4 + size]))
+        data = data[4 + size :]
+    assert isinstance(frames[-1], Failure)
+    return frames[-1]
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (codec.frame(Ask(id=1, what="x")), "BAD_REQUEST"),
+        (b"\0\0\0\x03abc", "BAD_REQUEST"),
+        (b"\0\0\0\0", "BAD_REQUEST"),
+        (b"\xff\xff\xff\xff", "TOO_LARGE"),
+        ((codec.FRAME_BYTES_MAX + 1).to_bytes(4, "big"), "TOO_LARGE"),
+    ],
+)
+async def test_what_is_no_message_ends_the_link_with_its_code(
+    two, hello_of, autojump_clock, frame, code
+):
+    async with two(count=3) as (a, b, c):
+        stream = await raw_stream(a, b)
+        await stream.write(codec.frame(hello_of()) + frame)
+        failure = await read_failure(stream)
+        assert (failure.id, failure.code) == (0, code)
+        assert b.links.get(a.peer) is None
+        assert await c.links.connect(b.address)
+
+
+async def test_a_second_hello_is_refused(two, hello_of, autojump_clock):
+    async with two() as (a, b):
+        stream = await raw_stream(a, b)
+        await stream.write(codec.frame(hello_of()) * 2)
+        assert (await read_failure(stream)).code == "BAD_REQUEST"
+
+
+async def test_a_message_before_the_hello_is_refused(two, autojump_clock):
+    async with two() as (a, b):
+        stream = await raw_stream(a, b)
+        await stream.write(codec.frame(Ping(nonce=1)))
+        assert (await read_failure(stream)).code == "BAD_REQUEST"
+        assert b.events == []
+
+
+async def test_who_says_no_hello_is_let_go_after_five_seconds(two, autojump_clock):
+    async with two() as (a, b):
+        stream = await raw_stream(a, b)
+        began = trio.current_time()
+        assert await stream.read(1) == b""
+        assert trio.current_time() - began == pytest.approx(5)
+
+
+async def test_a_refused_message_costs_its_link_and_no_other(two, autojump_clock):
+    async with two(count=3) as (a, b, c):
+        link = await a.links.connect(b.address)
+        await c.links.connect(b.address)
+
+        def refuse(link, frame) -> None:
+            raise PeerError("not like this", code="REPLAYED")
+
+        b.links.on_message = refuse
+        link.send(Accepted(id=1))
+        await settle()
+        assert "REPLAYED not like this" in a.reasons[0]
+        assert b.links.counts["peer_errors"] == 1
+        assert b.links.get(c.peer) is not None
+
+
+async def test_a_defect_in_a_callback_costs_its_link_and_is_counted(two, caplog, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        b.links.on_message = lambda link, frame: 1 / 0
+        link.send(Accepted(id=1))
+        await settle()
+        assert b.links.counts["defects"] == 1
+        assert b.links.get(a.peer) is None
+        assert "link_callback_failed" in caplog.messages
+
+
+async def test_over_the_frame_rate_the_reader_pauses_and_loses_nothing(two, autojump_clock):
+    limits = replace(LIMITS, frames_per_second=100, queue_frames_max=1000)
+    async with two(limits=limits) as (a, b):
+        link = await a.links.connect(b.address)
+        await settle()
+        began = trio.current_time()
+        for n in range(500):
+            link.send(Progress(id=1, done=float(n)))
+        while len(b.frames) < 500:
+            await trio.sleep(0.1)
+            assert trio.current_time() - began < 20
+        link.send(Progress(id=1, done=500.0))
+        while len(b.frames) < 501:
+            await trio.sleep(0.1)
+        assert 3 <= trio.current_time() - began <= 6
+
+
+async def test_closing_flushes_what_was_queued(two, autojump_clock):
+    network = LoopbackNetwork(latency_seconds=0.1)
+    async with two(network=network) as (a, b):
+        link = await a.links.connect(b.address)
+        for n in range(50):
+            link.send(Progress(id=1, done=float(n)))
+        await a.links.drop(b.peer, "done")
+        await settle(1)
+        assert b.events == ["up", "down"]
+    assert len(b.frames) == 50
+
+
+async def test_closing_does_not_wait_longer_than_the_flush_time(two, autojump_clock):
+    network = LoopbackNetwork()
+    async with two(network=network) as (a, b):
+        link = await a.links.connect(b.address)
+        await settle()
+        network.partition(["n0"], ["n1"])
+        for _ in range(10):
+            link.send(Ledger(blobs=(bytes(4000),) * 50))
+        began = trio.current_time()
+        await a.links.drop(b.peer, "done")
+        assert trio.current_time() - began <= 2.1
+
+
+async def test_a_frame_over_the_peers_own_limit_is_refused_here(two, hello_of, autojump_clock):
+    async with two(hello=lambda: hello_of(max_frame_bytes=1000)) as (a, b):
+        link = await a.links.connect(b.address)
+        with pytest.raises(RequestError) as caught:
+            link.send(Ledger(blobs=(bytes(1000),)))
+        assert caught.value.code == "TOO_LARGE"
+        link.send(Ledger(blobs=(bytes(900),)))
+
+
+async def test_connecting_to_nobody_is_peer_lost_and_to_nonsense_bad_request(two, autojump_clock):
+    async with two() as (a, b):
+        with pytest.raises(PeerError):
+            await a.links.connect(f"/memory/nobody/p2p/{b.peer}")
+        with pytest.raises(RequestError):
+            await a.links.connect("nonsense")
+        with pytest.raises(RequestError):
+            await a.links.connect(a.address)
