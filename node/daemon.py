@@ -98,7 +98,7 @@ async def open_node(
         gossiper = Gossiper(links.all, discovery.accept)
         seller = Seller(
             settings=settings, prices=PriceList(key, settings.price_percent), workers=workers,
-            book=ledger, events=events, nursery=nursery,
+            book=ledger, events=events, nursery=nursery, trusted=villagers.trusted,
         )  # fmt: skip
         herald = Herald(
             discovery=discovery, gossiper=gossiper, seller=seller, links=links,

@@ -133,9 +133,11 @@ class Market:
         """A quote from one candidate, held against our budget and its patience with us."""
         link = await self._reach(candidate)
         quoted = await self._quote(need, link)
-        quote, reply = quoted.quote, quoted.reply
-        room = reply.room_micro_credits + quoted.owed - self._book.owed_to(link.peer)
-        price = price_of_rest(quote.terms, need.usage, need.done)
+        price, room = self._price_and_room(need, link.peer, quoted)
+        if price > room:  # it may have changed since the quote
+            self.forget_quote(link.peer, need.operation)
+            quoted = await self._quote(need, link)
+            price, room = self._price_and_room(need, link.peer, quoted)
         if price > need.budget:
             raise RequestError(
                 f"it may cost {as_credits(price)} credits, your ceiling leaves "
@@ -149,14 +151,14 @@ class Market:
                 f"{as_credits(max(0, room))} more",
                 next_step="earn credits by serving, or ask for less",
             )
-        seconds = _seconds(quote, need, candidate) * (1 + reply.queue_length)
+        seconds = _seconds(quoted.quote, need, candidate) * (1 + quoted.reply.queue_length)
         return Choice(
             link=link,
-            quote=quote,
+            quote=quoted.quote,
             quote_hash=quoted.hash,
             price_at_most=price,
             seconds=seconds,
-            why=_why(candidate, link, reply),
+            why=_why(candidate, link, quoted.reply),
         )
 
     async def _reach(self, candidate: Candidate) -> Link:
@@ -171,6 +173,13 @@ class Market:
                     continue  # the next address; all failing is said below
         self._discovery.unreachable(candidate.peer)
         raise PeerError(f"{candidate.peer} cannot be reached", code="PEER_LOST")
+
+    def _price_and_room(
+        self, need: Need, peer: PeerId, quoted: Quoted
+    ) -> tuple[MicroCredits, MicroCredits]:
+        """The most it may cost; and what the seller lets us run up, less what we owe since."""
+        room = quoted.reply.room_micro_credits + quoted.owed - self._book.owed_to(peer)
+        return price_of_rest(quoted.quote.terms, need.usage, need.done), room
 
     async def _quote(self, need: Need, link: Link) -> Quoted:
         """Terms are posted, so a quote that is still good saves a round trip."""

@@ -294,7 +294,8 @@ class Pursuit:
         if error.code == "PEER_LOST":
             trade.discovery.unreachable(peer)
         self.excluded[peer] = error.message
-        note = f"{peer[-8:]} failed ({error.message}); going on elsewhere"
+        what = "is gone" if error.code == "PEER_LOST" else f"failed ({error.message})"
+        note = f"{peer[-8:]} {what}; going on elsewhere"
         self.say(messages.Progress(id=0, done=0, note=note))
 
     def move(self, event: JobEvent) -> None:

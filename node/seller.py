@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -84,6 +84,7 @@ class Seller:
         book: Book,
         events: Events,
         nursery: trio.Nursery,
+        trusted: Callable[[PeerId], Awaitable[None]],
     ) -> None:
         self._settings = settings
         self._prices = prices
@@ -91,6 +92,7 @@ class Seller:
         self._book = book
         self._events = events
         self._nursery = nursery
+        self._trusted = trusted
         self._sales: dict[tuple[PeerId, int], Sale] = {}
         self._steps: dict[PeerId, StepWriter] = {}
         self._attempts: collections.OrderedDict[bytes, None] = collections.OrderedDict()
@@ -151,6 +153,7 @@ class Seller:
         try:
             operation = self._sold(request.operation)
             usage, seconds = await self._workers.estimate(request.operation, request.request)
+            await self._trusted(link.peer)
             reply = messages.QuoteReply(
                 id=request.id,
                 quote=self._prices.quote(operation, dict(usage), seconds),

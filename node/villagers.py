@@ -64,7 +64,6 @@ class Villagers:
     ) -> None:
         self.peer = peer_of(key)
         self.membership = membership
-        self.lines: dict[PeerId, MicroCredits] = {}
         self._key = key
         self._settings = settings
         self._links = links
@@ -72,6 +71,7 @@ class Villagers:
         self._book = book
         self._events = events
         self._nursery = nursery
+        self._opening: dict[PeerId, trio.Event] = {}
         self._not_before: dict[PeerId, tuple[float, Seconds]] = {}
 
     def line_of(self, link: Link) -> MicroCredits | None:
@@ -95,19 +95,29 @@ class Villagers:
             functools.partial(_send_blob, link),
         )
         if line is not None:
-            self.lines[link.peer] = line
-            self._nursery.start_soon(self._trust, link, line)
+            self._opening[link.peer] = trio.Event()
+            self._nursery.start_soon(self._trust, link, line, self._opening[link.peer])
         self._events.emit(
             "peer_up", peer=link.peer, agent=link.hello.agent, member=line is not None
         )
 
-    async def _trust(self, link: Link, line: MicroCredits) -> None:
+    async def trusted(self, peer: PeerId) -> None:
+        """Returns when the line of a peer that just came is in the book."""
+        opening = self._opening.get(peer)
+        if opening is not None:
+            await opening.wait()
+
+    async def _trust(self, link: Link, line: MicroCredits, opened: trio.Event) -> None:
         try:
             exposure = min(line, self._settings.village_exposure_micro_credits)
             await self._book.set_line(link.peer, line, exposure)
             await self._jobs.saw_peer(link.peer, link.hello.addresses)
         except AivillageError as error:
             self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
+        finally:
+            opened.set()
+            if self._opening.get(link.peer) is opened:
+                del self._opening[link.peer]
 
     def on_down(self, link: Link, reason: str) -> None:
         self._book.disconnected(link.peer)
