@@ -32,6 +32,7 @@ from aivillage.node.pursuit import Trade
 from aivillage.node.seller import Seller
 from aivillage.node.switch import Switch
 from aivillage.node.villagers import Membership, Villagers
+from aivillage.node.worker_process import WorkerLimits
 from aivillage.node.workers import Workers, WorkerSettings, open_workers
 from aivillage.protocols.messages import VERSION_MAJOR, VERSION_MINOR, Hello
 from aivillage.protocols.ports import Transport
@@ -127,6 +128,7 @@ def worker_settings(settings: Settings) -> WorkerSettings:
         dev_mode=settings.dev_mode,
         idle_exit_seconds=settings.worker_idle_seconds,
         engine_slots=settings.slots,
+        limits=WorkerLimits(memory_bytes_max=settings.worker_memory_mb << 20),
     )
 
 

@@ -11,7 +11,7 @@ import msgspec
 import trio
 
 from aivillage.models import registry
-from aivillage.models.inference.generate import FinishReason, GenerateResult, Piece
+from aivillage.models.inference.generate import FinishReason, GenerateRequest, GenerateResult, Piece
 from aivillage.models.inference.generate import usage as units
 from aivillage.node.config import Settings
 from aivillage.node.engines import EngineClient, EngineSession
@@ -280,7 +280,7 @@ class Seller:
         ids = [token for piece in delivered for token in piece.token_ids]
         text = ["".join(piece.text for piece in delivered)]
         async with engine.open_session(call.request, tuple(ids)) as session:
-            self._allow(sale, session, 0)
+            self._allow(sale, session, len(ids) + call.done.get("prompt_quads", 0))
             async for frame in session:
                 if frame.error:
                     raise JobError(frame.error, code="JOB_FAILED")
@@ -309,10 +309,18 @@ class Seller:
 
     async def _loaded(self, sale: Sale) -> EngineClient:
         """The engine, loaded; the buyer gets a sign of life every two seconds until then."""
+        failure: AivillageError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._beat, sale, "loading the model")
-            engine = await self._workers.engine(sale.call.operation)
+            try:
+                engine = await self._workers.engine(
+                    unpack(GenerateRequest, sale.call.request).model
+                )
+            except AivillageError as error:  # a nursery would wrap it
+                failure = error
             nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
         return engine
 
     async def _beat(self, sale: Sale, note: str) -> None:
