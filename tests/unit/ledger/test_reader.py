@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from aivillage.ledger import reader
 from aivillage.protocols.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_reading_loads_no_event_loop_of_the_node_and_no_models():
@@ -14,7 +17,9 @@ def test_reading_loads_no_event_loop_of_the_node_and_no_models():
         "import sys, aivillage.ledger.reader;"
         "print([name for name in ('trio', 'torch', 'libp2p') if name in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert found.stdout.strip() == "[]"
 
 
