@@ -155,9 +155,9 @@ class Side:
         self.start()
 
     def start(self) -> None:
+        side = (self.name, str(self.folder), str(self.port))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.ledger_kills"]
-            + ["--side", self.name, str(self.folder), str(self.port)],
+            [sys.executable, "-m", "tests.integration.ledger_kills", "--side", *side],
             cwd=ROOT,
         )
 

@@ -17,9 +17,8 @@ def test_reading_loads_no_event_loop_of_the_node_and_no_models():
         "import sys, aivillage.ledger.reader;"
         "print([name for name in ('trio', 'torch', 'libp2p') if name in sys.modules])"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "[]"
 
 
