@@ -108,6 +108,7 @@ async def open_node(
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
+        seller.acquainted = villagers.acquainted
         Switch(links, ledger, villagers, gossiper, buyer, seller, herald.news_for)
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,

@@ -73,6 +73,7 @@ class Villagers:
         self._events = events
         self._nursery = nursery
         self._not_before: dict[PeerId, tuple[float, Seconds]] = {}
+        self._trusting: dict[PeerId, trio.Event] = {}
 
     def line_of(self, link: Link) -> MicroCredits | None:
         """What a neighbour may owe us; None for a stranger."""
@@ -96,6 +97,7 @@ class Villagers:
         )
         if line is not None:
             self.lines[link.peer] = line
+            self._trusting[link.peer] = trio.Event()
             self._nursery.start_soon(self._trust, link, line)
         self._events.emit(
             "peer_up", peer=link.peer, agent=link.hello.agent, member=line is not None
@@ -108,6 +110,16 @@ class Villagers:
             await self._jobs.saw_peer(link.peer, link.hello.addresses)
         except AivillageError as error:
             self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
+        finally:
+            trusting = self._trusting.pop(link.peer, None)
+            if trusting is not None:
+                trusting.set()
+
+    async def acquainted(self, peer: PeerId) -> None:
+        """Returns once the book knows what a member that just came may owe."""
+        trusting = self._trusting.get(peer)
+        if trusting is not None:
+            await trusting.wait()
 
     def on_down(self, link: Link, reason: str) -> None:
         self._book.disconnected(link.peer)

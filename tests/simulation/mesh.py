@@ -192,9 +192,7 @@ class Mesh:
         for seller in sellers:
             await self.link(buyer, seller)
         wanted = {seller.peer for seller in sellers}
-        await until(
-            lambda: wanted <= {c.peer for c in buyer.desk.discovery.candidates(operation)}
-        )
+        await until(lambda: wanted <= {c.peer for c in buyer.desk.discovery.candidates(operation)})
         await until(lambda: all(seller.ledger.view(buyer.peer).line for seller in sellers))
 
 

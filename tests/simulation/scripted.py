@@ -31,7 +31,7 @@ from aivillage.protocols.ports import (
     Verdict,
 )
 
-WORDS = "the mesh is made of many small machines that lend each other what they have".split()
+WORDS = tuple("the mesh is made of many machines that lend each other what they have".split())  # noqa: SIM905
 SLICE_QUADS = 32
 INFO = EngineInfo(
     engine="scripted", model="hash", kernel_class="scripted/1", identical="guaranteed",

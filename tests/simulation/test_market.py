@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 
-import pytest
-
 from aivillage.protocols.messages import Text
-from tests.simulation.mesh import open_mesh, price_of, result_of, settled, until
-from tests.simulation.scripted import answer
+from tests.simulation.mesh import open_mesh, price_of, result_of, settled
 
 
 @asynccontextmanager
