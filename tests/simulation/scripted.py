@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,11 +194,12 @@ class ScriptedWorkers(Workers):
         self.describe(operation)
         self.script.open_sessions += 1
         try:
-            yield self._noop(unpack(NoopRequest, request), len(delivered))
+            async with aclosing(self._noop(unpack(NoopRequest, request), len(delivered))) as events:
+                yield events
         finally:
             self.script.open_sessions -= 1
 
-    async def _noop(self, request: NoopRequest, first: int) -> AsyncIterator[Event]:
+    async def _noop(self, request: NoopRequest, first: int) -> AsyncGenerator[Event, None]:
         for part in range(first, request.parts):
             if self.script.pause_at == part:
                 self.script.paused.set()
