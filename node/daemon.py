@@ -99,7 +99,7 @@ async def open_node(
         gossiper = Gossiper(links.all, discovery.accept)
         seller = Seller(
             settings=settings, prices=PriceList(key, settings.price_percent), workers=workers,
-            book=ledger, events=events, nursery=nursery, trusted=villagers.trusted,
+            book=ledger, events=events, nursery=nursery,
         )  # fmt: skip
         herald = Herald(
             discovery=discovery, gossiper=gossiper, seller=seller, links=links,
@@ -109,6 +109,7 @@ async def open_node(
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
+        seller.acquainted = villagers.acquainted
         Switch(links, ledger, villagers, gossiper, buyer, seller, herald.news_for)
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,

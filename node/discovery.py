@@ -77,6 +77,8 @@ class Discovery:
         if signer != news.seller or signer == self.peer:
             return False
         old = self._offers.get(signer)
+        if not old and len(self._offers) >= OFFERS_MAX:
+            self.offers()  # forgets the expired ones
         if (old and old.seq >= news.seq) or (not old and len(self._offers) >= OFFERS_MAX):
             return False
         self._offers[signer] = news
@@ -171,7 +173,7 @@ class Discovery:
 
 
 def _rank(candidate: Candidate) -> tuple[float, float, int]:
-    """Fewer failures first, then free room, then measured speed."""
+    """Fewer failures first, then measured speed, then free room."""
     record = candidate.record
     failures = record.bad / (record.good + record.bad + 2)
     speed = record.units_per_second or UNKNOWN_UNITS_PER_SECOND

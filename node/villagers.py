@@ -71,8 +71,8 @@ class Villagers:
         self._book = book
         self._events = events
         self._nursery = nursery
-        self._opening: dict[PeerId, trio.Event] = {}
         self._not_before: dict[PeerId, tuple[float, Seconds]] = {}
+        self._trusting: dict[PeerId, trio.Event] = {}
 
     def line_of(self, link: Link) -> MicroCredits | None:
         """What a neighbour may owe us; None for a stranger."""
@@ -95,19 +95,13 @@ class Villagers:
             functools.partial(_send_blob, link),
         )
         if line is not None:
-            self._opening[link.peer] = trio.Event()
-            self._nursery.start_soon(self._trust, link, line, self._opening[link.peer])
+            self._trusting[link.peer] = trio.Event()
+            self._nursery.start_soon(self._trust, link, line)
         self._events.emit(
             "peer_up", peer=link.peer, agent=link.hello.agent, member=line is not None
         )
 
-    async def trusted(self, peer: PeerId) -> None:
-        """Returns when the line of a peer that just came is in the book."""
-        opening = self._opening.get(peer)
-        if opening is not None:
-            await opening.wait()
-
-    async def _trust(self, link: Link, line: MicroCredits, opened: trio.Event) -> None:
+    async def _trust(self, link: Link, line: MicroCredits) -> None:
         try:
             exposure = min(line, self._settings.village_exposure_micro_credits)
             await self._book.set_line(link.peer, line, exposure)
@@ -115,9 +109,15 @@ class Villagers:
         except AivillageError as error:
             self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
         finally:
-            opened.set()
-            if self._opening.get(link.peer) is opened:
-                del self._opening[link.peer]
+            trusting = self._trusting.pop(link.peer, None)
+            if trusting is not None:
+                trusting.set()
+
+    async def acquainted(self, peer: PeerId) -> None:
+        """Returns once the book knows what a member that just came may owe."""
+        trusting = self._trusting.get(peer)
+        if trusting is not None:
+            await trusting.wait()
 
     def on_down(self, link: Link, reason: str) -> None:
         self._book.disconnected(link.peer)
