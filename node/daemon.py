@@ -18,7 +18,7 @@ from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin, Settings
 from aivillage.node.control import Control, open_control
 from aivillage.node.desk import Desk
-from aivillage.node.discovery import Discovery
+from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
 from aivillage.node.gossip import Gossiper
 from aivillage.node.herald import Herald
@@ -96,6 +96,8 @@ async def open_node(
             book=ledger, events=events, nursery=nursery,
         )  # fmt: skip
         discovery = Discovery(key)
+        for known in await jobs.known_peers():
+            discovery.records[known.id] = Record(known.units_per_second, known.good, known.bad)
         gossiper = Gossiper(links.all, discovery.accept)
         seller = Seller(
             settings=settings, prices=PriceList(key, settings.price_percent), workers=workers,

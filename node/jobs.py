@@ -267,10 +267,11 @@ class Jobs:
             (peer, msgspec.msgpack.encode(addresses), time.time()),
         )
 
-    async def rate_peer(self, peer: PeerId, *, good: bool, units_per_second: float) -> None:
+    async def rate_peer(self, peer: PeerId, good: int, bad: int, units_per_second: float) -> None:
+        """Keeps what discovery counts of a peer."""
         await self._write(
-            "UPDATE known_peer SET good=good+?, bad=bad+?, units_per_second=? WHERE id=?",
-            (int(good), int(not good), units_per_second, peer),
+            "UPDATE known_peer SET good=?, bad=?, units_per_second=? WHERE id=?",
+            (good, bad, units_per_second, peer),
         )
 
     async def known_peers(self) -> list[KnownPeer]:

@@ -294,7 +294,7 @@ class Pursuit:
             self._kernels.add(attempt.kernel)
         self._why = attempt.choice.why
         if outcome == "done" or outcome in BLAMED:
-            self._rate(attempt, outcome)
+            await self._rate(attempt, outcome)
         if outcome != "rejected" or not attempt.amount:
             await self._settle(attempt)  # of nothing: the intent is dropped
         if outcome == "rejected":
@@ -313,12 +313,15 @@ class Pursuit:
                 "settle_failed", level=40, job=self.row.id, peer=attempt.seller, reason=str(error)
             )
 
-    def _rate(self, attempt: Attempt, outcome: str) -> None:
-        record = self._trade.discovery.records.get(attempt.seller)
+    async def _rate(self, attempt: Attempt, outcome: str) -> None:
+        """What we saw of a seller, kept over restarts; never what it says of itself."""
+        record = self._trade.discovery.record_of(attempt.seller)
         made = sum(self._meter(self.output).values()) - sum(attempt.done.values())
         seconds = max(time.monotonic() - attempt.started, 1e-3)
-        if record is not None:
-            record.rate(good=outcome == "done", units_per_second=made / seconds)
+        record.rate(good=outcome == "done", units_per_second=made / seconds)
+        await self._trade.jobs.rate_peer(
+            attempt.seller, record.good, record.bad, record.units_per_second
+        )
 
     async def _give_up_on(self, peer: PeerId, error: AivillageError) -> None:
         """Excludes a seller from this job, or waits where it is only busy.

@@ -105,6 +105,10 @@ class Villagers:
         try:
             exposure = min(line, self._settings.village_exposure_micro_credits)
             await self._book.set_line(link.peer, line, exposure)
+            send_or_drop(
+                link,
+                messages.Standing(line_micro_credits=line, exposure_micro_credits=exposure),
+            )
             await self._jobs.saw_peer(link.peer, link.hello.addresses)
         except AivillageError as error:
             self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
@@ -112,6 +116,19 @@ class Villagers:
             trusting = self._trusting.pop(link.peer, None)
             if trusting is not None:
                 trusting.set()
+
+    def on_standing(self, link: Link, standing: messages.Standing) -> None:
+        self._nursery.start_soon(self._note_standing, link.peer, standing)
+
+    async def _note_standing(self, peer: PeerId, standing: messages.Standing) -> None:
+        """A generous peer does not make us generous: our own exposure bounds what it may claim."""
+        exposure = self._settings.village_exposure_micro_credits
+        try:
+            await self._book.set_received(
+                peer, standing.line_micro_credits, min(standing.exposure_micro_credits, exposure)
+            )
+        except AivillageError as error:
+            self._events.emit("standing_not_recorded", level=30, peer=peer, reason=str(error))
 
     async def acquainted(self, peer: PeerId) -> None:
         """Returns once the book knows what a member that just came may owe."""

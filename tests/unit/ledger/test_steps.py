@@ -255,7 +255,7 @@ def test_claims_for_unknown_running_or_ended_work_are_not_paid(buyer):
 
 
 def test_all_claims_together_stay_within_the_budget(buyer):
-    exposure.set_received(buyer, SELLER, 60)
+    exposure.set_received(buyer, SELLER, 600, 60)
     for number in range(1, 5):
         payer.intend(buyer, SELLER, bytes([number]) * 16, b"q", 100)
     assert pay(buyer, *(claim(number, 25) for number in range(1, 5))) == 60
