@@ -247,7 +247,6 @@ async def test_a_buyer_cannot_claim_to_have_had_what_it_does_not_show(tmp_path):
     async with pair(tmp_path) as (_, buyer, seller):
         tokens = {"output_tokens": 1000}
         calls = {"calls": 1, "parts": 9}
-        asked = GenerateRequest(prompt=PROMPT, max_tokens=6)
         for done, request, operation, price in (
             (
                 tokens,
@@ -286,23 +285,26 @@ async def test_parts_without_end_are_cut_off(tmp_path, monkeypatch):
         del second
 
 
-async def test_a_seller_that_takes_no_large_frames_fells_nobody(tmp_path):
+async def test_a_peer_that_takes_only_small_frames_fells_nobody(tmp_path):
     """A hello may promise to take next to nothing; the node says little to such a peer."""
-    async with pair(tmp_path) as (mesh, buyer, seller):
+    async with open_mesh(tmp_path) as mesh:
+        seller, buyer = await mesh.add("seller"), await mesh.add("buyer", serve=False)
+        await mesh.knows(buyer, seller)
         key = make_key(99)
         async with mesh.network.open("tiny", peer_of(key)) as wire:
-            for size in (0, 40, 120, 300, 600):
+            for size in (0, *range(200, 1400, 100)):
                 await wire.dial(seller.address)
                 stream = await wire.open_stream(seller.peer, JOB_PROTOCOL)
                 await stream.write(codec.frame(make_hello(max_frame_bytes=size)))
                 request = pack(GenerateRequest(prompt="x"))
                 for frame in (
                     messages.QuoteRequest(id=1, operation="inference.generate", request=request),
-                    messages.ListOperations(id=3),
+                    messages.QuoteRequest(id=3, operation="x" * 2000, request=request),
                     messages.Join(id=5, token="aiv1.x"),
+                    messages.ListOperations(id=7),
                 ):
                     await stream.write(codec.frame(frame))
-                await trio.sleep(0.1)
+                await trio.sleep(0.03)
                 await wire.hang_up(seller.peer)
         assert (await buyer.ask(PROMPT, tokens=2)).error is None
 
