@@ -141,7 +141,7 @@ class Attempt:
         """
         if not finished:
             send_or_drop(self.choice.link, messages.Cancel(id=call_id))
-        if stopped and self._inbox is not None:
+        if stopped and self._inbox is not None and not self._ended:
             with trio.move_on_after(DRAIN_SECONDS):
                 await self._drain(self._inbox)
         self._ended = True

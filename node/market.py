@@ -215,6 +215,10 @@ class Market:
         """A call was refused: the next one asks anew."""
         self._quotes.pop((peer, operation), None)
 
+    def is_back(self, lost: Link) -> bool:
+        """Whether the peer of a lost link has a new one."""
+        return self._links.get(lost.peer) not in (None, lost)
+
     def forget_peer(self, peer: PeerId) -> None:
         """A restarted seller does not know its quotes."""
         self._quotes = {key: kept for key, kept in self._quotes.items() if key[0] != peer}

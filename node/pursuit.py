@@ -139,7 +139,7 @@ class Pursuit:
                 if self.result is not None:
                     return  # whatever failed came after the verdict
                 self.move("retry")
-                await self._give_up_on(choice.link.peer, error)
+                await self._give_up_on(choice.link, error)
 
     def seconds_left(self) -> Seconds:
         """Of the owner's deadline, which began with the job, or of ours, which begins anew."""
@@ -323,13 +323,13 @@ class Pursuit:
             attempt.seller, record.good, record.bad, record.units_per_second
         )
 
-    async def _give_up_on(self, peer: PeerId, error: AivillageError) -> None:
+    async def _give_up_on(self, link: Link, error: AivillageError) -> None:
         """Excludes a seller from this job, or waits where it is only busy.
 
         Raises:
             AivillageError: `error`, after too many tries.
         """
-        trade = self._trade
+        trade, peer = self._trade, link.peer
         trade.market.forget_quote(peer, self.row.operation)
         trade.events.emit(
             "attempt_failed", job=self.row.id, peer=peer, code=error.code, reason=error.message
@@ -340,6 +340,8 @@ class Pursuit:
             self._busy += 1
             await trio.sleep(min(0.1 * 2**self._busy, 10.0) if error.code == "BUSY" else 0)
             return
+        if error.code == "PEER_LOST" and trade.market.is_back(link):
+            return  # while we settled with it
         if error.code == "PEER_LOST":
             trade.discovery.unreachable(peer)
         self.excluded[peer] = error
