@@ -152,25 +152,26 @@ class Buying:
         """Durable vouchers only."""
         if partner.link is None:
             return
-        self.expect_receipts(partner, len(vouchers))
+        self.expect_receipts(partner, partner.unconfirmed + len(vouchers))
         for voucher in vouchers:
             partner.link.send(encode(self._desk.epoch, voucher))
 
     def expect_receipts(self, partner: Partner, count: int) -> None:
-        if not partner.unconfirmed:
+        """`count` vouchers in all wait for a receipt; they go again once none came for a while."""
+        if count < partner.unconfirmed or not partner.unconfirmed:
             partner.resend_wait = self._desk.settings.resend_seconds
             partner.resend_at = self._desk.now() + partner.resend_wait
-        partner.unconfirmed += count
+        partner.unconfirmed = count
 
     def on_receipt(self, partner: Partner, receipt: Receipt) -> None:
         """Raises: PeerError: the receipt is forged."""
         peer, signer = partner.pair.peer, self._desk.signer
         body = check_receipt(receipt, signer.public_key, partner.key, signer.verify)
 
-        def noted(fresh: int) -> None:
-            partner.unconfirmed = max(0, partner.unconfirmed - fresh)
-
-        self._desk.submit(lambda db: payer.note_receipt(db, peer, body, receipt), noted)
+        self._desk.submit(
+            lambda db: payer.note_receipt(db, peer, body, receipt),
+            lambda left: self.expect_receipts(partner, left),
+        )
 
     def tick(self, partner: Partner) -> None:
         now, settings = self._desk.now(), self._desk.settings

@@ -188,7 +188,7 @@ class Ledger:
         blobs = pack_reply(
             self.desk.epoch, answers, answer.mine, answer.yours, claims, more=answer.more
         )
-        self.buying.expect_receipts(partner, len(answer.mine))
+        self.buying.expect_receipts(partner, answer.unconfirmed)
         for blob in blobs:
             link.send(blob)
 
@@ -218,6 +218,7 @@ class Ledger:
         def done(healed: sync.Healed) -> None:
             self.selling.booked(partner, healed.booked, healed.pair)
             self.buying.send(partner, healed.arrears)
+            self.buying.expect_receipts(partner, healed.unconfirmed)
             if partner.link is not link or link.round != number:
                 return
             if reply.more:

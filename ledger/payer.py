@@ -160,7 +160,7 @@ def _adopted(db: apsw.Connection, peer: PeerId, lane: bytes, item: Item) -> Micr
 
 
 def note_receipt(db: apsw.Connection, peer: PeerId, body: ReceiptBody, receipt: Receipt) -> int:
-    """Marks the vouchers that `peer` says it booked; returns how many were news."""
+    """Marks the vouchers that `peer` says it booked; returns how many it has yet to confirm."""
     fresh = []
     for row in body.rows:
         known = one(
@@ -182,21 +182,21 @@ def note_receipt(db: apsw.Connection, peer: PeerId, body: ReceiptBody, receipt: 
                 " WHERE peer = ? AND lane = ? AND n = ?",
                 (number, row.attest, peer, body.lane, row.n),
             )
-    return len(fresh)
+    return count_unreceipted(db, peer)
 
 
 # The vouchers that still say something: last of their lane, or the last to name some attempt.
 _TELLING = """
-  SELECT v.n, v.receipt FROM voucher_out v WHERE v.peer = ?1 AND v.lane = ?2 AND (
+  SELECT v.n FROM voucher_out v WHERE v.peer = ?1 AND v.lane = ?2 AND (
     v.n = (SELECT n FROM lane_out WHERE peer = ?1 AND lane = ?2)
     OR EXISTS (SELECT 1 FROM item WHERE mine = 1 AND peer = ?1 AND lane = ?2 AND last_n = v.n))
   ORDER BY v.n
 """
 
 
-def telling(db: apsw.Connection, peer: PeerId, lane: bytes) -> list[tuple[int, bool]]:
-    """(n, receipted) of each voucher worth sending again, in order."""
-    return [(n, receipt is not None) for n, receipt in rows(db, _TELLING, (peer, lane))]
+def telling(db: apsw.Connection, peer: PeerId, lane: bytes) -> list[int]:
+    """N of each voucher that says what no later one does, in order."""
+    return [n for (n,) in rows(db, _TELLING, (peer, lane))]
 
 
 def voucher_at(db: apsw.Connection, peer: PeerId, lane: bytes, n: int) -> Voucher:
@@ -214,12 +214,23 @@ def as_voucher(row: tuple[Any, ...]) -> Voucher:
     return Voucher(row[0], row[1], _items.decode(row[2]))
 
 
+_OPEN = """
+  FROM voucher_out v WHERE v.peer = ?1 AND v.receipt IS NULL AND (
+    v.n = (SELECT n FROM lane_out WHERE peer = ?1 AND lane = v.lane)
+    OR EXISTS (SELECT 1 FROM item WHERE mine = 1 AND peer = ?1 AND lane = v.lane AND last_n = v.n))
+"""
+
+
 def unreceipted(db: apsw.Connection, peer: PeerId, limit: int) -> list[Voucher]:
     """Vouchers to `peer` that it has not confirmed and that are worth sending again."""
-    lanes = rows(
-        db, "SELECT DISTINCT lane FROM voucher_out WHERE peer = ? AND receipt IS NULL", (peer,)
+    found = rows(
+        db,
+        f"SELECT body, signature, items {_OPEN} ORDER BY v.lane, v.n LIMIT ?2",
+        (peer, limit),
     )
-    found = [
-        (lane, n) for (lane,) in lanes for n, receipted in telling(db, peer, lane) if not receipted
-    ]
-    return [voucher_at(db, peer, lane, n) for lane, n in found[:limit]]
+    return [as_voucher(row) for row in found]
+
+
+def count_unreceipted(db: apsw.Connection, peer: PeerId) -> int:
+    ((count,),) = rows(db, f"SELECT count(*) {_OPEN}", (peer,))
+    return int(count)

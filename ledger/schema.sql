@@ -77,6 +77,8 @@ CREATE TABLE voucher_out(
   PRIMARY KEY (peer, lane, n)
 ) STRICT;
 
+CREATE INDEX voucher_out_open ON voucher_out(peer, lane, n) WHERE receipt IS NULL;
+
 CREATE TABLE receipt(
   id INTEGER PRIMARY KEY,
   peer TEXT NOT NULL,

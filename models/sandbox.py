@@ -62,10 +62,10 @@ def limit(*, memory_bytes_max: int, nice: int) -> None:
 
 
 def limit_cpu(seconds: float) -> None:
-    """From now on, at most this much processor time; then the kernel ends the process."""
+    """From now on, at most this much processor time, or the kernel ends the process. 0: no end."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime + seconds) + 1
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = int(used.ru_utime + used.ru_stime + seconds) + 1 if seconds > 0 else hard
     resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 

@@ -39,19 +39,17 @@ class WorkerPool:
 
     @asynccontextmanager
     async def worker(self, key: str) -> AsyncIterator[WorkerProcess]:
-        """A worker for one call; it goes back if the block left it without a scratch."""
+        """A worker for one call; it goes back unless the block left it dead or in mid-call."""
         async with self._limiter:
             worker = await self._take(key)
             try:
                 yield worker
-            except BaseException:
-                await worker.stop()
-                raise
-            if worker.dead:
-                await worker.stop()
-            else:
-                worker.idle_since = trio.current_time()
-                self._idle.setdefault(key, []).append(worker)
+            finally:
+                if worker.dead or worker.is_busy:
+                    await worker.stop()
+                else:
+                    worker.idle_since = trio.current_time()
+                    self._idle.setdefault(key, []).append(worker)
 
     async def stop_idle(self, longer_than_seconds: float = -1.0) -> None:
         """Ends the workers that nobody has used for that long; without it, all idle ones."""
@@ -78,6 +76,8 @@ class ModuleRun:
     """A run in its worker. Iterate for its events; the last one is its result."""
 
     def __init__(self, worker: WorkerProcess, run: say.Run, on_call: OnCall) -> None:
+        worker.send(run)
+        worker.is_busy = True
         self._worker = worker
         self._run = run
         self._on_call = on_call
@@ -124,10 +124,10 @@ class ModuleRun:
     def _event(self, reply: say.Reply) -> Event | None:
         """The event that `reply` carries; None at the end."""
         if isinstance(reply, say.Failed):
-            self.ended = True
+            self._end()
             raise from_code(reply.code, reply.message, reply.next_step)
         if isinstance(reply, say.RunEnded):
-            self.ended = True
+            self._end()
             return None
         if not isinstance(reply, say.Ran):
             self._worker.kill()
@@ -137,6 +137,10 @@ class ModuleRun:
             self._worker.kill()
             raise JobError(f"{self._run.operation} sent more than {RUN_BYTES_MAX:,} bytes")
         return reply.event
+
+    def _end(self) -> None:
+        self.ended = True
+        self._worker.is_busy = False
 
     async def _answer(self, call: say.SubCall) -> None:
         try:
@@ -156,8 +160,10 @@ async def ask(worker: WorkerProcess, command: say.ModuleCommand, kind: type[Answ
         AivillageError: the module's refusal; JOB_FAILED where the worker or its time ended.
     """
     worker.send(command)
+    worker.is_busy = True
     with trio.move_on_after(CALL_SECONDS_MAX):
         reply = await worker.next()
+        worker.is_busy = False
         if isinstance(reply, say.Failed):
             raise from_code(reply.code, reply.message, reply.next_step)
         if isinstance(reply, kind):

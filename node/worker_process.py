@@ -33,6 +33,8 @@ class WorkerLimits(msgspec.Struct, frozen=True, kw_only=True):
     nice: int = 10
     threads: int = 1
     sandbox: bool = True
+    readable_folders: tuple[str, ...] = ()
+    """Beside Python's own and the system's: where models lie."""
 
 
 class WorkerProcess:
@@ -40,7 +42,7 @@ class WorkerProcess:
 
     def __init__(self, process: subprocess.Popen[bytes], scratch: Path) -> None:
         self.scratch = scratch
-        self.sandboxed = False
+        self.fences = say.Started(sandboxed=False, fenced=False, why_not="not started yet")
         self.idle_since = trio.current_time()
         self._process = process
         self._stdin = _taken(process.stdin)
@@ -50,6 +52,7 @@ class WorkerProcess:
         self._received = bytearray()
         self._last_words = b""
         self.dead = False
+        self.is_busy = False
 
     @property
     def pid(self) -> int:
@@ -97,10 +100,10 @@ class WorkerProcess:
         with trio.CancelScope(deadline=trio.current_time() + REAP_SECONDS_MAX, shield=True):
             while self._process.poll() is None:  # noqa: ASYNC110 - the kernel sets no trio event
                 await trio.sleep(0.005)
-        for pipe in (self._stdin, self._stdout, self._stderr):
-            with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True):
+            for pipe in (self._stdin, self._stdout, self._stderr):
                 await pipe.aclose()
-        await trio.to_thread.run_sync(_remove, self.scratch)
+            await trio.to_thread.run_sync(_remove, self.scratch)
 
     async def write_all(self) -> None:
         """Owns the command pipe; ends when the worker does."""
@@ -174,17 +177,18 @@ async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
             memory_bytes_max=limits.memory_bytes_max,
             nice=limits.nice,
             sandbox=limits.sandbox,
+            readable=limits.readable_folders,
         )
     )
     started = await worker.next()
     if not isinstance(started, say.Started):
         raise JobError("a worker spoke before it had started")
-    worker.sandboxed = started.sandboxed
+    worker.fences = started
 
 
 def _spawn(scratch: Path, limits: WorkerLimits) -> subprocess.Popen[bytes]:
     """From this very thread: a worker ends with the thread that started it, not only the daemon."""
-    return subprocess.Popen(  # noqa: S603 - our own module, no shell, no word of a stranger's
+    return subprocess.Popen(
         [sys.executable, "-m", "aivillage.models.worker", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -206,7 +210,7 @@ def _environment(scratch: Path, limits: WorkerLimits) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "HOME": str(scratch),
         "TMPDIR": str(scratch),
-        "THP_MEM_ALLOC_ENABLE": "1",  # torch: huge pages make loading weights faster
+        "THP_MEM_ALLOC_ENABLE": "1",  # torch waits mostly for fresh pages while it loads weights
     }
 
 

@@ -45,7 +45,7 @@ class TorchEngine:
         torch.set_num_threads(1)
         begun = time.monotonic()
         path = catalogue.weights_path(model)
-        self._tokenizer = ChatTokenizer(GgufFile(path))
+        self.tokenizer = ChatTokenizer(GgufFile(path))
         weights = gguf_model.load(path)
         self._context_tokens = min(model.context_tokens, weights.shape.context_tokens)
         self._model = Llama(weights, slots=slots, context_tokens=self._context_tokens)
@@ -80,7 +80,7 @@ class TorchEngine:
             raise RequestError(f"this engine answers requests to {self._info.model}")
         if session in self._sessions:
             raise RequestError(f"session {session} is running already")
-        prompt = self._tokenizer.prompt(conversation(request))
+        prompt = self.tokenizer.prompt(conversation(request))
         if len(prompt.token_ids) + request.max_tokens > self._context_tokens:
             raise RequestError(
                 f"the prompt has {len(prompt.token_ids)} tokens; with {request.max_tokens} more "
@@ -92,7 +92,7 @@ class TorchEngine:
             raise RequestError("a delivered token id is outside the vocabulary")
         if not self._free_slots:
             raise RefusedError("every slot of the engine is taken", next_step="try again")
-        added = Session(session, self._free_slots[-1], request, prompt, self._tokenizer)
+        added = Session(session, self._free_slots[-1], request, prompt, self.tokenizer)
         added.replay(delivered)
         self._free_slots.pop()
         self._sessions[session] = added

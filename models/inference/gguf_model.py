@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -47,19 +46,22 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LlamaWeights(msgspec.Struct, frozen=True, kw_only=True):
+    """`layers` converts one at a time, once, so that no more than one is held unpacked."""
+
     shape: Shape
     embedding: Tensor  # (vocabulary, width), also the head where the file has none of its own
     head: Tensor  # (vocabulary, width)
     norm: Tensor  # (width,)
-    layers: list[Layer]
+    layers: Iterator[Layer]
     sha256: str
 
 
 def load(path: Path) -> LlamaWeights:
-    """All weights of the Llama model in `path`, as float32.
+    """The weights of the Llama model in `path`, as float32.
 
     Raises:
-        RequestError: no whole GGUF file, another architecture, or a tensor type we do not read.
+        RequestError: no whole GGUF file, another architecture, or a tensor type we do not read;
+            that of a layer is raised when it is converted.
     """
     file = GgufFile(path)
     shape = read_shape(file)
@@ -70,7 +72,7 @@ def load(path: Path) -> LlamaWeights:
         embedding=embedding,
         head=embedding if tied else _matrix(file, "output.weight", tuple(embedding.shape)),
         norm=_matrix(file, "output_norm.weight", (shape.width,)),
-        layers=[_layer(file, shape, index) for index in range(shape.layers)],
+        layers=(_layer(file, shape, index) for index in range(shape.layers)),
         sha256=hashlib.sha256(file.mapping).hexdigest(),
     )
 
@@ -179,9 +181,3 @@ _KINDS: Final[dict[int, tuple[int, int, Callable[[Tensor], Tensor]]]] = {
     8: (BLOCK, 34, _q8_0),
     3: (BLOCK, 20, _q4_1),
 }
-
-
-def is_finite(weights: LlamaWeights) -> bool:
-    """Whether no weight is NaN or infinite, told by sums (one pass, no mask in memory)."""
-    sums = [float(t.sum()) for layer in weights.layers for t in msgspec.structs.astuple(layer)]
-    return all(map(math.isfinite, [*sums, float(weights.embedding.sum())]))

@@ -9,6 +9,8 @@ Source: Llama, Touvron et al., arXiv 2302.13971; rotary embedding, Su et al., ar
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from typing import Final
 
@@ -52,16 +54,15 @@ class Llama:
     """A model and its slots. Not thread-safe; a slot is whoever's the caller says."""
 
     def __init__(self, weights: LlamaWeights, *, slots: int, context_tokens: int) -> None:
-        """Takes the matrices out of `weights.layers` as it packs them, to hold them only once."""
+        """Uses `weights.layers` up, one at a time."""
         self.shape = weights.shape
         self._embedding = weights.embedding
         self._norm = weights.norm
         self._head = linear(weights.head)
-        self._blocks = [_packed(weights.layers.pop(0)) for _ in range(weights.shape.layers)]
+        self._blocks = [_packed(layer) for layer in weights.layers]
         size = (self.shape.layers, slots, self.shape.key_heads, context_tokens)
-        # Zeroed pages are not real until they are written: memory follows use.
-        self._keys = torch.zeros(*size, self.shape.head_width)
-        self._values = torch.zeros(*size, self.shape.head_width)
+        self._keys = _lazy_zeros(*size, self.shape.head_width)
+        self._values = _lazy_zeros(*size, self.shape.head_width)
         self._cos, self._sin = _rotations(
             self.shape.head_width, self.shape.rope_base, context_tokens
         )
@@ -175,6 +176,12 @@ def _packed(layer: Layer) -> _Block:
         linear(layer.gate_up),
         linear(layer.down),
     )
+
+
+def _lazy_zeros(*size: int) -> Tensor:
+    """Zeros whose pages become real when they are written, so that memory follows use."""
+    pages = mmap.mmap(-1, 4 * math.prod(size))
+    return torch.frombuffer(pages, dtype=torch.float32).view(size)
 
 
 def _rotations(width: int, base: float, count: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -41,6 +42,8 @@ async def open_libp2p(key: Ed25519PrivateKey, listen: str) -> AsyncIterator[Libp
         try:
             yield transport
         finally:
+            with trio.CancelScope(shield=True):
+                await transport.hang_up_all()
             nursery.cancel_scope.cancel()
 
 
@@ -52,6 +55,8 @@ class Libp2pTransport:
         self._swarm = host.get_network()
         self._peer = peer
         self._nursery = nursery
+        # Two dials of one peer at a time would end in two connections.
+        self._dials: WeakValueDictionary[PeerId, trio.Lock] = WeakValueDictionary()
 
     @property
     def peer(self) -> PeerId:
@@ -91,12 +96,12 @@ class Libp2pTransport:
         name = PeerId(str(peer))
         if name == self._peer:
             raise RequestError("this is the node's own address", next_step="dial another node")
-        await trio.lowlevel.checkpoint()
-        if not self._connected(peer):
-            # Straight to the address: the library's own way tries one address per kind only,
-            # waits 250 ms after a success, and refuses a peer for a minute after a failure.
-            call = _Call(self._swarm.dial_addr, maddr, peer)
-            await call.run_in(self._nursery, DIAL_SECONDS, f"nobody answers at {address}")
+        async with self._dials.setdefault(name, trio.Lock()):
+            if not self._connected(peer):
+                # Straight to the address: the library's own way tries one address per kind only,
+                # waits 250 ms after a success, and refuses a peer for a minute after a failure.
+                call = _Call(self._swarm.dial_addr, maddr, peer)
+                await call.run_in(self._nursery, DIAL_SECONDS, f"nobody answers at {address}")
         return name
 
     async def open_stream(self, peer: PeerId, protocol: str) -> Libp2pStream:
@@ -120,6 +125,12 @@ class Libp2pTransport:
             log.info("connection_cut", extra={"peer": peer, "reason": str(error)})
             for connection in connections:
                 await _cut(connection)
+
+    async def hang_up_all(self) -> None:
+        """As `hang_up` for everybody at once: a peer that is stuck delays nobody's end."""
+        async with trio.open_nursery() as nursery:
+            for library_peer in list(self._swarm.connections):
+                nursery.start_soon(self.hang_up, PeerId(str(library_peer)))
 
     def _connected(self, library_peer: Any) -> bool:
         known = self._swarm.get_connections(library_peer)
@@ -206,7 +217,7 @@ class _Call:
         self._args = args
         self._done = trio.Event()
         self._result: Any = None
-        self._error: Exception | None = None
+        self._error: Exception | None = trio.ClosedResourceError("the transport is closed")
         self._abandoned = False
         self.if_abandoned: Callable[[Any], Awaitable[None]] | None = None
 
@@ -222,7 +233,6 @@ class _Call:
         """Whether it ended in time, well or not."""
         if nursery.cancel_scope.cancel_called:
             # Handlers end a little later than the transport; it starts nothing for them.
-            self._error = trio.ClosedResourceError("the transport is closed")
             return True
         nursery.start_soon(self._run)
         try:
@@ -235,10 +245,12 @@ class _Call:
     async def _run(self) -> None:
         try:
             self._result = await self._call(*self._args)
+            self._error = None
         except Exception as error:
             self._error = error
             log.debug("library_call_failed", extra={"reason": repr(error)})
-        self._done.set()
+        finally:
+            self._done.set()
         if self._abandoned and self.if_abandoned is not None and self._error is None:
             await self.if_abandoned(self._result)
 

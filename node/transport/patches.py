@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import struct
+from collections import Counter
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, Final
@@ -22,6 +23,8 @@ log = logging.getLogger("aivillage.transport")
 PINNED: Final = "0.8.1"
 STREAMS_INBOUND_MAX: Final = 256
 """Open inbound streams per connection, as go-yamux; each may buffer 256 KiB before we look."""
+PENDING_PER_HOST_MAX: Final = 32
+"""Sockets of one host between accept and the end of the handshake, which takes milliseconds."""
 WINDOW_BYTES_MAX: Final = 1 << 20
 """Receive window once data flows: a LAN's bandwidth times delay, and what one stream may hold."""
 CHUNK_BYTES: Final = 65_519 - 12
@@ -77,20 +80,32 @@ def contain_handler_errors() -> None:
 def end_tasks_with_their_connection() -> None:
     """Without it: each inbound connection leaves a task and one of the inbound places behind.
 
-    There are `max_connections - min_connections` places; once they are gone the node accepts
-    nobody.
+    There are `max_connections` places; once they are gone the node accepts nobody. And one host
+    could take them all with sockets that say nothing, so it gets `PENDING_PER_HOST_MAX` of those.
     """
     raw_connection = _library("libp2p.network.connection.raw_connection").RawConnection
     swarm = _library("libp2p.network.swarm").Swarm
+    pending: Counter[tuple[int, str]] = Counter()
+
+    async def upgrade(self: Any, raw: Any, maddr: Any, place: tuple[int, str]) -> Any:
+        pending[place] += 1
+        try:
+            return await self.upgrade_inbound_raw_conn(raw, maddr)
+        finally:
+            pending[place] -= 1
+            if not pending[place]:
+                del pending[place]
 
     async def handle_inbound(self: Any, stream: Any, maddr: Any, _failure: Any) -> None:
         raw = raw_connection(stream, False)
+        place = id(self), (stream.get_remote_address() or ("", 0))[0]
         try:
-            muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
-            await muxed.event_closed.wait()
+            if pending[place] < PENDING_PER_HOST_MAX:
+                muxed = await upgrade(self, raw, maddr, place)
+                await muxed.event_closed.wait()
         except Exception as error:
             log.debug("inbound_connection_failed", extra={"reason": repr(error)})
-            await _quietly(raw.close)
+        await _quietly(raw.close)
 
     swarm._do_handle_inbound_connection = handle_inbound
 

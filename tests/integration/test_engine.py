@@ -1,0 +1,231 @@
+"""The torch engine on the real model: the same bits however it is asked."""
+
+import itertools
+import math
+
+import msgspec
+import pytest
+
+from aivillage.models.inference import catalogue
+from aivillage.protocols.errors import AivillageError, RefusedError, RequestError
+
+try:
+    WEIGHTS = catalogue.weights_path(catalogue.known(catalogue.DEFAULT))
+except AivillageError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+torch = pytest.importorskip("torch", reason="the extra `models` is not installed")
+
+from aivillage.models.inference.engine_torch import SLICE_ROWS, SLOTS, shared_engine  # noqa: E402
+from aivillage.models.inference.generate import (  # noqa: E402
+    MODULE,
+    ChatMessage,
+    GenerateRequest,
+    GenerateResult,
+    Piece,
+    prompt_bytes,
+    usage,
+)
+from aivillage.models.inference.llama import Span  # noqa: E402
+from aivillage.models.inference.text_stream import TextStream  # noqa: E402
+
+pytestmark = pytest.mark.slow
+PLENTY = 10**6
+PARIS = GenerateRequest(prompt="What is the capital of France?", max_tokens=40)
+STORY = GenerateRequest(prompt="Tell me a story about a fox.", max_tokens=40)
+SAMPLED = msgspec.structs.replace(STORY, temperature=0.9, top_p=0.95, seed=7)
+LONG = GenerateRequest(prompt="The quick brown fox jumps over the lazy dog. " * 30, max_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return shared_engine(catalogue.DEFAULT)
+
+
+def together(engine, requests, delivered=()):
+    """Each request's (ids, text, finished), all run in one batch."""
+    delivered = delivered or [()] * len(requests)
+    ids, text, ends = {}, {}, {}
+    for number, (request, before) in enumerate(zip(requests, delivered, strict=True)):
+        engine.add(number, request, before)
+        engine.allow(number, PLENTY)
+        ids[number], text[number] = list(before), ""
+    while frames := engine.step():
+        for frame in frames:
+            ids[frame.session] += frame.token_ids
+            text[frame.session] += frame.text
+            if frame.finished:
+                ends[frame.session] = frame.finished
+    return [(ids[n], text[n], ends[n]) for n in range(len(requests))]
+
+
+def alone(engine, request, delivered=()):
+    return together(engine, [request], [delivered])[0]
+
+
+def test_the_promise_is_made_and_says_what_it_depends_on(engine):
+    info = engine.info()
+    assert info.identical == "guaranteed"
+    assert info.vocabulary == catalogue.known(info.model).vocabulary
+    for part in (torch.__version__, info.weights_sha256[:16], "float32", "cpu", "threads1"):
+        assert part in info.kernel_class
+
+
+def test_it_knows_the_capital_of_france(engine):
+    ids, text, end = alone(engine, PARIS)
+    assert (text, end, ids[-1]) == ("The capital of France is Paris.", "eos", 2)
+
+
+def test_five_together_are_what_each_is_alone(engine):
+    topics = ("rain", "the number 12", "a very small house", "☃ snow", "why")
+    requests = [
+        GenerateRequest(prompt=f"Write about {topic}. " * (1 + n), max_tokens=12, seed=n)
+        for n, topic in enumerate(topics)
+    ]
+    requests[3] = msgspec.structs.replace(requests[3], temperature=1.0)
+    assert together(engine, requests) == [alone(engine, request) for request in requests]
+
+
+@pytest.mark.parametrize("request_", [STORY, SAMPLED], ids=["greedy", "sampled"])
+def test_an_answer_goes_on_bit_for_bit_after_any_cut(engine, request_):
+    ids, text, end = alone(engine, request_)
+    assert len(ids) == 40
+    for cut in (1, 7, 20, 39):
+        again, rest, end_again = alone(engine, request_, tuple(ids[:cut]))
+        assert (again, end_again) == (ids, end)
+        stream = TextStream(engine.tokenizer.token_bytes, request_.stop)
+        assert "".join(stream.push(token) for token in ids[:cut]) + rest == text
+
+
+def test_another_seed_draws_another_answer(engine):
+    first, second = (msgspec.structs.replace(SAMPLED, seed=seed, max_tokens=12) for seed in (1, 2))
+    assert alone(engine, first) == alone(engine, first)
+    assert alone(engine, first)[0] != alone(engine, second)[0]
+
+
+def test_a_finished_answer_is_finished_at_once(engine):
+    ids, _, _ = alone(engine, PARIS)
+    engine.add(0, PARIS, ids)
+    (frame,) = engine.step()
+    assert (frame.finished, frame.token_ids, frame.text) == ("eos", (), "")
+    assert frame.read_bytes == prompt_bytes(PARIS)
+    assert engine.free_slots == SLOTS
+
+
+def test_a_stop_string_across_tokens_ends_the_answer(engine):
+    ids, text, end = alone(engine, msgspec.structs.replace(PARIS, stop=("ance is P",)))
+    assert (text, end) == ("The capital of Fr", "stop")
+    assert len(ids) < 8
+    assert alone(engine, msgspec.structs.replace(PARIS, stop=("ance is P",)), ids[:4])[0] == ids
+
+
+def test_nothing_moves_without_allowance_and_no_further_than_it(engine):
+    engine.add(0, PARIS, ())
+    assert engine.step() == []
+    quads = usage(prompt_bytes(PARIS), 0)["prompt_quads"]
+    seen_tokens = 0
+    for allowed in range(1, quads + 4):
+        engine.allow(0, allowed)
+        while frames := engine.step():
+            seen_tokens += len(frames[0].token_ids)
+            units = sum(usage(frames[0].read_bytes, seen_tokens).values())
+            assert units <= allowed
+        assert seen_tokens == max(0, allowed - quads)
+    engine.cancel(0)
+
+
+def test_a_long_prompt_does_not_stall_the_others(engine):
+    engine.add(0, PARIS, ())
+    engine.allow(0, PLENTY)
+    while not engine.step()[0].token_ids:
+        pass
+    engine.add(1, LONG, ())
+    engine.allow(1, PLENTY)
+    read = [0]
+    for _ in range(5):
+        frames = {frame.session: frame for frame in engine.step()}
+        assert len(frames[0].token_ids) == 1
+        read.append(frames[1].read_bytes)
+    assert read[-1] > read[2] > 0
+    assert all(after - before <= 6 * SLICE_ROWS for before, after in itertools.pairwise(read))
+    engine.cancel(0)
+    engine.cancel(1)
+
+
+def test_cancel_frees_the_slot_before_the_next_step(engine):
+    for number in range(SLOTS):
+        engine.add(number, STORY, ())
+    with pytest.raises(RefusedError) as caught:
+        engine.add(SLOTS, STORY, ())
+    assert caught.value.code == "BUSY"
+    engine.cancel(3)
+    engine.cancel(99)
+    engine.add(SLOTS, STORY, ())
+    for number in range(SLOTS + 1):
+        engine.cancel(number)
+    assert engine.free_slots == SLOTS
+
+
+def test_a_used_slot_leaves_no_trace(engine):
+    before = alone(engine, STORY)
+    alone(engine, LONG)
+    assert alone(engine, STORY) == before
+
+
+@pytest.mark.parametrize(
+    ("request_", "delivered", "why"),
+    [
+        (GenerateRequest(prompt="word " * 3_000), (), "context"),
+        (PARIS, (49_152,), "vocabulary"),
+        (PARIS, (2, 5), "after the end"),
+        (msgspec.structs.replace(PARIS, model="other"), (), "answers requests to"),
+        ("no request", (), "answers requests to"),
+    ],
+)
+def test_a_bad_request_is_typed_and_takes_no_slot(engine, request_, delivered, why):
+    with pytest.raises(RequestError, match=why):
+        engine.add(0, request_, delivered)
+    assert engine.free_slots == SLOTS
+
+
+def test_keys_beyond_the_first_border_do_not_change_the_bits(engine):
+    ids, _, _ = alone(engine, LONG)
+    assert alone(engine, LONG, tuple(ids[:2]))[0] == ids
+    assert together(engine, [STORY, LONG])[1][0] == ids
+
+
+class Local:
+    """A context for a run in this very process."""
+
+    def __init__(self, delivered=()):
+        self.delivered, self.deadline_seconds, self.seed, self.scratch = delivered, 0.0, 0, ""
+
+    def cancelled(self):
+        return False
+
+
+def test_the_module_runs_by_itself_and_goes_on_from_pieces():
+    request = GenerateRequest(messages=(ChatMessage(content="Say hello."),), max_tokens=6)
+    events = list(MODULE.run(request, Local()))
+    result = msgspec.msgpack.decode(events[-1].body, type=GenerateResult)
+    assert MODULE.check(request, result).ok
+    bodies = [event.body for event in events[:-1]]
+    tokens = [len(msgspec.msgpack.decode(body, type=Piece).token_ids) for body in bodies]
+    cut = tokens.index(1) + 2
+    assert list(MODULE.run(request, Local(bodies[:cut])))[-1] == events[-1]
+    assert MODULE.meter(request, result) == {"prompt_quads": 3, "output_tokens": 6}
+
+
+def test_plain_english_has_the_perplexity_first_measured(engine):
+    """A wrong rotation, order or scale would ruin it."""
+    text = (
+        "The village lies at the foot of a mountain. In the morning the farmers walk to their "
+        "fields, and in the evening they come home, tired and hungry, to eat soup and bread."
+    )
+    ids = tuple(engine.tokenizer.encode(text))[:40]
+    states = engine._model.forward([Span(0, 0, ids)])[: len(ids)]
+    logits = torch.cat([engine._model.logits(part) for part in states.split(8)])
+    losses = torch.nn.functional.cross_entropy(
+        logits[:-1].clone(), torch.tensor(ids[1:]), reduction="mean"
+    )
+    assert math.exp(float(losses)) == pytest.approx(15.3215, rel=1e-3)

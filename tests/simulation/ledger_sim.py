@@ -1,0 +1,151 @@
+"""Runs the ledger under many seeds: `python -m tests.simulation.ledger_sim --seeds 50`.
+
+A failing seed prints what broke and how to run it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+from tests.simulation import invariants, mutants
+from tests.simulation.world import BrokenError, World, broken
+
+STEPS = 200
+QUIET_STEPS_MAX = 400
+HEALING_DAYS = 8
+
+
+@dataclass
+class Outcome:
+    seed: int
+    failure: str
+    crashes: int
+    restores: int
+    vouchers: int
+
+
+def run_seed(seed: int, mutant: str = "", steps: int = STEPS) -> Outcome:
+    """One seed to the end; `failure` is empty if every invariant held."""
+    with mutants.planted(mutant) as runner_type:
+        world = World(seed, runner_type)
+        failure = ""
+        try:
+            live(world, steps)
+        except BrokenError as error:
+            failure = str(error)
+    return Outcome(seed, failure, world.crashes, world.restores, world.vouchers)
+
+
+def live(world: World, steps: int) -> None:
+    seen = {}
+    for _ in range(steps):
+        world.trade()
+        seen.update({work.attempt: work for work in world.work})
+        world.advance()
+        invariants.at_every_step(world)
+    accepted: dict[tuple[str, str], int] = {}
+    become_quiet(world)
+    for work in seen.values():
+        key = (work.buyer.id, work.seller.id)
+        accepted[key] = accepted.get(key, 0) + work.accepted
+    invariants.at_every_step(world)
+    invariants.paid_for_work(world, accepted)
+    invariants.when_quiet(world)
+    heal(world)
+
+
+def become_quiet(world: World) -> None:
+    """Faults end, running work ends, and everything must come to rest."""
+    world.rates.calm()
+    for node in world.nodes:
+        if not node.honest and node.lie in {"forgets", "never_pays"}:
+            node.lie = "rests"
+    for work in world.work:
+        world.end(work)
+    for _ in range(QUIET_STEPS_MAX):
+        world.advance()
+        if at_rest(world):
+            return
+    raise broken("live", "the network does not come to rest")
+
+
+def at_rest(world: World) -> bool:
+    if any(frame.source.honest for frame in world.frames) or not all(
+        node.up for node in world.nodes
+    ):
+        return False
+    for node in world.nodes:
+        if node.runner.queue:
+            return False
+        for partner in node.ledger.desk.partners.values():
+            honest = any(n.id == partner.pair.peer and n.honest for n in world.nodes)
+            waiting = partner.unconfirmed or partner.receipts or partner.unpaid_since is not None
+            if partner.link is None or (honest and node.honest and waiting):
+                return False
+            if not partner.link.synced and honest and node.honest:
+                return False
+    return True
+
+
+def heal(world: World) -> None:
+    """Days pass; then every honest pair with line left can go on."""
+    for _ in range(HEALING_DAYS):
+        world.now += 86_400
+        for _ in range(2):
+            world.advance()
+    invariants.at_every_step(world)
+    for seller in world.nodes:
+        for buyer in world.nodes:
+            if seller is not buyer and seller.honest and buyer.honest:
+                invariants.can_work_again(world, seller, buyer)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--mutant", default="", choices=["", *mutants.NAMES])
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    started = time.process_time()
+    outcomes = [
+        run_seed(seed, options.mutant, options.steps)
+        for seed in range(options.first, options.first + options.seeds)
+    ]
+    failures = [outcome for outcome in outcomes if outcome.failure]
+    summary = {
+        "seeds": len(outcomes),
+        "failures": len(failures),
+        "crashes": sum(outcome.crashes for outcome in outcomes),
+        "restores": sum(outcome.restores for outcome in outcomes),
+        "vouchers": sum(outcome.vouchers for outcome in outcomes),
+        "cpu_seconds": round(time.process_time() - started, 1),
+        "commit": commit(),
+    }
+    if options.json:
+        print(json.dumps({**summary, "failed": [asdict(outcome) for outcome in failures]}))
+    else:
+        for outcome in failures:
+            print(f"seed {outcome.seed}: {outcome.failure}")
+            print(
+                f"  again: python -m tests.simulation.ledger_sim --first {outcome.seed} --seeds 1"
+            )
+        print(" ".join(f"{key}={value}" for key, value in summary.items()))
+    return 1 if failures else 0
+
+
+def commit() -> str:
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
