@@ -137,8 +137,7 @@ class Buyer:
             running.error = None  # whatever came late: it is done, and paid
         elif running.cancelled:
             running.error = JobError("cancelled by its owner", code="CANCELLED")
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
-            await self._close(running)
+        await self._close(running)
 
     async def _close(self, running: Running) -> None:
         pursuit, error = running.pursuit, running.error
@@ -146,15 +145,10 @@ class Buyer:
             pursuit.move("settled")
         else:
             pursuit.move("cancel" if running.cancelled else "fail")
-        receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
-        await self._trade.jobs.end(
-            pursuit.row.id,
-            pursuit.state,
-            result=pursuit.result,
-            receipt=receipt,
-            code=error.code if error else "",
-            message=error.message if error else "",
-        )
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS) as grace:
+            await self._record(pursuit, error)
+        if grace.cancelled_caught:  # a full disk: until there is room, or the node stops
+            await self._record(pursuit, error)
         self._trade.events.emit(
             "job_ended",
             job=pursuit.row.id,
@@ -164,6 +158,17 @@ class Buyer:
         )
         del self._running[pursuit.row.id]
         running.ended.set()
+
+    async def _record(self, pursuit: Pursuit, error: AivillageError | None) -> None:
+        receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
+        await self._trade.jobs.end(
+            pursuit.row.id,
+            pursuit.state,
+            result=pursuit.result,
+            receipt=receipt,
+            code=error.code if error else "",
+            message=error.message if error else "",
+        )
 
 
 def _unheard(_frame: Frame) -> None:

@@ -243,7 +243,6 @@ class Pursuit:
             attempt.stop(call_id)
         if attempt.amount and outcome != "rejected":
             await self._settle(attempt)
-        await self._trade.jobs.end_attempt(attempt.attempt, attempt.amount, outcome)
         self._attempts += outcome != "BUSY"
         self.spent += attempt.amount
         if attempt.amount:
@@ -252,9 +251,12 @@ class Pursuit:
         self._why = attempt.choice.why
         if outcome == "rejected":
             self.output = Output()  # what a liar delivered is no base to go on from
-            await self._trade.jobs.forget_delivered(self.row.id)
         if outcome not in {"stopped", "BUSY", "QUOTE_EXPIRED"}:
             self._rate(attempt, outcome)
+        # Last, since a full disk keeps these waiting until the caller's patience ends.
+        if outcome == "rejected":
+            await self._trade.jobs.forget_delivered(self.row.id)
+        await self._trade.jobs.end_attempt(attempt.attempt, attempt.amount, outcome)
 
     async def _settle(self, attempt: Attempt) -> None:
         """A book that cannot be written loses nothing: the seller claims it at the next SYNC."""

@@ -7,6 +7,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -97,12 +98,22 @@ def test_the_money_reads_the_same_with_and_without_a_daemon(yard):
     for parts in (0, 2, 5):
         assert bob.run("submit", "mesh.noop", "x", "--parts", str(parts)).code == 0
     settled([ann, bob], 10)
-    reads = [("balance",), ("history",), ("history", "--limit", "2"), ("audit",)]
-    running = {(d.name, words): d.read(*words) for d in (ann, bob) for words in reads}
-    assert bob.read("balance")["net"] == -(10 + 30 + 60)
+    running = _money_of([ann, bob])
+    assert running["bob balance"]["net"] == -(10 + 30 + 60)
     for daemon in (ann, bob):
         assert daemon.stop() == 0
-    assert running == {(d.name, words): d.read(*words) for d in (ann, bob) for words in reads}
+    assert running == _money_of([ann, bob])
+
+
+def _money_of(daemons: list[Daemon]) -> dict[str, Any]:
+    reads = ("balance", "history", "history --limit 2", "audit")
+    found = {f"{d.name} {words}": d.read(*words.split()) for d in daemons for words in reads}
+    for daemon in daemons:
+        # A running seller has some credit reserved ahead, which it gives back when it stops.
+        balance = found[f"{daemon.name} balance"]
+        for entry in (balance, *balance["peers"]):
+            entry.pop("at_risk")
+    return found
 
 
 # ------------------------------------------------------------------ requests that cannot be
@@ -268,8 +279,9 @@ def test_who_belongs_already_starts_with_the_old_token_though_the_inviter_is_awa
     assert bob.ask("status")["village"] == village_joined
 
 
-def test_an_expired_or_changed_invite_is_refused(pair):
-    ann, bob = pair
+def test_an_expired_or_changed_invite_is_refused(pair, yard):
+    ann, bob = pair[0], yard.daemon("stranger").start()
+    own_village = bob.ask("status")["village"]
     key = identity.load(ann.data_dir)
     addresses = ann.ask("status")["addresses"]
     ago_ms = int((time.time() - 8 * 86_400) * 1000)
@@ -280,7 +292,7 @@ def test_an_expired_or_changed_invite_is_refused(pair):
     changed = token[:at] + ("A" if token[at] != "A" else "B") + token[at + 1 :]
     for wrong in (changed, token[:-20], "hello", "", "aiv1.", "aiv1." + "x" * 5000):
         refused(bob.run("join", wrong), 2, "invite is not valid", "copy the whole token")
-    assert bob.ask("status")["village"] == ann.ask("status")["village"]
+    assert bob.ask("status")["village"] == own_village
 
 
 def test_only_the_founder_invites(pair):
