@@ -59,7 +59,10 @@ def history(args: argparse.Namespace) -> int:
     found = _ask(
         args,
         "history",
-        lambda: reader.read_history(places(args).ledger, args.limit),
+        lambda: [
+            msgspec.to_builtins(row) | {"attempt": row.attempt.hex()}
+            for row in reader.read_history(places(args).ledger, args.limit)
+        ],
         limit=args.limit,
     )
     if args.json:

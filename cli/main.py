@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -134,14 +135,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _, function = args.run.partition(":")
     try:
         run = getattr(importlib.import_module(module), function)
-        return int(run(args) or 0)
+        code = int(run(args) or 0)
+        sys.stdout.flush()
     except errors.AivillageError as error:
         _report(error, as_json=args.json)
         return getattr(error, "exit_code", None) or errors.exit_code(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        return 0  # `| head` has seen enough
+        # `| head` has seen enough; what is left in the buffer must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
 
 
 def _report(error: errors.AivillageError, *, as_json: bool) -> None:

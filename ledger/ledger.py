@@ -216,12 +216,20 @@ def _open_file(path: Path, signer: Ed25519Signer, clock: Clock) -> apsw.Connecti
         db.set_busy_timeout(5000)
         books.configure(db)
         books.prepare(db, signer.public_key, clock.unix_ms())
-    except (apsw.NotADBError, ConfigError) as error:
+    except ConfigError:
         db.close()
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} is not a ledger", next_step="restore it from a backup") from None
+        raise
+    except apsw.Error as error:
+        db.close()
+        raise _unusable(path, error) from None
     return db
+
+
+def _unusable(path: Path, error: apsw.Error) -> ConfigError:
+    if isinstance(error, apsw.NotADBError | apsw.CorruptError | apsw.SQLError):
+        message = f"{path} is not a ledger, or a damaged one: {error}"
+        return ConfigError(message, next_step="restore it from a backup")
+    return ConfigError(f"{path} cannot be opened: {error}", next_step="is the disk full, or slow?")
 
 
 @asynccontextmanager
@@ -245,7 +253,10 @@ async def open_ledger(
     store = Store(db)
     make = functools.partial(Ledger, db, signer, settings, clock, os.urandom(8), store)
     try:
-        ledger = await trio.to_thread.run_sync(make)
+        try:
+            ledger = await trio.to_thread.run_sync(make)
+        except apsw.Error as error:
+            raise _unusable(path, error) from None
         book = NodeBook(path, ledger)
         store.on_fatal = book.stop_for
         store.start()

@@ -21,7 +21,6 @@ from aivillage.protocols.types import JobId, PeerId
 
 JOBS_MAX: Final = 64
 """Running at the same time; one more is refused, since its owner can wait better than we."""
-END_RETRY_SECONDS: Final = 1.0
 
 
 class Running:
@@ -161,7 +160,9 @@ class Buyer:
             pursuit.move("settled")
         else:
             pursuit.move("cancel" if running.cancelled else "fail")
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS) as grace:
+            await self._store_end(pursuit, error)
+        if grace.cancelled_caught:  # a full disk: until there is room, or the node stops
             await self._store_end(pursuit, error)
         self._trade.events.emit(
             "job_ended",
@@ -174,23 +175,15 @@ class Buyer:
         running.ended.set()
 
     async def _store_end(self, pursuit: Pursuit, error: AivillageError | None) -> None:
-        """Where the disk is full to the last, the next start of this node ends the job."""
         receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
-        while True:
-            try:
-                return await self._trade.jobs.end(
-                    pursuit.row.id,
-                    pursuit.state,
-                    result=pursuit.result,
-                    receipt=receipt,
-                    code=error.code if error else "",
-                    message=error.message if error else "",
-                )
-            except AivillageError as failure:
-                self._trade.events.emit(
-                    "end_not_stored", level=40, job=pursuit.row.id, reason=str(failure)
-                )
-                await trio.sleep(END_RETRY_SECONDS)
+        await self._trade.jobs.end(
+            pursuit.row.id,
+            pursuit.state,
+            result=pursuit.result,
+            receipt=receipt,
+            code=error.code if error else "",
+            message=error.message if error else "",
+        )
 
 
 def _unheard(_frame: Frame) -> None:

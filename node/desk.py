@@ -22,6 +22,7 @@ from aivillage.node.paths import Paths
 from aivillage.node.seller import Seller
 from aivillage.node.villagers import Villagers
 from aivillage.protocols.errors import RequestError
+from aivillage.protocols.types import Amount
 
 JOBS_LISTED: Final = 50
 HISTORY_LISTED: Final = 100
@@ -191,7 +192,8 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
 
     async def on_invite(self, args: dict[str, Any]) -> dict[str, Any]:
         addresses = tuple(self.links.transport.addresses())
-        return {"token": self.villagers.invite(addresses, args.get("line_micro_credits"))}
+        line = args.get("line_micro_credits")
+        return {"token": self.villagers.invite(addresses, line and msgspec.convert(line, Amount))}
 
     async def on_join(self, args: dict[str, Any]) -> dict[str, Any]:
         inviter = await self.villagers.join(str(args["token"]))

@@ -24,6 +24,8 @@ from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 
 APPLICATION_ID: Final = 0x41_49_56_4A
 SCHEMA_VERSION: Final = 1
+FULL_DISK_SECONDS: Final = 1.0
+"""Between two tries on a full disk: what was delivered waits, unaccepted, unpaid."""
 T = TypeVar("T")
 _log = logging.getLogger("aivillage.jobs")
 
@@ -136,6 +138,19 @@ class Jobs:
 
         await self._run(work)
 
+    async def _keep_writing(self, sql: str, *rows: tuple[Any, ...]) -> None:
+        """As `_write`, but a full disk is waited for: what this tells must not be lost."""
+        while True:
+            try:
+                await self._write(sql, *rows)
+            except NodeError as error:
+                if error.code != "DISK_FULL":
+                    raise
+                _log.warning("write_waits reason=%s", error.message)
+            else:
+                return
+            await trio.sleep(FULL_DISK_SECONDS)
+
     async def _read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         return await self._run(lambda db: cast("list[Any]", db.execute(sql, values).fetchall()))
 
@@ -158,7 +173,7 @@ class Jobs:
         code: str = "",
         message: str = "",
     ) -> None:
-        await self._write(
+        await self._keep_writing(
             "UPDATE job SET state=?, ended=?, result=?, receipt=?, code=?, message=? WHERE id=?",
             (state, time.time(), result, receipt, code, message, job),
         )
@@ -180,13 +195,13 @@ class Jobs:
 
     # ------------------------------------------------------------------ attempts, output
     async def begin_attempt(self, attempt: AttemptId, job: JobId, seller: PeerId) -> None:
-        await self._write(
+        await self._keep_writing(
             "INSERT INTO attempt(id, job, seller, created) VALUES(?,?,?,?)",
             (attempt, job, seller, time.time()),
         )
 
     async def end_attempt(self, attempt: AttemptId, price: MicroCredits, outcome: str) -> None:
-        await self._write(
+        await self._keep_writing(
             "UPDATE attempt SET price=?, outcome=? WHERE id=?", (price, outcome, attempt)
         )
 
@@ -211,7 +226,7 @@ class Jobs:
 
     async def forget_delivered(self, job: JobId) -> None:
         """Drops output that turned out to be wrong."""
-        await self._write("DELETE FROM delivered WHERE job=?", (job,))
+        await self._keep_writing("DELETE FROM delivered WHERE job=?", (job,))
 
     def keep(
         self,
@@ -234,7 +249,7 @@ class Jobs:
             self._wake = trio.Event()
             group, self._pending = self._pending, []
             while not await self._stored([row for row, _ in group]):  # noqa: ASYNC110
-                await trio.sleep(1)  # a full disk: what was delivered waits, unaccepted, unpaid
+                await trio.sleep(FULL_DISK_SECONDS)
             for _, durable in group:
                 durable()
 
@@ -269,7 +284,7 @@ class Jobs:
 
     async def rate_peer(self, peer: PeerId, good: int, bad: int, units_per_second: float) -> None:
         """Keeps what discovery counts of a peer."""
-        await self._write(
+        await self._keep_writing(
             "UPDATE known_peer SET good=?, bad=?, units_per_second=? WHERE id=?",
             (good, bad, units_per_second, peer),
         )

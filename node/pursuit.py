@@ -293,14 +293,15 @@ class Pursuit:
             self._sellers.append(attempt.seller)
             self._kernels.add(attempt.kernel)
         self._why = attempt.choice.why
-        if outcome == "done" or outcome in BLAMED:
-            await self._rate(attempt, outcome)
         if outcome != "rejected" or not attempt.amount:
             await self._settle(attempt)  # of nothing: the intent is dropped
         if outcome == "rejected":
             self.output = Output()  # what a liar delivered is no base to go on from
             await self._trade.jobs.forget_delivered(self.row.id)
+        # Last, since a full disk keeps these waiting until the caller's patience ends.
         await self._trade.jobs.end_attempt(attempt.attempt, attempt.amount, outcome)
+        if outcome == "done" or outcome in BLAMED:
+            await self._rate(attempt, outcome)
 
     async def _settle(self, attempt: Attempt) -> None:
         """A book that cannot be written loses nothing: the seller claims it at the next SYNC."""

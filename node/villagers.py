@@ -190,6 +190,8 @@ class Villagers:
             AivillageError: the token is bad, used or expired, or the inviter is not there.
         """
         invite = village.read_invite(token)
+        if self._belongs_to(invite.village):
+            return invite.inviter  # `start --join` is a command that people repeat
         link = await self._reach(invite.addresses, invite.inviter)
         reply = await link.ask(
             messages.Join(id=link.next_id(), token=token), timeout_seconds=JOIN_SECONDS
@@ -205,6 +207,11 @@ class Villagers:
         await self._reach(invite.addresses, invite.inviter)
         self._events.emit("village_joined", village=invite.village.hex(), inviter=invite.inviter)
         return invite.inviter
+
+    def _belongs_to(self, wanted: bytes) -> bool:
+        known, now = self.membership, int(time.time() * 1000)
+        line = village.membership(known.certificates, self.peer, wanted, now)
+        return known.village == wanted and line is not None
 
     async def _reach(self, addresses: tuple[str, ...], peer: PeerId) -> Link:
         failure: AivillageError = PeerError("the invite names no address", code="PEER_LOST")
