@@ -97,6 +97,20 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
         action = actions.add_parser(name, parents=[common], help=text)
         action.add_argument("job", help="id, or its beginning")
     command("operations", "jobs:operations", "what can be asked, prices, who does it")
+    _blob_commands(command, common)
+
+
+def _blob_commands(command: Command, common: argparse.ArgumentParser) -> None:
+    blobs = command("blobs", "blobs:blobs", "files of this machine, named by their contents")
+    actions = blobs.add_subparsers(metavar="add|get|list|remove", required=True, dest="action")
+    add = actions.add_parser("add", parents=[common], help="keep a copy, and print its name")
+    add.add_argument("file", help="a file; - is standard input")
+    get = actions.add_parser("get", parents=[common], help="check a blob and write it out")
+    get.add_argument("--output", metavar="FILE", help="write here, not to standard output")
+    actions.add_parser("list", parents=[common], help="every blob, the newest first")
+    remove = actions.add_parser("remove", parents=[common], help="forget a blob")
+    for action in (get, remove):
+        action.add_argument("cid", help="its sha-256, or the beginning of it")
 
 
 def _ledger_commands(command: Command) -> None:
