@@ -54,8 +54,8 @@ Command = Callable[[str, str, str], argparse.ArgumentParser]
 
 
 def _node_commands(command: Command) -> None:
-    command("init", "node:init", "make an identity and a data folder")
-    start = command("start", "node:start", "run the node until Ctrl-C or `stop`")
+    command("init", "aivillage.cli.node:init", "make an identity and a data folder")
+    start = command("start", "aivillage.cli.node:start", "run the node until Ctrl-C or `stop`")
     start.add_argument("--join", metavar="TOKEN", help="join a village first (implies init)")
     start.add_argument("--listen", metavar="IP:PORT", help="where peers reach this node")
     start.add_argument("--enable", action="append", metavar="OPERATION", help="experimental ones")
@@ -64,44 +64,52 @@ def _node_commands(command: Command) -> None:
     start.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting"
     )
-    command("stop", "node:stop", "stop the running node")
-    command("status", "node:status", "what the node is doing now")
-    command("peers", "node:peers", "who is known, who is here, how they did")
-    invite = command("invite", "node:invite", "a token that lets one person join (secret)")
+    command("stop", "aivillage.cli.node:stop", "stop the running node")
+    command("status", "aivillage.cli.node:status", "what the node is doing now")
+    command("peers", "aivillage.cli.node:peers", "who is known, who is here, how they did")
+    invite = command(
+        "invite", "aivillage.cli.node:invite", "a token that lets one person join (secret)"
+    )
     invite.add_argument("--line", metavar="CREDITS", help="what the guest may owe")
-    join = command("join", "node:join", "join the village that a token invites to")
+    join = command("join", "aivillage.cli.node:join", "join the village that a token invites to")
     join.add_argument("token")
-    command("paths", "node:show_paths", "where everything of this node lives")
-    config = command("config", "node:config", "the settings in force")
+    command("paths", "aivillage.cli.node:show_paths", "where everything of this node lives")
+    config = command("config", "aivillage.cli.node:config", "the settings in force")
     config.add_argument("action", choices=["show"], nargs="?", default="show")
     config.add_argument("--origin", action="store_true", help="say where each value comes from")
-    command("doctor", "doctor:doctor", "look for what is wrong, and say what to do")
-    demo = command("demo", "demo:demo", "three nodes on this machine: pay, kill, recover, audit")
+    command("doctor", "aivillage.cli.doctor:doctor", "look for what is wrong, and say what to do")
+    demo = command(
+        "demo", "aivillage.cli.demo:demo", "three nodes on this machine: pay, kill, recover, audit"
+    )
     demo.add_argument("--tokens", type=int, default=48, help="length of the answers")
     demo.add_argument("--keep", action="store_true", help="leave the data folders behind")
 
 
 def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
-    submit = command("submit", "jobs:submit", "have a job done by a peer, and follow it")
+    submit = command(
+        "submit", "aivillage.cli.jobs:submit", "have a job done by a peer, and follow it"
+    )
     submit.add_argument("operation", help="see `aivillage-node operations`")
     submit.add_argument("--max-price", metavar="CREDITS", help="most it may cost")
     submit.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after this")
     submit.add_argument("--peer", metavar="ID", help="only this peer (id or its end)")
     submit.add_argument("--detach", action="store_true", help="print the job's id and return")
     submit.epilog = "Further flags come from the operation: `submit OPERATION --help`."
-    jobs = command("jobs", "jobs:jobs", "list, show or cancel your jobs")
+    jobs = command("jobs", "aivillage.cli.jobs:jobs", "list, show or cancel your jobs")
     actions = jobs.add_subparsers(metavar="list|show|cancel", required=True, dest="action")
     listing = actions.add_parser("list", parents=[common], help="the latest jobs")
     listing.add_argument("--limit", type=int, default=20)
     for name, text in (("show", "one job, its attempts and result"), ("cancel", "stop a job")):
         action = actions.add_parser(name, parents=[common], help=text)
         action.add_argument("job", help="id, or its beginning")
-    command("operations", "jobs:operations", "what can be asked, prices, who does it")
+    command("operations", "aivillage.cli.jobs:operations", "what can be asked, prices, who does it")
     _blob_commands(command, common)
 
 
 def _blob_commands(command: Command, common: argparse.ArgumentParser) -> None:
-    blobs = command("blobs", "blobs:blobs", "files of this machine, named by their contents")
+    blobs = command(
+        "blobs", "aivillage.cli.blobs:blobs", "files of this machine, named by their contents"
+    )
     actions = blobs.add_subparsers(metavar="add|get|list|remove", required=True, dest="action")
     add = actions.add_parser("add", parents=[common], help="keep a copy, and print its name")
     add.add_argument("file", help="a file; - is standard input")
@@ -114,10 +122,16 @@ def _blob_commands(command: Command, common: argparse.ArgumentParser) -> None:
 
 
 def _ledger_commands(command: Command) -> None:
-    command("balance", "credits:balance", "net, in transit and at risk, spendable per peer")
-    history = command("history", "credits:history", "every movement, newest first")
+    command(
+        "balance",
+        "aivillage.cli.credits:balance",
+        "net, in transit and at risk, spendable per peer",
+    )
+    history = command("history", "aivillage.cli.credits:history", "every movement, newest first")
     history.add_argument("--limit", type=int, default=50)
-    command("audit", "credits:audit", "recompute the whole book; exit 7 if it is wrong")
+    command(
+        "audit", "aivillage.cli.credits:audit", "recompute the whole book; exit 7 if it is wrong"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.rest = rest
     module, _, function = args.run.partition(":")
     try:
-        run = getattr(importlib.import_module(f"aivillage.cli.{module}"), function)
+        run = getattr(importlib.import_module(module), function)
         return int(run(args) or 0)
     except errors.AivillageError as error:
         _report(error, as_json=args.json)

@@ -188,7 +188,7 @@ class Ledger:
         blobs = pack_reply(
             self.desk.epoch, answers, answer.mine, answer.yours, claims, more=answer.more
         )
-        self.buying.expect_receipts(partner, max(partner.unconfirmed, len(answer.mine)))
+        self.buying.expect_receipts(partner, answer.unconfirmed)
         for blob in blobs:
             link.send(blob)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import apsw
 import trio
@@ -27,6 +27,7 @@ from aivillage.ledger.queries import Balance, HistoryRow, Query, balance, histor
 from aivillage.ledger.signing import Ed25519Signer
 from aivillage.ledger.store import Store
 from aivillage.protocols.errors import AivillageError, ConfigError, NodeError
+from aivillage.protocols.ports import Book
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 
 T = TypeVar("T")
@@ -187,6 +188,10 @@ class NodeBook:
                 raise self._fatal
             self._ledger.tick()
             await trio.sleep(TICK_SECONDS)
+
+
+if TYPE_CHECKING:
+    _checked: type[Book] = NodeBook
 
 
 def _log_error(error: AivillageError) -> None:

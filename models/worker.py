@@ -17,6 +17,7 @@ import msgspec
 from aivillage.models import registry, sandbox
 from aivillage.models import worker_messages as say
 from aivillage.models.description import described
+from aivillage.models.file_fence import fence_files
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import (
     AivillageError,
@@ -130,8 +131,15 @@ def _restrict(pipes: Pipes) -> None:
         sys.exit("the first command says the limits")
     sandbox.limit(memory_bytes_max=start.memory_bytes_max, nice=start.nice)
     os.chdir(start.scratch)
-    why_not = sandbox.deny_network() if start.sandbox else "switched off in the settings"
-    pipes.write(say.Started(sandboxed=not why_not, why_not=why_not))
+    no_fence = no_filter = "switched off in the settings"
+    if start.sandbox:
+        no_fence = fence_files(readable=start.readable, writable=[start.scratch])
+        no_filter = sandbox.deny_network()
+    pipes.write(
+        say.Started(
+            sandboxed=not no_filter, fenced=not no_fence, why_not=f"{no_filter} {no_fence}".strip()
+        )
+    )
 
 
 # --------------------------------------------------------------------------- modules

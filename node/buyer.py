@@ -15,6 +15,7 @@ from aivillage.node.jobs import JobRow
 from aivillage.node.links import Link
 from aivillage.node.pursuit import DEADLINE_SECONDS, SETTLE_SECONDS, Pursuit, Say, Trade
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError
+from aivillage.protocols.job import State
 from aivillage.protocols.messages import Frame, Step, Submit
 from aivillage.protocols.types import JobId, PeerId
 
@@ -96,6 +97,11 @@ class Buyer:
         running.scope.cancel()
         return True
 
+    def state_of(self, row: JobRow) -> State:
+        """What a job is doing now; jobs.db knows only how it began and ended."""
+        running = self._running.get(row.id)
+        return running.pursuit.state if running else row.state
+
     def running(self) -> list[Running]:
         return list(self._running.values())
 
@@ -137,9 +143,9 @@ class Buyer:
     async def _close(self, running: Running) -> None:
         pursuit, error = running.pursuit, running.error
         if error is None:
-            pursuit.end("settled")
+            pursuit.move("settled")
         else:
-            pursuit.end("cancel" if running.cancelled else "fail")
+            pursuit.move("cancel" if running.cancelled else "fail")
         receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
         await self._trade.jobs.end(
             pursuit.row.id,

@@ -168,7 +168,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         return {
             "job": row.id,
             "operation": row.operation,
-            "state": row.state,
+            "state": self.buyer.state_of(row),
             "created_unix": row.created,
             "ended_unix": row.ended,
             "ceiling_micro_credits": row.ceiling,

@@ -138,9 +138,6 @@ class Jobs:
              job.created),
         )  # fmt: skip
 
-    async def move(self, job: JobId, state: State) -> None:
-        await self._write("UPDATE job SET state=? WHERE id=?", (state, job))
-
     async def end(
         self,
         job: JobId,

@@ -108,19 +108,15 @@ class Pursuit:
         Raises:
             AivillageError: nobody did it; what was delivered is paid.
         """
-        await self._move("seek")
+        self.move("seek")
         while self.result is None:
             choice = await self._trade.market.choose(await self._need(), self.excluded)
-            await self._move("call")
+            self.move("call")
             try:
                 await self._try(choice)
             except AivillageError as error:
-                await self._move("retry")
+                self.move("retry")
                 await self._give_up_on(choice.link.peer, error)
-
-    def end(self, event: JobEvent) -> None:
-        """Moves to the end that `event` leads to."""
-        self.state = step(self.state, event)
 
     def receipt(self) -> Receipt:
         same = len(self._kernels) == 1 and {i for _, i in self._kernels} == {"guaranteed"}
@@ -169,7 +165,7 @@ class Pursuit:
             jobs=self._trade.jobs,
             meter=self._meter,
             say=self.say,
-            acknowledged=lambda: self._move("acknowledged"),
+            acknowledged=lambda: self.move("acknowledged"),
         )
         call = self._call(attempt)
         await self._trade.jobs.begin_attempt(attempt.attempt, self.row.id, attempt.seller)
@@ -217,7 +213,7 @@ class Pursuit:
         Raises:
             RejectedError: it did not pass.
         """
-        await self._move("finished")
+        self.move("finished")
         row, workers = self.row, self._trade.workers
         try:
             self._require_same(attempt, finished)
@@ -228,7 +224,7 @@ class Pursuit:
             attempt.bill(counted, finished)
         except AivillageError as error:
             raise RejectedError(error.message, code="BAD_REQUEST") from error
-        await self._move("passed")
+        self.move("passed")
         self.result, self._usage = finished.result, counted
 
     def _require_same(self, attempt: Attempt, finished: Finished) -> None:
@@ -301,6 +297,6 @@ class Pursuit:
         note = f"{peer[-8:]} failed ({error.message}); going on elsewhere"
         self.say(messages.Progress(id=0, done=0, note=note))
 
-    async def _move(self, event: JobEvent) -> None:
+    def move(self, event: JobEvent) -> None:
+        """In memory: a restarted job begins anew, whatever it was doing."""
         self.state = step(self.state, event)
-        await self._trade.jobs.move(self.row.id, self.state)

@@ -56,7 +56,7 @@ class Sale(msgspec.Struct):
     terms: Terms
     scope: trio.CancelScope
     steps: StepWriter
-    out_hash: bytes = b""
+    out_hash: bytes = bytes(32)
     number: int = 0
     amount: MicroCredits = 0
     started: float = 0.0

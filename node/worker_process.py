@@ -33,6 +33,8 @@ class WorkerLimits(msgspec.Struct, frozen=True, kw_only=True):
     nice: int = 10
     threads: int = 1
     sandbox: bool = True
+    readable_folders: tuple[str, ...] = ()
+    """Beside Python's own and the system's: where models lie."""
 
 
 class WorkerProcess:
@@ -40,7 +42,7 @@ class WorkerProcess:
 
     def __init__(self, process: subprocess.Popen[bytes], scratch: Path) -> None:
         self.scratch = scratch
-        self.sandboxed = False
+        self.fences = say.Started(sandboxed=False, fenced=False, why_not="not started yet")
         self.idle_since = trio.current_time()
         self._process = process
         self._stdin = _taken(process.stdin)
@@ -175,12 +177,13 @@ async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
             memory_bytes_max=limits.memory_bytes_max,
             nice=limits.nice,
             sandbox=limits.sandbox,
+            readable=limits.readable_folders,
         )
     )
     started = await worker.next()
     if not isinstance(started, say.Started):
         raise JobError("a worker spoke before it had started")
-    worker.sandboxed = started.sandboxed
+    worker.fences = started
 
 
 def _spawn(scratch: Path, limits: WorkerLimits) -> subprocess.Popen[bytes]:

@@ -105,6 +105,23 @@ class Rogue:
         os.kill(os.getpid(), 0)
         return json.dumps(outcome)
 
+    def open_files(self, request, context):
+        """What became of reading and writing where it has no business."""
+        secret = Path(context.scratch).parents[1] / "identity.key"
+        outcome = {}
+        for name, way in {
+            "read": secret.read_text,
+            "list": lambda: list(secret.parent.iterdir()),
+            "write": lambda: secret.write_text("mine"),
+            "memory": lambda: Path(f"/proc/{request.pid}/environ").read_bytes(),
+        }.items():
+            try:
+                way()
+                outcome[name] = "open"
+            except OSError as error:
+                outcome[name] = type(error).__name__
+        return json.dumps(outcome)
+
     def environment(self, request, context):
         return json.dumps(dict(os.environ))
 

@@ -15,7 +15,7 @@ import trio
 from aivillage.node.links import LinkLimits, open_links
 from aivillage.node.transport.libp2p import open_libp2p
 from aivillage.protocols.errors import PeerError
-from aivillage.protocols.messages import Ledger, Progress
+from aivillage.protocols.messages import Part, Progress
 
 SCENARIOS = Path(__file__).with_name("fault_scenarios.py")
 
@@ -99,7 +99,7 @@ async def test_large_frames_pass_in_both_directions_at_once(key_of, hello_of):
 
         def count(name):
             def on_message(link, frame):
-                heard[name] += len(frame.blobs[0])
+                heard[name] += len(frame.body)
 
             return on_message
 
@@ -107,7 +107,7 @@ async def test_large_frames_pass_in_both_directions_at_once(key_of, hello_of):
         there = await a.connect(address(b))
         await until(b.all)
         back = b.get(a.transport.peer)
-        body = Ledger(blobs=(bytes(1_000_000),))
+        body = Part(id=2**31, seq=0, body=bytes(1_000_000))
 
         async def pour(link):
             for _ in range(24):

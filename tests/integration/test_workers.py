@@ -1,5 +1,6 @@
 """Workers as the daemon uses them: real processes, a real model, modules that misbehave."""
 
+import ctypes
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ try:
     MISSING = ""
 except AivillageError as error:
     MISSING = str(error)
+HAS_LANDLOCK = sys.platform == "linux" and ctypes.CDLL(None).syscall(444, None, 0, 1) > 0
 needs_model = pytest.mark.skipif(bool(MISSING), reason=MISSING or "present")
 
 
@@ -208,8 +210,18 @@ async def test_without_a_fence_a_stranger_runs_in_development_only(tmp_path, ins
 async def test_a_worker_reaches_neither_network_nor_its_daemon(tmp_path, installed):
     async with opened(tmp_path, "test.rogue") as workers:
         outcome = json.loads(await rogue_says(workers, "reach_out"))
+        assert workers.fences.sandboxed
     assert set(outcome.values()) == {"PermissionError"}
     assert len(outcome) == 7
+
+
+@pytest.mark.skipif(not HAS_LANDLOCK, reason="this kernel has no Landlock")
+async def test_a_worker_touches_no_file_of_the_owners(tmp_path, installed):
+    (tmp_path / "identity.key").write_text("secret")
+    async with opened(tmp_path, "test.rogue") as workers:
+        outcome = json.loads(await rogue_says(workers, "open_files"))
+    assert outcome == dict.fromkeys(("read", "list", "write", "memory"), "PermissionError")
+    assert (tmp_path / "identity.key").read_text() == "secret"
 
 
 async def test_a_worker_sees_no_variable_of_the_owners(tmp_path, installed):
