@@ -93,6 +93,9 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     submit.add_argument("--max-price", metavar="CREDITS", help="most it may cost")
     submit.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after this")
     submit.add_argument("--peer", metavar="ID", help="only this peer (id or its end)")
+    submit.add_argument(
+        "--local", action="store_true", help="on this machine, without the mesh, for nothing"
+    )
     submit.add_argument("--detach", action="store_true", help="print the job's id and return")
     submit.epilog = "Further flags come from the operation: `submit OPERATION --help`."
     jobs = command("jobs", "aivillage.cli.jobs:jobs", "list, show or cancel your jobs")

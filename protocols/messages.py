@@ -222,6 +222,7 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     deadline_seconds: Measure | None = None
     peer: PeerId | None = None
     follow: bool = True
+    local: bool = False
 
 
 class Text(Message, frozen=True, kw_only=True, tag="text"):

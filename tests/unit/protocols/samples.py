@@ -114,6 +114,7 @@ FULL: tuple[Frame, ...] = (
         deadline_seconds=30.0,
         peer=PEER,
         follow=False,
+        local=True,
     ),
     Text(id=10, text="Zürich 🏔"),
     Step(
