@@ -107,6 +107,7 @@ async def open_node(
         market = Market(links, discovery, ledger, herald.advertise)
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
+        seller.buy = buyer.buy
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         Switch(links, ledger, villagers, gossiper, buyer, seller, herald.news_for)
         desk = Desk(

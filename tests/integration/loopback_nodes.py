@@ -42,24 +42,26 @@ class Node(msgspec.Struct):
     def peer(self) -> PeerId:
         return self.desk.villagers.peer
 
-    async def begin(self, operation: str, *, to: str = "", **request: Any) -> Running:
-        """Submits a job. `local=True` keeps it here; see `Submit` for what else goes by name."""
-        fields = Submit.__struct_fields__
-        submit = {name: request.pop(name) for name in list(request) if name in fields}
+    async def begin(self, name: str, *, to: str = "", **request: Any) -> Running:
+        """Submits a job of operation `name`. What `Submit` has, such as `local=True`, goes by
+        name; the rest is the request's.
+        """
+        own = {"local", "deadline_seconds", "ceiling_micro_credits"}
+        submit = {field: request.pop(field) for field in list(request) if field in own}
         body = msgspec.msgpack.encode(request)
-        submission = Submit(id=1, operation=operation, request=body, peer=to or None, **submit)
+        submission = Submit(id=1, operation=name, request=body, peer=to or None, **submit)
         return await self.desk.buyer.submit(submission, self.heard.append)
 
-    async def submit(self, operation: str, **request: Any) -> Running:
+    async def submit(self, name: str, **request: Any) -> Running:
         """Submits a job and waits for its end."""
-        running = await self.begin(operation, **request)
+        running = await self.begin(name, **request)
         with trio.fail_after(60):
             await running.ended.wait()
         return running
 
-    async def done(self, operation: str, **request: Any) -> tuple[Any, Any]:
+    async def done(self, name: str, **request: Any) -> tuple[Any, Any]:
         """(result, receipt) of a job that has to succeed."""
-        running = await self.submit(operation, **request)
+        running = await self.submit(name, **request)
         assert running.error is None, running.error
         return (
             msgspec.msgpack.decode(running.pursuit.result or b""),
@@ -73,6 +75,13 @@ class Node(msgspec.Struct):
         """Returns once somebody offers each of `operations`."""
         with trio.fail_after(20):
             while not all(self.desk.discovery.candidates(name) for name in operations):
+                await trio.sleep(0.02)
+
+    async def lends_to(self, other: Node) -> None:
+        """Returns once the two are linked and this one knows the other as a member."""
+        await other.desk.links.connect(self.desk.links.transport.addresses()[0])
+        with trio.fail_after(20):
+            while self.ledger.headroom(other.peer) <= 0:
                 await trio.sleep(0.02)
 
 

@@ -99,6 +99,7 @@ async def test_a_local_result_is_checked(alone, monkeypatch):
 
 async def test_a_local_job_goes_to_nobody_although_a_peer_offers_it(tmp_path):
     async with villagers(tmp_path, "ann", "bob") as (ann, bob):
+        await bob.lends_to(ann)
         await ann.offers_of("mesh.noop")
         _, receipt = await ann.done("mesh.noop", local=True)
         assert receipt.sellers == (ann.peer,)
@@ -177,6 +178,7 @@ async def test_a_jobs_file_of_the_first_version_is_read_on(tmp_path):
 async def test_a_local_answer_is_bit_for_bit_that_of_a_peer(tmp_path):
     request = {"prompt": "Name three colours.", "max_tokens": 12, "temperature": 0.7, "seed": 5}
     async with villagers(tmp_path, "ann", "bob") as (ann, bob):
+        await bob.lends_to(ann)
         await ann.offers_of("inference.generate")
         local, receipt = await ann.done("inference.generate", **request, local=True)
         streamed = "".join(frame.text for frame in ann.heard if isinstance(frame, Text))
