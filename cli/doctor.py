@@ -223,7 +223,7 @@ def _models(_patient: Patient) -> Findings:
         yield Finding("ok", "model packages", listing)
 
 
-def _weights(patient: Patient) -> Findings:
+def _weights(_patient: Patient) -> Findings:
     from aivillage.models.inference import catalogue
     from aivillage.protocols.errors import ConfigError
 
@@ -234,15 +234,6 @@ def _weights(patient: Patient) -> Findings:
     else:
         size_mb = path.stat().st_size / 1e6
         yield Finding("ok", "packaged model", f"{catalogue.DEFAULT}, {size_mb:.0f} MB")
-    if patient.settings.model:
-        own = Path(patient.settings.model)
-        with own.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-        if is_gguf:
-            yield Finding("ok", "own model", str(own))
-        else:
-            step = "name a GGUF file, or remove `model` from config.toml"
-            yield Finding("FAIL", "own model", f"{own} is no GGUF file", step)
 
 
 def _sandbox(_patient: Patient) -> Findings:

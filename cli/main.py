@@ -39,9 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
         found = commands.add_parser(
-            name, help=text, description=text, parents=[common], allow_abbrev=False
+            name,
+            help=text,
+            description=text,
+            parents=[common],
+            allow_abbrev=False,
+            add_help=name != "submit",  # its help also needs the operation's
         )
-        found.set_defaults(run=run)
+        found.set_defaults(run=run, parser=found)
         return found
 
     _node_commands(command)
@@ -89,7 +94,7 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     submit = command(
         "submit", "aivillage.cli.jobs:submit", "have a job done by a peer, and follow it"
     )
-    submit.add_argument("operation", help="see `aivillage-node operations`")
+    submit.add_argument("operation", nargs="?", help="see `aivillage-node operations`")
     submit.add_argument("--max-price", metavar="CREDITS", help="most it may cost")
     submit.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after this")
     submit.add_argument("--peer", metavar="ID", help="only this peer (id or its end)")
@@ -97,6 +102,7 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
         "--local", action="store_true", help="on this machine, without the mesh, for nothing"
     )
     submit.add_argument("--detach", action="store_true", help="print the job's id and return")
+    submit.add_argument("-h", "--help", action="store_true", dest="wants_help", help="all flags")
     submit.epilog = "Further flags come from the operation: `submit OPERATION --help`."
     jobs = command("jobs", "aivillage.cli.jobs:jobs", "list, show or cancel your jobs")
     actions = jobs.add_subparsers(metavar="list|show|cancel", required=True, dest="action")

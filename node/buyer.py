@@ -14,7 +14,7 @@ from aivillage.node.config import Settings
 from aivillage.node.jobs import JobRow
 from aivillage.node.links import Link
 from aivillage.node.local import LocalJob
-from aivillage.node.pursuit import DEADLINE_SECONDS, SETTLE_SECONDS, Pursuit, Say, Trade
+from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit, Say, Trade
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, RequestError
 from aivillage.protocols.job import State
@@ -23,6 +23,7 @@ from aivillage.protocols.types import JobId, PeerId
 
 JOBS_MAX: Final = 64
 """Running at the same time; one more is refused, since its owner can wait better than we."""
+END_RETRY_SECONDS: Final = 1.0
 
 
 class Running:
@@ -44,6 +45,7 @@ class Buyer:
         self._trade = trade
         self._nursery = nursery
         self._running: dict[JobId, Running] = {}
+        self._starting = 0
         self.refusal: Callable[[], AivillageError | None] = lambda: None
 
     async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
@@ -55,30 +57,18 @@ class Buyer:
         refusal = self.refusal()
         if refusal is not None:
             raise refusal
-        if len(self._running) >= JOBS_MAX:
+        if len(self._running) + self._starting >= JOBS_MAX:
             raise RefusedError(
                 f"{JOBS_MAX} jobs of yours are running",
                 code="BUSY",
                 next_step="wait for one, or `aivillage-node jobs cancel ID`",
             )
-        if submit.local and submit.peer:
-            raise RequestError("a local job has no peer", next_step="leave out --peer or --local")
-        await self._trade.workers.estimate(submit.operation, submit.request)
-        ceiling = submit.ceiling_micro_credits
-        row = JobRow(
-            id=JobId(secrets.token_hex(16)),
-            operation=submit.operation,
-            request=submit.request,
-            state="new",
-            ceiling=self._settings.ceiling_micro_credits if ceiling is None else ceiling,
-            deadline=submit.deadline_seconds,
-            peer=submit.peer or "",
-            created=time.time(),
-            local=submit.local,
-            parent=order.parent if order else "",
-        )
-        await self._trade.jobs.add(row)
-        return self._start(self._pursuit(row, say, order.sub_jobs if order else None))
+        self._starting += 1
+        try:
+            row = await self._record(submit, order.parent if order else "")
+            return self._start(self._pursuit(row, say, order.sub_jobs if order else None))
+        finally:
+            self._starting -= 1
 
     async def buy(self, order: Order) -> Bought:
         """A sub-job of a module that runs here, to its end. Cancelled, it ends too.
@@ -102,6 +92,26 @@ class Buyer:
         pursuit = running.pursuit
         return Bought(result=pursuit.result, spent=pursuit.spent, error=running.error)
 
+    async def _record(self, submit: Submit, parent: str) -> JobRow:
+        if submit.local and submit.peer:
+            raise RequestError("a local job has no peer", next_step="leave out --peer or --local")
+        await self._trade.workers.estimate(submit.operation, submit.request)
+        ceiling = submit.ceiling_micro_credits
+        row = JobRow(
+            id=JobId(secrets.token_hex(16)),
+            operation=submit.operation,
+            request=submit.request,
+            state="new",
+            ceiling=self._settings.ceiling_micro_credits if ceiling is None else ceiling,
+            deadline=submit.deadline_seconds,
+            peer=submit.peer or "",
+            created=time.time(),
+            local=submit.local,
+            parent=parent,
+        )
+        await self._trade.jobs.add(row)
+        return row
+
     async def resume(self) -> None:
         """Starts again what a stop or crash of this node interrupted."""
         for row in await self._trade.jobs.unfinished():
@@ -110,7 +120,11 @@ class Buyer:
                 await self._trade.jobs.end(row.id, "cancelled", code="CANCELLED", message=reason)
                 continue
             pursuit = self._pursuit(row, _unheard)
-            await pursuit.restore()
+            try:
+                await pursuit.restore()
+            except AivillageError as error:  # one unreadable job must not keep the node down
+                self._trade.events.emit("job_not_resumed", level=40, job=row.id, reason=str(error))
+                continue
             self._trade.events.emit("job_resumed", job=row.id, delivered=len(pursuit.output.bodies))
             self._start(pursuit)
 
@@ -119,19 +133,15 @@ class Buyer:
     ) -> Pursuit | LocalJob:
         if not row.local:
             return Pursuit(row, self._trade, say)
-        return LocalJob(
-            row,
-            self._trade,
-            say,
-            sub_jobs
-            or SubJobs(
-                self.buy,
-                parent=row.id,
-                ceiling=row.ceiling,
-                deadline_seconds=row.deadline or DEADLINE_SECONDS,
-                local=True,
-            ),
+        local = LocalJob(row, self._trade, say)
+        local.on_call = sub_jobs or SubJobs(
+            self.buy,
+            parent=row.id,
+            ceiling=row.ceiling,
+            deadline_seconds=local.seconds_left(),
+            local=True,
         )
+        return local
 
     def _start(self, pursuit: Pursuit | LocalJob) -> Running:
         running = Running(pursuit)
@@ -159,24 +169,27 @@ class Buyer:
     def on_step(self, link: Link, frame: Step) -> None:
         """Hands each item to its attempt; items of ended attempts are late, and not paid."""
         for item in frame.items:
-            attempt = self._trade.attempts.get((link.peer, item.session))
+            attempt = self._trade.attempts.get((link, item.session))
             if attempt is not None:
                 attempt.on_step(item)
 
     def on_up(self, peer: PeerId) -> None:
-        """A peer that is back may go on with what it lost: a fact changed."""
+        """A peer that is back may go on with what it lost; one that lied stays out."""
         self._trade.market.forget_peer(peer)
         self._trade.discovery.reachable(peer)
         for running in self.running():
-            running.pursuit.excluded.pop(peer, None)
+            error = running.pursuit.excluded.get(peer)
+            if error is not None and error.code == "PEER_LOST":
+                del running.pursuit.excluded[peer]
 
     async def _live(self, running: Running) -> None:
         """One job; its end is in jobs.db before anybody hears of it."""
         row = running.pursuit.row
         with running.scope:
             try:
-                with trio.fail_after(row.deadline or DEADLINE_SECONDS):
-                    await running.pursuit.run()
+                with trio.fail_after(max(0.0, running.pursuit.seconds_left())):
+                    if running.pursuit.result is None:
+                        await running.pursuit.run()
             except trio.TooSlowError:
                 running.error = JobError("the job's deadline passed", code="DEADLINE")
             except AivillageError as error:
@@ -188,8 +201,7 @@ class Buyer:
             running.error = None  # whatever came late: it is done, and paid
         elif running.cancelled:
             running.error = JobError("cancelled by its owner", code="CANCELLED")
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
-            await self._close(running)
+        await self._close(running)
 
     async def _close(self, running: Running) -> None:
         pursuit, error = running.pursuit, running.error
@@ -197,15 +209,8 @@ class Buyer:
             pursuit.move("settled")
         else:
             pursuit.move("cancel" if running.cancelled else "fail")
-        receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
-        await self._trade.jobs.end(
-            pursuit.row.id,
-            pursuit.state,
-            result=pursuit.result,
-            receipt=receipt,
-            code=error.code if error else "",
-            message=error.message if error else "",
-        )
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
+            await self._store_end(pursuit, error)
         self._trade.events.emit(
             "job_ended",
             job=pursuit.row.id,
@@ -215,6 +220,25 @@ class Buyer:
         )
         del self._running[pursuit.row.id]
         running.ended.set()
+
+    async def _store_end(self, pursuit: Pursuit | LocalJob, error: AivillageError | None) -> None:
+        """Where the disk is full to the last, the next start of this node ends the job."""
+        receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
+        while True:
+            try:
+                return await self._trade.jobs.end(
+                    pursuit.row.id,
+                    pursuit.state,
+                    result=pursuit.result,
+                    receipt=receipt,
+                    code=error.code if error else "",
+                    message=error.message if error else "",
+                )
+            except AivillageError as failure:
+                self._trade.events.emit(
+                    "end_not_stored", level=40, job=pursuit.row.id, reason=str(failure)
+                )
+                await trio.sleep(END_RETRY_SECONDS)
 
 
 def _unheard(_frame: Frame) -> None:

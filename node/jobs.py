@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import apsw
 import msgspec
@@ -100,6 +100,16 @@ class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):
     bad: int
 
 
+class _Kept(NamedTuple):
+    """One piece of output on its way to the disk."""
+
+    job: JobId
+    seq: int
+    attempt: AttemptId
+    body: bytes
+    price: MicroCredits
+
+
 def _select(kind: type[msgspec.Struct], table: str) -> str:
     return f"SELECT {', '.join(kind.__struct_fields__)} FROM {table} "  # noqa: S608 ours alone
 
@@ -115,7 +125,7 @@ class Jobs:
     def __init__(self, db: apsw.Connection) -> None:
         self._db = db
         self._limiter = trio.CapacityLimiter(1)  # apsw connections serve one thread at a time
-        self._pending: list[tuple[tuple[Any, ...], Callable[[], None]]] = []
+        self._pending: list[tuple[_Kept, Callable[[], None]]] = []
         self._wake = trio.Event()
 
     async def _run(self, work: Callable[[apsw.Connection], T]) -> T:
@@ -197,15 +207,33 @@ class Jobs:
         rows = await self._read("SELECT body FROM delivered WHERE job=? ORDER BY seq", job)
         return [row[0] for row in rows]
 
+    async def passed(
+        self, job: JobId, state: State, result: bytes, attempt: AttemptId, price: MicroCredits
+    ) -> None:
+        """The result was checked: from here on a restart only has to settle."""
+
+        def work(db: apsw.Connection) -> None:
+            db.execute("UPDATE job SET state=?, result=? WHERE id=?", (state, result, job))
+            db.execute("UPDATE attempt SET price=?, outcome='done' WHERE id=?", (price, attempt))
+
+        await self._run(work)
+
     async def forget_delivered(self, job: JobId) -> None:
         """Drops output that turned out to be wrong."""
         await self._write("DELETE FROM delivered WHERE job=?", (job,))
 
     def keep(
-        self, job: JobId, seq: int, attempt: AttemptId, body: bytes, durable: Callable[[], None]
+        self,
+        place: tuple[JobId, int, AttemptId],
+        body: bytes,
+        price: MicroCredits,
+        durable: Callable[[], None],
     ) -> None:
-        """Queues one piece of output; `durable` is called on this loop once it is stored."""
-        self._pending.append(((job, seq, attempt, body), durable))
+        """Queues one piece of output, with what its attempt costs now.
+
+        `durable` is called on this loop once both are stored.
+        """
+        self._pending.append((_Kept(*place, body, price), durable))
         self._wake.set()
 
     async def flush_forever(self) -> None:
@@ -219,11 +247,22 @@ class Jobs:
             for _, durable in group:
                 durable()
 
-    async def _stored(self, rows: list[tuple[Any, ...]]) -> bool:
-        try:
-            await self._write(
-                "INSERT OR IGNORE INTO delivered(job, seq, attempt, body) VALUES(?,?,?,?)", *rows
+    async def _stored(self, rows: list[_Kept]) -> bool:
+        """Output and its price together, so that a restart knows what it has spent."""
+        prices = {row.attempt: row.price for row in rows}
+
+        def work(db: apsw.Connection) -> None:
+            db.executemany(
+                "INSERT OR REPLACE INTO delivered(job, seq, attempt, body) VALUES(?,?,?,?)",
+                [row[:4] for row in rows],
             )
+            db.executemany(
+                "UPDATE attempt SET price=max(price, ?) WHERE id=?",
+                [(price, attempt) for attempt, price in prices.items()],
+            )
+
+        try:
+            await self._run(work)
         except NodeError as error:
             _log.warning("output_not_stored reason=%s", error)
             return False
@@ -237,10 +276,11 @@ class Jobs:
             (peer, msgspec.msgpack.encode(addresses), time.time()),
         )
 
-    async def rate_peer(self, peer: PeerId, *, good: bool, units_per_second: float) -> None:
+    async def rate_peer(self, peer: PeerId, good: int, bad: int, units_per_second: float) -> None:
+        """Keeps what discovery counts of a peer."""
         await self._write(
-            "UPDATE known_peer SET good=good+?, bad=bad+?, units_per_second=? WHERE id=?",
-            (int(good), int(not good), units_per_second, peer),
+            "UPDATE known_peer SET good=?, bad=?, units_per_second=? WHERE id=?",
+            (good, bad, units_per_second, peer),
         )
 
     async def known_peers(self) -> list[KnownPeer]:

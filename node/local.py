@@ -18,6 +18,7 @@ from aivillage.models.inference.generate import (
     PROMPT_BYTES_MAX,
     TOKENS_MAX,
     FinishReason,
+    GenerateRequest,
     GenerateResult,
     Piece,
 )
@@ -27,12 +28,12 @@ from aivillage.node.jobs import JobRow
 from aivillage.node.module_runs import OnCall
 from aivillage.node.pursuit import DEADLINE_SECONDS, SETTLE_SECONDS, Receipt, Say, Trade
 from aivillage.protocols import messages
-from aivillage.protocols.codec import pack
+from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError
 from aivillage.protocols.job import JobEvent, State, step
 from aivillage.protocols.ports import PartEvent, ProgressEvent, ResultEvent, SessionFrame
 from aivillage.protocols.pricing import Usage
-from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 
 BUSY_SECONDS: Final = 0.5
 """Between looks for a free slot, while others' paid jobs have them all."""
@@ -43,16 +44,17 @@ UNITS_MAX: Final = PROMPT_BYTES_MAX + TOKENS_MAX
 class LocalJob:
     """What a `Pursuit` is for a job on the mesh. `on_call` serves the module's sub-jobs."""
 
-    def __init__(self, row: JobRow, trade: Trade, say: Say, on_call: OnCall) -> None:
+    def __init__(self, row: JobRow, trade: Trade, say: Say) -> None:
         self.row = row
         self.say = say
         self.state: State = "new"
         self.output = Output()
         self.spent: MicroCredits = 0
-        self.excluded: dict[PeerId, str] = {}
+        self.excluded: dict[PeerId, AivillageError] = {}
         self.result: bytes | None = None
         self._trade = trade
-        self._on_call = on_call
+        self.on_call: OnCall = no_sub_jobs
+        self._started = time.monotonic()
         self._usage: Usage = {}
         self._identical = "best effort"
 
@@ -95,6 +97,12 @@ class LocalJob:
             why="local",
         )
 
+    def seconds_left(self) -> Seconds:
+        """Of the owner's deadline, which began with the job, or of ours, which begins anew."""
+        if self.row.deadline is None:
+            return DEADLINE_SECONDS - (time.monotonic() - self._started)
+        return self.row.deadline - (time.time() - self.row.created)
+
     def move(self, event: JobEvent) -> None:
         self.state = step(self.state, event)
 
@@ -118,7 +126,8 @@ class LocalJob:
     async def _generate(self) -> bytes:
         """A session of the resident engine that sells, so that the answer is the same bits."""
         self.say(messages.Progress(id=0, done=0, note="on this machine"))
-        engine = await self._trade.workers.engine(self.row.operation)
+        model = unpack(GenerateRequest, self.row.request).model
+        engine = await self._trade.workers.engine(model)
         self._identical = engine.info.identical
         while True:
             try:
@@ -153,8 +162,8 @@ class LocalJob:
         async with self._trade.workers.run(
             row.operation,
             row.request,
-            deadline_seconds=row.deadline or DEADLINE_SECONDS,
-            on_call=self._on_call,
+            deadline_seconds=self.seconds_left(),
+            on_call=self.on_call,
         ) as events:
             async for event in events:
                 if isinstance(event, ResultEvent):
@@ -169,3 +178,7 @@ class LocalJob:
                     self.output.bodies.append(event.body)
                     self.say(messages.Part(id=0, seq=seq, body=event.body))
         raise JobError("the module ended without a result")
+
+
+async def no_sub_jobs(_operation: str, _request: bytes, _budget: int) -> bytes:
+    raise RefusedError("this job asks nobody", code="OWNER_LIMIT")

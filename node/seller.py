@@ -12,7 +12,13 @@ import msgspec
 import trio
 
 from aivillage.models import registry
-from aivillage.models.inference.generate import FinishReason, GenerateResult, Piece
+from aivillage.models.inference.generate import (
+    FinishReason,
+    GenerateRequest,
+    GenerateResult,
+    Piece,
+    prompt_bytes,
+)
 from aivillage.models.inference.generate import usage as units
 from aivillage.node.config import Settings
 from aivillage.node.engines import EngineClient, EngineSession
@@ -96,10 +102,12 @@ class Seller:
         self._book = book
         self._events = events
         self._nursery = nursery
-        self._sales: dict[tuple[PeerId, int], Sale] = {}
+        self._sales: dict[tuple[Link, int], Sale] = {}  # ids begin anew on every link
         self._steps: dict[PeerId, StepWriter] = {}
         self._attempts: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.refusal: Callable[[], AivillageError | None] = lambda: None
+        self.acquainted: Callable[[PeerId], Awaitable[None]] = _at_once
+        """Returns once the owner's word on a peer that just came is in the book."""
         self.buy: Buy = buy_nothing
         """Where the sub-jobs of modules go."""
 
@@ -134,12 +142,12 @@ class Seller:
         except AivillageError as error:
             self._refuse(link, call.id, error)
             return
-        self._sales[link.peer, call.id] = sale
+        self._sales[link, call.id] = sale
         send_or_drop(link, messages.Accepted(id=call.id))
         self._nursery.start_soon(self._serve, sale)
 
     def on_cancel(self, link: Link, call_id: int) -> None:
-        sale = self._sales.get((link.peer, call_id))
+        sale = self._sales.get((link, call_id))
         if sale is not None:
             sale.scope.cancel()
 
@@ -158,6 +166,7 @@ class Seller:
         try:
             operation = self._sold(request.operation)
             usage, seconds = await self._workers.estimate(request.operation, request.request)
+            await self.acquainted(link.peer)
             reply = messages.QuoteReply(
                 id=request.id,
                 quote=self._prices.quote(operation, dict(usage), seconds),
@@ -166,6 +175,9 @@ class Seller:
             )
         except AivillageError as error:
             self._refuse(link, request.id, error)
+        except Exception as defect:  # one question must not fell the daemon
+            self._events.emit("quote_crashed", level=40, peer=link.peer, error=repr(defect))
+            self._refuse(link, request.id, NodeError("the seller failed"))
         else:
             send_or_drop(link, reply)
 
@@ -185,7 +197,7 @@ class Seller:
             AivillageError: the call is refused, and why.
         """
         self._sold(call.operation)
-        if len(call.attempt) != 16 or (link.peer, call.id) in self._sales:
+        if len(call.attempt) != 16 or (link, call.id) in self._sales:
             raise RequestError("an attempt has a fresh 16-byte id, a call a free one")
         if call.attempt in self._attempts:
             raise PeerError("this attempt was called before", code="REPLAYED")
@@ -237,7 +249,7 @@ class Seller:
         self._end(sale, error)
 
     def _end(self, sale: Sale, error: AivillageError | None) -> None:
-        del self._sales[sale.peer, sale.call.id]
+        del self._sales[sale.link, sale.call.id]
         self._book.end_sale(sale.peer, sale.attempt)
         sale.steps.flush()
         self._events.emit(
@@ -283,8 +295,14 @@ class Seller:
         delivered = [unpack(Piece, body) for body in call.delivered]
         ids = [token for piece in delivered for token in piece.token_ids]
         text = ["".join(piece.text for piece in delivered)]
+        asked_bytes = prompt_bytes(unpack(GenerateRequest, call.request))
+        had = units(asked_bytes, len(ids)) if ids else {}
+        # What the buyer says that it had counts only as far as it shows it.
+        done = {unit: min(count, had.get(unit, count)) for unit, count in call.done.items()}
+        if not ids:
+            done.pop("output_tokens", None)
         async with engine.open_session(call.request, tuple(ids)) as session:
-            self._allow(sale, session, 0)
+            self._allow(sale, session, sum(had.values()))
             async for frame in session:
                 if frame.error:
                     raise JobError(frame.error, code="JOB_FAILED")
@@ -294,7 +312,7 @@ class Seller:
                 usage = units(frame.read_bytes, len(ids))
                 body = token_bytes(frame.token_ids)
                 out_hash = sale.fold(body)
-                await self._deliver(sale, price_of_rest(sale.terms, usage, call.done), out_hash)
+                await self._deliver(sale, price_of_rest(sale.terms, usage, done), out_hash)
                 sale.steps.add(
                     StepItem(call.id, first, frame.token_ids, frame.text, out_hash[:8],
                              frame.read_bytes)
@@ -313,7 +331,9 @@ class Seller:
 
     async def _loaded(self, sale: Sale) -> EngineClient:
         """The engine, loaded; the buyer gets a sign of life every two seconds until then."""
-        load = functools.partial(self._workers.engine, sale.call.operation)
+        load = functools.partial(
+            self._workers.engine, unpack(GenerateRequest, sale.call.request).model
+        )
         return await self._beating(sale, "loading the model", load)
 
     async def _beating(self, sale: Sale, note: str, work: Callable[[], Awaitable[T]]) -> T:
@@ -323,7 +343,7 @@ class Seller:
             nursery.start_soon(self._beat, sale, note)
             try:
                 found = await work()
-            except AivillageError as refusal:  # through the nursery it would come as a group
+            except AivillageError as refusal:  # a nursery would wrap it
                 error = refusal
             nursery.cancel_scope.cancel()
         if error is not None:
@@ -336,8 +356,11 @@ class Seller:
             send_or_drop(sale.link, messages.Progress(id=sale.call.id, done=0, note=note))
 
     def _allow(self, sale: Sale, session: EngineSession, units_made: int) -> None:
-        room = self._book.room(sale.peer) // max(1, dearest_unit(sale.terms))
-        session.allow(units_made + room + LOOKAHEAD_UNITS)
+        """Beyond `units_made`, never more than one delivery may hold: it would wait for ever."""
+        dearest = max(1, dearest_unit(sale.terms))
+        at_once = max(1, self._settings.village_exposure_micro_credits // dearest)
+        room = self._book.room(sale.peer) // dearest
+        session.allow(units_made + max(room, min(LOOKAHEAD_UNITS, at_once)))
 
     async def _run_module(self, sale: Sale) -> None:
         """A module's call: parts as they come; the result when its price may be delivered."""
@@ -362,7 +385,7 @@ class Seller:
                 elif isinstance(event, ResultEvent):
                     usage = await self._workers.meter(call.operation, call.request, event.body)
                     out_hash = sale.fold(event.body)
-                    await self._deliver(sale, price_of_rest(sale.terms, usage, call.done), out_hash)
+                    await self._deliver(sale, price_of_rest(sale.terms, usage, {}), out_hash)
                     self._finish(sale, event.body, usage)
                     return
         raise JobError("the module ended without a result", code="JOB_FAILED")
@@ -412,3 +435,7 @@ class Seller:
                 id=call_id, code=error.code, message=error.message, next_step=error.next_step
             ),
         )
+
+
+async def _at_once(_peer: PeerId) -> None:
+    """Everybody is as well known as they will be."""

@@ -43,6 +43,7 @@ class Switch:
             messages.Call: seller.on_call,
             messages.Cancel: lambda link, frame: seller.on_cancel(link, frame.id),
             messages.ListOperations: lambda link, frame: seller.on_list(link, frame.id),
+            messages.Standing: villagers.on_standing,
             messages.Fetch: _refuse_fetch,
             messages.Join: villagers.on_join,
         }

@@ -174,6 +174,13 @@ class Gossip(Message, frozen=True, kw_only=True, tag="gossip"):
     hops: Count = 0
 
 
+class Standing(Message, frozen=True, kw_only=True, tag="standing"):
+    """What you may owe me, and how much of that unsigned: sent when I know, and when it changes."""
+
+    line_micro_credits: Amount
+    exposure_micro_credits: Amount
+
+
 class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
     """Send me the blob from `offset` on. A node of this version answers NOT_OFFERED."""
 
@@ -257,8 +264,8 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
 
 PEER_MESSAGES: Final = (
     Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
-    Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Fetch, Join, Joined,
-    Step,
+    Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Standing, Fetch, Join,
+    Joined, Step,
 )  # fmt: skip
 CONTROL_MESSAGES: Final = (
     Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,
