@@ -36,6 +36,7 @@ def submit(args: argparse.Namespace) -> int:
                 deadline_seconds=args.deadline,
                 peer=args.peer,
                 follow=not args.detach,
+                local=args.local,
             )
         )
         try:

@@ -110,6 +110,7 @@ async def open_node(
         market = Market(links, discovery, ledger, herald.advertise)
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
+        seller.buy = buyer.buy
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         seller.acquainted = villagers.acquainted
         Switch(links, ledger, villagers, gossiper, buyer, seller, herald.news_for)
@@ -118,8 +119,9 @@ async def open_node(
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
             stop=stop, started=time.time(),
         )  # fmt: skip
+        await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
         async with open_control(paths.socket, Control(desk.handlers(), buyer, hello, events)):
-            for service in (monitor.run, villagers.keep_in_touch, herald.run, buyer.resume):
+            for service in (monitor.run, villagers.keep_in_touch, herald.run):
                 nursery.start_soon(service)
             yield desk
         nursery.cancel_scope.cancel()

@@ -174,6 +174,8 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "ended_unix": row.ended,
             "ceiling_micro_credits": row.ceiling,
             "receipt": msgspec.json.decode(row.receipt) if row.receipt else None,
+            "local": bool(row.local),
+            "parent": row.parent,
             "code": row.code,
             "message": row.message,
         }

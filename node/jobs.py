@@ -34,7 +34,8 @@ CREATE TABLE job(
   id TEXT PRIMARY KEY, operation TEXT NOT NULL, request BLOB NOT NULL, state TEXT NOT NULL,
   ceiling INTEGER NOT NULL, deadline REAL, peer TEXT NOT NULL DEFAULT '', created REAL NOT NULL,
   ended REAL, result BLOB, receipt BLOB, code TEXT NOT NULL DEFAULT '',
-  message TEXT NOT NULL DEFAULT '') STRICT;
+  message TEXT NOT NULL DEFAULT '', local INTEGER NOT NULL DEFAULT 0,
+  parent TEXT NOT NULL DEFAULT '') STRICT;
 CREATE INDEX job_open ON job(state) WHERE ended IS NULL;
 CREATE TABLE attempt(
   id BLOB PRIMARY KEY, job TEXT NOT NULL REFERENCES job(id), seller TEXT NOT NULL,
@@ -50,6 +51,11 @@ CREATE TABLE known_peer(
 CREATE TABLE certificate(body BLOB PRIMARY KEY, village BLOB NOT NULL, added REAL NOT NULL) STRICT;
 CREATE TABLE used_invite(nonce BLOB PRIMARY KEY, guest TEXT NOT NULL, at REAL NOT NULL) STRICT;
 CREATE TABLE setting(key TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
+"""
+
+_FROM_1: Final = """
+ALTER TABLE job ADD COLUMN local INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE job ADD COLUMN parent TEXT NOT NULL DEFAULT '';
 """
 
 
@@ -69,6 +75,9 @@ class JobRow(msgspec.Struct, frozen=True, kw_only=True):
     receipt: bytes | None = None
     code: str = ""
     message: str = ""
+    local: bool = False
+    parent: str = ""
+    """The attempt or local job whose module wanted it; empty: the owner did."""
 
 
 class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,10 +166,10 @@ class Jobs:
     # ------------------------------------------------------------------ jobs
     async def add(self, job: JobRow) -> None:
         await self._write(
-            "INSERT INTO job(id, operation, request, state, ceiling, deadline, peer, created)"
-            " VALUES(?,?,?,?,?,?,?,?)",
+            "INSERT INTO job(id, operation, request, state, ceiling, deadline, peer, created,"
+            " local, parent) VALUES(?,?,?,?,?,?,?,?,?,?)",
             (job.id, job.operation, job.request, job.state, job.ceiling, job.deadline, job.peer,
-             job.created),
+             job.created, int(job.local), job.parent),
         )  # fmt: skip
 
     async def end(
@@ -370,6 +379,8 @@ def _open(path: Path) -> apsw.Connection:
         found = (db.pragma("application_id"), db.pragma("user_version"))
         if found == (0, 0):
             _create(db)
+        elif found == (APPLICATION_ID, 1):
+            _upgrade(db)
         elif found != (APPLICATION_ID, SCHEMA_VERSION):
             raise ConfigError(
                 f"{path} is of version {found[1]}, this program knows {SCHEMA_VERSION}",
@@ -390,6 +401,13 @@ def _create(db: apsw.Connection) -> None:
     with db:
         db.execute(_SCHEMA)
         db.pragma("application_id", APPLICATION_ID)
+        db.pragma("user_version", SCHEMA_VERSION)
+
+
+def _upgrade(db: apsw.Connection) -> None:
+    """From version 1, which knew neither local jobs nor sub-jobs."""
+    with db:
+        db.execute(_FROM_1)
         db.pragma("user_version", SCHEMA_VERSION)
 
 
