@@ -23,7 +23,7 @@ from aivillage.protocols.job import State
 from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 
 APPLICATION_ID: Final = 0x41_49_56_4A
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 FULL_DISK_SECONDS: Final = 1.0
 """Between two tries on a full disk: what was delivered waits, unaccepted, unpaid."""
 T = TypeVar("T")
