@@ -43,6 +43,7 @@ class Buyer:
         self._nursery = nursery
         self._running: dict[JobId, Running] = {}
         self._starting = 0
+        self._listed = trio.Event()
         self.refusal: Callable[[], AivillageError | None] = lambda: None
 
     async def submit(self, submit: Submit, say: Say) -> Running:
@@ -67,6 +68,7 @@ class Buyer:
             self._starting -= 1
 
     async def _record(self, submit: Submit) -> JobRow:
+        await self._listed.wait()  # else a job of this run would be taken for an interrupted one
         await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
         row = JobRow(
@@ -84,7 +86,9 @@ class Buyer:
 
     async def resume(self) -> None:
         """Starts again what a stop or crash of this node interrupted."""
-        for row in await self._trade.jobs.unfinished():
+        rows = await self._trade.jobs.unfinished()
+        self._listed.set()
+        for row in rows:
             pursuit = Pursuit(row, self._trade, _unheard)
             try:
                 await pursuit.restore()
