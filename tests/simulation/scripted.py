@@ -31,7 +31,8 @@ from aivillage.protocols.ports import (
     Verdict,
 )
 
-WORDS = tuple("the mesh is made of many machines that lend each other what they have".split())  # noqa: SIM905
+SAYING = "the mesh is made of many machines that lend each other what they have"
+WORDS = SAYING.split()
 SLICE_QUADS = 32
 INFO = EngineInfo(
     engine="scripted", model="hash", kernel_class="scripted/1", identical="guaranteed",

@@ -408,10 +408,10 @@ async def test_a_job_asked_for_while_the_node_starts_runs_once(tmp_path, monkeyp
     async with open_mesh(tmp_path) as mesh:
         buyer = await mesh.add("buyer", serve=False)
         running = await buyer.submit(PROMPT, tokens=2)
+        await trio.sleep(0.2)
         seller = await mesh.add("seller")
         await mesh.link(buyer, seller)
         await running.ended.wait()
-        await trio.sleep(0.1)
         assert buyer.events("job_resumed") == []
         assert (len(buyer.events("job_ended")), seller.script.made) == (1, 2)
 
