@@ -38,14 +38,7 @@ def create(data_dir: Path) -> Ed25519PrivateKey:
     )
     try:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = path.with_suffix(".new")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(draft, path)  # refuses to replace a key, unlike a rename
-        draft.unlink()
+        _write_whole(path, pem)
     except FileExistsError:
         raise ConfigError(
             f"{path} exists already", next_step="use it, or choose another --data-dir"
@@ -56,6 +49,20 @@ def create(data_dir: Path) -> Ed25519PrivateKey:
             next_step="choose a folder of yours with --data-dir",
         ) from None
     return key
+
+
+def _write_whole(path: Path, pem: bytes) -> None:
+    draft = path.with_suffix(".new")
+    draft.unlink(missing_ok=True)  # of a start that was killed
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(pem)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)  # refuses to replace a key, unlike a rename
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def load(data_dir: Path) -> Ed25519PrivateKey:

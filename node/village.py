@@ -116,19 +116,26 @@ def membership(
     if village_of(peer) == village:
         return 2**53 - 1
     valid = _valid(list(certificates)[:CERTIFICATES_MAX], village, now_unix_ms)
-    line: MicroCredits | None = None
-    member, may_be_member = peer, True
-    for _ in range(CERTIFICATES_MAX):
-        found = next(
-            (c for c in valid if c.member == member and (may_be_member or c.may_invite)), None
-        )
-        if found is None:
-            return None
-        line = found.line_micro_credits if line is None else min(line, found.line_micro_credits)
-        if village_of(found.issuer) == village:
-            return line
-        member, may_be_member = found.issuer, False
-    return None
+    return _vouched(valid, peer, village, frozenset())
+
+
+def _vouched(
+    valid: Sequence[Certificate], member: PeerId, village: bytes, below: frozenset[PeerId]
+) -> MicroCredits | None:
+    """The best line of any chain from `member` up; `below` are those whom it vouches for."""
+    lines = []
+    for certificate in valid:
+        if certificate.member != member or (below and not certificate.may_invite):
+            continue
+        above: MicroCredits | None = certificate.line_micro_credits
+        if village_of(certificate.issuer) != village:
+            chain = below | {member}
+            above = None
+            if certificate.issuer not in chain:
+                above = _vouched(valid, certificate.issuer, village, chain)
+        if above is not None:
+            lines.append(min(above, certificate.line_micro_credits))
+    return max(lines, default=None)
 
 
 def _valid(envelopes: Iterable[bytes], village: bytes, now_unix_ms: int) -> list[Certificate]:

@@ -16,9 +16,9 @@ import trio
 
 from aivillage.ledger.ledger import NodeBook, open_ledger
 from aivillage.models.inference.generate import GenerateRequest, GenerateResult
-from aivillage.node import identity, village
+from aivillage.node import config, identity, village
 from aivillage.node.buyer import Running
-from aivillage.node.config import Settings
+from aivillage.node.config import Origin, Settings
 from aivillage.node.daemon import open_node
 from aivillage.node.desk import Desk
 from aivillage.node.jobs import open_jobs
@@ -58,6 +58,9 @@ class Node:
         self.scope = trio.CancelScope()
         self.closed = trio.Event()
 
+    def origins(self) -> list[Origin]:
+        return [Origin(key, getattr(self.settings, key), "default") for key in config.describe()]
+
     @property
     def ledger(self) -> NodeBook:
         return self.desk.ledger
@@ -83,7 +86,9 @@ class Node:
             await workers.describe_all()
             wire = await stack.enter_async_context(network.open(self.name, self.peer))
             yield await stack.enter_async_context(
-                open_node(self.key, self.settings, [], self.paths, jobs, book, workers, wire)
+                open_node(
+                    self.key, self.settings, self.origins(), self.paths, jobs, book, workers, wire
+                )
             )
 
     async def live(

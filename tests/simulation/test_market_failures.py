@@ -11,10 +11,10 @@ import pytest
 import trio
 
 from aivillage.models.mesh.noop import NoopRequest
-from aivillage.node.jobs import open_jobs
+from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
-from aivillage.protocols.errors import JobError, NodeError
+from aivillage.protocols.errors import AivillageError, JobError, NodeError
 from tests.simulation.mesh import PRICE, open_mesh, price_of, result_of, settled, until, without
 from tests.simulation.test_market import PROMPT, expected
 
@@ -358,6 +358,62 @@ async def test_a_restart_after_the_verdict_only_settles(tmp_path, monkeypatch):
         assert (row.state, first.script.made) == ("done", made)
         await mesh.link(buyer, first)
         await settled(buyer, first, price_of(PROMPT, 4))
+
+
+async def test_a_peer_that_answers_no_question_delays_nobody(tmp_path):
+    async with three(tmp_path) as (_, buyer, first, second):
+        with without(first, messages.QuoteReply), trio.fail_after(2):
+            running = await buyer.ask(PROMPT, tokens=4)
+        assert running.pursuit.receipt().sellers == (second.peer,)
+
+
+async def test_a_peer_that_answers_no_question_and_is_alone_is_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr("aivillage.node.market.QUOTE_SECONDS", 0.1)
+    monkeypatch.setattr("aivillage.node.market.SEEK_SECONDS", 0.5)
+    async with three(tmp_path) as (_, buyer, first, second):
+        await second.stop()
+        with without(first, messages.QuoteReply):
+            assert (await buyer.ask(PROMPT, tokens=4)).error.code == "NO_PEER"
+
+
+async def test_no_more_jobs_run_at_once_than_the_limit_however_fast_they_come(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("aivillage.node.buyer.JOBS_MAX", 3)
+    async with open_mesh(tmp_path) as mesh:
+        buyer = await mesh.add("buyer", serve=False)
+        taken, refused = [], []
+
+        async def submit():
+            try:
+                taken.append(await buyer.submit())
+            except AivillageError as error:
+                refused.append(error.code)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(submit)
+        assert (len(taken), refused) == (3, ["BUSY"] * 5)
+        assert len(await buyer.desk.jobs.latest(99)) == 3
+
+
+async def test_a_job_asked_for_while_the_node_starts_runs_once(tmp_path, monkeypatch):
+    real = Jobs.unfinished
+
+    async def slow(jobs):
+        await trio.sleep(0.1)
+        return await real(jobs)
+
+    monkeypatch.setattr(Jobs, "unfinished", slow)
+    async with open_mesh(tmp_path) as mesh:
+        buyer = await mesh.add("buyer", serve=False)
+        running = await buyer.submit(PROMPT, tokens=2)
+        await trio.sleep(0.2)
+        seller = await mesh.add("seller")
+        await mesh.link(buyer, seller)
+        await running.ended.wait()
+        assert buyer.events("job_resumed") == []
+        assert (len(buyer.events("job_ended")), seller.script.made) == (1, 2)
 
 
 async def test_a_job_with_parts_goes_on_at_the_next_peer(tmp_path):
