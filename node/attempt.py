@@ -14,7 +14,7 @@ import trio
 
 from aivillage.models.inference.generate import Piece
 from aivillage.node.gossip import send_or_drop
-from aivillage.node.jobs import Jobs
+from aivillage.node.jobs import Delivered, Jobs
 from aivillage.node.link import as_error
 from aivillage.node.market import Choice
 from aivillage.protocols import messages
@@ -228,7 +228,8 @@ class Attempt:
             if not self._unstored:
                 self._all_stored.set()
 
-        self._jobs.keep(self.job, len(self.output.bodies) - 1, self.attempt, body, durable)
+        seq = len(self.output.bodies) - 1
+        self._jobs.keep(Delivered(self.job, seq, self.attempt, body, amount, self.kernel), durable)
 
     async def _stored(self) -> None:
         while self._unstored:

@@ -23,7 +23,7 @@ from aivillage.protocols.job import State
 from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 
 APPLICATION_ID: Final = 0x41_49_56_4A
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 FULL_DISK_SECONDS: Final = 1.0
 """Between two tries on a full disk: what was delivered waits, unaccepted, unpaid."""
 T = TypeVar("T")
@@ -38,7 +38,8 @@ CREATE TABLE job(
 CREATE INDEX job_open ON job(state) WHERE ended IS NULL;
 CREATE TABLE attempt(
   id BLOB PRIMARY KEY, job TEXT NOT NULL REFERENCES job(id), seller TEXT NOT NULL,
-  price INTEGER NOT NULL DEFAULT 0, outcome TEXT NOT NULL DEFAULT '', created REAL NOT NULL) STRICT;
+  price INTEGER NOT NULL DEFAULT 0, outcome TEXT NOT NULL DEFAULT '', created REAL NOT NULL,
+  kernel TEXT NOT NULL DEFAULT '', identical TEXT NOT NULL DEFAULT '') STRICT;
 CREATE INDEX attempt_job ON attempt(job);
 CREATE TABLE delivered(
   job TEXT NOT NULL REFERENCES job(id), seq INTEGER NOT NULL, attempt BLOB NOT NULL,
@@ -80,6 +81,19 @@ class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
     price: MicroCredits
     outcome: str
     created: float
+    kernel: str
+    identical: str
+
+
+class Delivered(msgspec.Struct, frozen=True):
+    """A piece of output; the price of its attempt with it, and what computed it."""
+
+    job: JobId
+    seq: int
+    attempt: AttemptId
+    body: bytes
+    price: MicroCredits
+    kernel: tuple[str, str]
 
 
 class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,7 +122,7 @@ class Jobs:
     def __init__(self, db: apsw.Connection) -> None:
         self._db = db
         self._limiter = trio.CapacityLimiter(1)  # apsw connections serve one thread at a time
-        self._pending: list[tuple[tuple[Any, ...], Callable[[], None]]] = []
+        self._pending: list[tuple[Delivered, Callable[[], None]]] = []
         self._wake = trio.Event()
 
     async def _run(self, work: Callable[[apsw.Connection], T]) -> T:
@@ -207,11 +221,15 @@ class Jobs:
         """Drops output that turned out to be wrong."""
         await self._keep_writing("DELETE FROM delivered WHERE job=?", (job,))
 
-    def keep(
-        self, job: JobId, seq: int, attempt: AttemptId, body: bytes, durable: Callable[[], None]
-    ) -> None:
+    async def interrupt_attempts(self, job: JobId) -> None:
+        """Marks what a stop of this node cut off."""
+        await self._write(
+            "UPDATE attempt SET outcome='interrupted' WHERE job=? AND outcome=''", (job,)
+        )
+
+    def keep(self, piece: Delivered, durable: Callable[[], None]) -> None:
         """Queues one piece of output; `durable` is called on this loop once it is stored."""
-        self._pending.append(((job, seq, attempt, body), durable))
+        self._pending.append((piece, durable))
         self._wake.set()
 
     async def flush_forever(self) -> None:
@@ -220,16 +238,26 @@ class Jobs:
             await self._wake.wait()
             self._wake = trio.Event()
             group, self._pending = self._pending, []
-            while not await self._stored([row for row, _ in group]):  # noqa: ASYNC110
+            while not await self._stored([piece for piece, _ in group]):  # noqa: ASYNC110
                 await trio.sleep(FULL_DISK_SECONDS)
             for _, durable in group:
                 durable()
 
-    async def _stored(self, rows: list[tuple[Any, ...]]) -> bool:
-        try:
-            await self._write(
-                "INSERT OR IGNORE INTO delivered(job, seq, attempt, body) VALUES(?,?,?,?)", *rows
+    async def _stored(self, pieces: list[Delivered]) -> bool:
+        latest = {piece.attempt: piece for piece in pieces}.values()
+
+        def work(db: apsw.Connection) -> None:
+            db.executemany(
+                "INSERT OR IGNORE INTO delivered(job, seq, attempt, body) VALUES(?,?,?,?)",
+                [(piece.job, piece.seq, piece.attempt, piece.body) for piece in pieces],
             )
+            db.executemany(
+                "UPDATE attempt SET price=?, kernel=?, identical=? WHERE id=?",
+                [(piece.price, *piece.kernel, piece.attempt) for piece in latest],
+            )
+
+        try:
+            await self._run(work)
         except NodeError as error:
             _log.warning("output_not_stored reason=%s", error)
             return False
@@ -330,6 +358,8 @@ def _open(path: Path) -> apsw.Connection:
         found = (db.pragma("application_id"), db.pragma("user_version"))
         if found == (0, 0):
             _create(db)
+        elif found == (APPLICATION_ID, 1):
+            _add_kernels(db)
         elif found != (APPLICATION_ID, SCHEMA_VERSION):
             raise ConfigError(
                 f"{path} is of version {found[1]}, this program knows {SCHEMA_VERSION}",
@@ -350,6 +380,14 @@ def _create(db: apsw.Connection) -> None:
     with db:
         db.execute(_SCHEMA)
         db.pragma("application_id", APPLICATION_ID)
+        db.pragma("user_version", SCHEMA_VERSION)
+
+
+def _add_kernels(db: apsw.Connection) -> None:
+    """Version 1 forgot what computed an interrupted attempt, and so what it may promise."""
+    with db:
+        for column in ("kernel", "identical"):
+            db.execute(f"ALTER TABLE attempt ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
         db.pragma("user_version", SCHEMA_VERSION)
 
 

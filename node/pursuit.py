@@ -91,11 +91,13 @@ class Pursuit:
 
     async def restore(self) -> None:
         """Picks up what was delivered before this node stopped."""
+        await self._trade.jobs.interrupt_attempts(self.row.id)
         for attempt in await self._trade.jobs.attempts(self.row.id):
             self._attempts += 1
             self.spent += attempt.price
             if attempt.price:
                 self._sellers.append(attempt.seller)
+                self._kernels.add((attempt.kernel, attempt.identical))
         for body in await self._trade.jobs.delivered(self.row.id):
             if self._is_engine:
                 self.output.add_piece(unpack(Piece, body))
