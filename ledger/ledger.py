@@ -83,9 +83,9 @@ class NodeBook:
         amounts = (line, exposure)
         await self._durable(functools.partial(self._ledger.set_line, peer, amounts))
 
-    async def set_received_exposure(self, peer: PeerId, exposure: MicroCredits) -> None:
-        """How far `peer` lets me run ahead of my signature; vouchers go out at half of it."""
-        await self._durable(functools.partial(self._ledger.set_received, peer, exposure))
+    async def set_received(self, peer: PeerId, line: MicroCredits, exposure: MicroCredits) -> None:
+        """What `peer` lets me owe, and how much unsigned; vouchers go out at half of the latter."""
+        await self._durable(functools.partial(self._ledger.set_received, peer, (line, exposure)))
 
     # buyer
 

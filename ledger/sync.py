@@ -59,7 +59,11 @@ def answer(
     db.execute("UPDATE peer SET epoch = max(epoch, ?) WHERE peer = ?", (epoch, peer))
     yours = _forgotten(db, peer, lanes)
     mine = _unseen(db, peer, lanes, VOUCHERS_MAX + 1 - len(yours))
-    more = len(yours) + len(mine) > VOUCHERS_MAX
+    left = VOUCHERS_MAX - len(yours) - len(mine)
+    more = left < 0
+    if not more:  # what it holds and never confirmed, so that the receipt comes now
+        known = set(mine)
+        mine += [v for v in payer.unreceipted(db, peer, left) if v not in known]
     unconfirmed = payer.count_unreceipted(db, peer)
     return Answer(read_pair(db, peer), mine, yours, more, unconfirmed)
 

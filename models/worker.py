@@ -39,13 +39,13 @@ class Pipes:
         self._replies = replies
         self.waiting: queue.Queue[say.Command] = queue.Queue(COMMANDS_WAITING_MAX)
         self.answers: queue.Queue[say.CallAnswer] = queue.Queue()
-        self._cancelled_runs: set[int] = set()
+        self._cancelled_run = 0
 
     def read_forever(self) -> None:
         """Ends the process when the daemon hangs up: nobody is left to work for."""
         while (command := self._read()) is not None:
             if isinstance(command, say.CancelRun):
-                self._cancelled_runs.add(command.id)
+                self._cancelled_run = command.id  # runs follow each other: the last one counts
             elif isinstance(command, say.CallAnswer):
                 self.answers.put(command)
             else:
@@ -63,7 +63,7 @@ class Pipes:
         self._replies.flush()
 
     def is_cancelled(self, run: int) -> bool:
-        return run in self._cancelled_runs
+        return run == self._cancelled_run
 
     def next(self, *, block: bool) -> say.Command | None:
         try:

@@ -13,13 +13,15 @@ import msgspec
 import trio
 
 from aivillage.models.inference.generate import Piece
+from aivillage.models.inference.generate import usage as units
 from aivillage.node.gossip import send_or_drop
-from aivillage.node.jobs import Delivered, Jobs
+from aivillage.node.jobs import Jobs
 from aivillage.node.link import as_error
 from aivillage.node.market import Choice
+from aivillage.node.module_runs import EVENT_BYTES_MIN, RUN_BYTES_MAX
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
-from aivillage.protocols.errors import JobError, PeerError
+from aivillage.protocols.errors import AivillageError, JobError, PeerError
 from aivillage.protocols.job import running_hash, token_bytes
 from aivillage.protocols.messages import (
     Accepted,
@@ -36,6 +38,8 @@ from aivillage.protocols.pricing import Usage, price_of_rest
 from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId, Seconds
 
 WORK_SLACK_SECONDS: Final = 10.0
+DRAIN_SECONDS: Final = 1.0
+"""A cancelled seller has this long to say that it stopped; what it delivered until then is paid."""
 
 
 class Output(msgspec.Struct):
@@ -57,7 +61,7 @@ class Output(msgspec.Struct):
 
 
 class Attempt:
-    """Drives one call. `meter` turns what the job has into usage; `say` shows it to the person."""
+    """Drives one call of at most `most` usage; `say` shows it to the person."""
 
     def __init__(
         self,
@@ -67,9 +71,9 @@ class Attempt:
         choice: Choice,
         output: Output,
         done: Usage,
+        most: Usage,
         book: Book,
         jobs: Jobs,
-        meter: Callable[[Output], Usage],
         say: Callable[[Frame], None],
         acknowledged: Callable[[], None],
     ) -> None:
@@ -86,8 +90,11 @@ class Attempt:
         self._number = 0
         self._book = book
         self._jobs = jobs
-        self._meter = meter
+        self._most = most
         self._say = say
+        self._part_bytes_left = RUN_BYTES_MAX
+        self._ended = False
+        self._inbox: trio.MemoryReceiveChannel[Frame] | None = None
         self._unstored = 0
         self._all_stored = trio.Event()
         self._scope = trio.CancelScope()
@@ -101,8 +108,8 @@ class Attempt:
 
     def on_step(self, item: StepItem) -> None:
         """One item off the wire; called by the link's reader, so it only checks and stores."""
-        if self._fault is not None:
-            return
+        if self._fault is not None or self._ended:
+            return  # late, and not paid
         try:
             self._take(item)
         except PeerError as error:
@@ -116,20 +123,38 @@ class Attempt:
             PeerError: PEER_LOST or a breach of protocol. JobError: DEADLINE and the like.
         """
         link = self.choice.link
-        inbox = link.open_inbox(call.id)
+        inbox = self._inbox = link.open_inbox(call.id)
+        self._book.intend(self.seller, self.attempt, call.quote_hash, call.ceiling_micro_credits)
+        link.send(call)
+        with self._scope:
+            await self._acknowledge(inbox)
+            finished = await self._follow(inbox)
+            self._ended = True  # what comes after the last word is late
+            await self._stored()
+            return finished
+        raise self._fault or JobError("the attempt was stopped", code="CANCELLED")
+
+    async def leave(self, call_id: int, *, stopped: bool, finished: bool) -> None:
+        """Nothing is accepted after this; what was accepted is stored.
+
+        `stopped`: the seller did nothing wrong, so what it sent before it heard of the end counts.
+        """
+        if not finished:
+            send_or_drop(self.choice.link, messages.Cancel(id=call_id))
+        if stopped and self._inbox is not None and not self._ended:
+            with trio.move_on_after(DRAIN_SECONDS):
+                await self._drain(self._inbox)
+        self._ended = True
+        self.choice.link.close_inbox(call_id)
+        await self._stored()
+
+    async def _drain(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
+        """Returns at the seller's last word; its steps are taken meanwhile."""
         try:
-            self._book.intend(
-                self.seller, self.attempt, call.quote_hash, call.ceiling_micro_credits
-            )
-            link.send(call)
-            with self._scope:
-                await self._acknowledge(inbox)
-                finished = await self._follow(inbox)
-                await self._stored()
-                return finished
-            raise self._fault or JobError("the attempt was stopped", code="CANCELLED")
-        finally:
-            link.close_inbox(call.id)
+            while not isinstance(await _next(inbox), Finished):
+                continue
+        except AivillageError:
+            return  # it said that it stopped, or is gone
 
     def bill(self, counted: Usage, finished: Finished) -> None:
         """Our own meter of the whole result, at the quote's prices; the seller's must agree.
@@ -146,10 +171,6 @@ class Attempt:
         if amount > self.choice.price_at_most:
             raise PeerError("the bill is above the quoted ceiling", code="BAD_REQUEST")
         self.amount, self.out_hash = amount, finished.out_hash
-
-    def stop(self, call_id: int) -> None:
-        """Tells the seller that nothing more will be accepted."""
-        send_or_drop(self.choice.link, messages.Cancel(id=call_id))
 
     # ------------------------------------------------------------------ waiting
     async def _acknowledge(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
@@ -189,6 +210,9 @@ class Attempt:
         elif isinstance(frame, Part):
             if frame.seq != len(self.output.bodies):
                 raise PeerError("parts out of order", code="BAD_REQUEST")
+            self._part_bytes_left -= EVENT_BYTES_MIN + len(frame.body)
+            if self._part_bytes_left < 0:
+                raise PeerError("more parts than any run may send", code="BAD_REQUEST")
             self._fold(frame.body, frame.hash8)
             self.output.bodies.append(frame.body)
             self._keep(frame.body, self.amount)
@@ -198,14 +222,19 @@ class Attempt:
 
     # ------------------------------------------------------------------ accepting
     def _take(self, item: StepItem) -> None:
-        if item.first != len(self.output.ids):
+        output = self.output
+        if item.first != len(output.ids):
             raise PeerError("tokens out of order", code="BAD_REQUEST")
-        self._fold(token_bytes(item.token_ids), item.hash8)
-        body = self.output.add_piece(Piece(item.token_ids, item.text, item.read_bytes))
-        amount = price_of_rest(self.choice.quote.terms, self._meter(self.output), self.done)
-        if amount > self.choice.price_at_most:
+        usage = units(
+            max(output.read_bytes, item.read_bytes), len(output.ids) + len(item.token_ids)
+        )
+        if any(count > self._most.get(unit, 0) for unit, count in usage.items()):
             raise PeerError("more was delivered than was asked for", code="BAD_REQUEST")
-        self._keep(body, amount)
+        self._fold(token_bytes(item.token_ids), item.hash8)
+        if not item.token_ids and item.read_bytes <= output.read_bytes:
+            return  # nothing to store, nothing to pay, and no sign of work
+        body = output.add_piece(Piece(item.token_ids, item.text, item.read_bytes))
+        self._keep(body, price_of_rest(self.choice.quote.terms, usage, self.done))
         self._beat()
         if item.text:
             self._say(messages.Text(id=0, text=item.text))
@@ -228,8 +257,8 @@ class Attempt:
             if not self._unstored:
                 self._all_stored.set()
 
-        seq = len(self.output.bodies) - 1
-        self._jobs.keep(Delivered(self.job, seq, self.attempt, body, amount, self.kernel), durable)
+        place = self.job, len(self.output.bodies) - 1, self.attempt
+        self._jobs.keep(place, body, amount, self.kernel, durable)
 
     async def _stored(self) -> None:
         while self._unstored:

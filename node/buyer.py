@@ -13,8 +13,10 @@ import trio
 from aivillage.node.config import Settings
 from aivillage.node.jobs import JobRow
 from aivillage.node.links import Link
-from aivillage.node.pursuit import DEADLINE_SECONDS, SETTLE_SECONDS, Pursuit, Say, Trade
-from aivillage.protocols.errors import AivillageError, JobError, RefusedError
+from aivillage.node.local import LocalJob
+from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit, Say, Trade
+from aivillage.node.sub_jobs import Bought, Order, SubJobs
+from aivillage.protocols.errors import AivillageError, JobError, RefusedError, RequestError
 from aivillage.protocols.job import State
 from aivillage.protocols.messages import Frame, Step, Submit
 from aivillage.protocols.types import JobId, PeerId
@@ -24,9 +26,9 @@ JOBS_MAX: Final = 64
 
 
 class Running:
-    """A pursuit in its task."""
+    """A pursuit, or a local job, in its task."""
 
-    def __init__(self, pursuit: Pursuit) -> None:
+    def __init__(self, pursuit: Pursuit | LocalJob) -> None:
         self.pursuit = pursuit
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
@@ -42,10 +44,11 @@ class Buyer:
         self._trade = trade
         self._nursery = nursery
         self._running: dict[JobId, Running] = {}
+        self._starting = 0
         self.refusal: Callable[[], AivillageError | None] = lambda: None
 
-    async def submit(self, submit: Submit, say: Say) -> Running:
-        """Records a job and starts it.
+    async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
+        """Records a job and starts it. `order` says for which module, if for one.
 
         Raises:
             AivillageError: the request is wrong, or this node takes no work now.
@@ -53,12 +56,44 @@ class Buyer:
         refusal = self.refusal()
         if refusal is not None:
             raise refusal
-        if len(self._running) >= JOBS_MAX:
+        if len(self._running) + self._starting >= JOBS_MAX:
             raise RefusedError(
                 f"{JOBS_MAX} jobs of yours are running",
                 code="BUSY",
                 next_step="wait for one, or `aivillage-node jobs cancel ID`",
             )
+        self._starting += 1
+        try:
+            row = await self._record(submit, order.parent if order else "")
+            return self._start(self._pursuit(row, say, order.sub_jobs if order else None))
+        finally:
+            self._starting -= 1
+
+    async def buy(self, order: Order) -> Bought:
+        """A sub-job of a module that runs here, to its end. Cancelled, it ends too.
+
+        Raises:
+            AivillageError: it was not begun.
+        """
+        submit = Submit(
+            id=0,
+            operation=order.operation,
+            request=order.request,
+            ceiling_micro_credits=order.budget,
+            deadline_seconds=order.deadline_seconds,
+            local=order.local,
+        )
+        running = await self.submit(submit, _unheard, order)
+        try:
+            await running.ended.wait()
+        finally:
+            self.cancel(running.pursuit.row.id)
+        pursuit = running.pursuit
+        return Bought(result=pursuit.result, spent=pursuit.spent, error=running.error)
+
+    async def _record(self, submit: Submit, parent: str) -> JobRow:
+        if submit.local and submit.peer:
+            raise RequestError("a local job has no peer", next_step="leave out --peer or --local")
         await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
         row = JobRow(
@@ -70,19 +105,44 @@ class Buyer:
             deadline=submit.deadline_seconds,
             peer=submit.peer or "",
             created=time.time(),
+            local=submit.local,
+            parent=parent,
         )
         await self._trade.jobs.add(row)
-        return self._start(Pursuit(row, self._trade, say))
+        return row
 
     async def resume(self) -> None:
         """Starts again what a stop or crash of this node interrupted."""
         for row in await self._trade.jobs.unfinished():
-            pursuit = Pursuit(row, self._trade, _unheard)
-            await pursuit.restore()
+            if row.parent and row.result is None:
+                reason = "the job that wanted it was interrupted"
+                await self._trade.jobs.end(row.id, "cancelled", code="CANCELLED", message=reason)
+                continue
+            pursuit = self._pursuit(row, _unheard)
+            try:
+                await pursuit.restore()
+            except AivillageError as error:  # one unreadable job must not keep the node down
+                self._trade.events.emit("job_not_resumed", level=40, job=row.id, reason=str(error))
+                continue
             self._trade.events.emit("job_resumed", job=row.id, delivered=len(pursuit.output.bodies))
             self._start(pursuit)
 
-    def _start(self, pursuit: Pursuit) -> Running:
+    def _pursuit(
+        self, row: JobRow, say: Say, sub_jobs: SubJobs | None = None
+    ) -> Pursuit | LocalJob:
+        if not row.local:
+            return Pursuit(row, self._trade, say)
+        local = LocalJob(row, self._trade, say)
+        local.on_call = sub_jobs or SubJobs(
+            self.buy,
+            parent=row.id,
+            ceiling=row.ceiling,
+            deadline_seconds=local.seconds_left(),
+            local=True,
+        )
+        return local
+
+    def _start(self, pursuit: Pursuit | LocalJob) -> Running:
         running = Running(pursuit)
         self._running[pursuit.row.id] = running
         self._nursery.start_soon(self._live, running)
@@ -108,24 +168,27 @@ class Buyer:
     def on_step(self, link: Link, frame: Step) -> None:
         """Hands each item to its attempt; items of ended attempts are late, and not paid."""
         for item in frame.items:
-            attempt = self._trade.attempts.get((link.peer, item.session))
+            attempt = self._trade.attempts.get((link, item.session))
             if attempt is not None:
                 attempt.on_step(item)
 
     def on_up(self, peer: PeerId) -> None:
-        """A peer that is back may go on with what it lost: a fact changed."""
+        """A peer that is back may go on with what it lost; one that lied stays out."""
         self._trade.market.forget_peer(peer)
         self._trade.discovery.reachable(peer)
         for running in self.running():
-            running.pursuit.excluded.pop(peer, None)
+            error = running.pursuit.excluded.get(peer)
+            if error is not None and error.code == "PEER_LOST":
+                del running.pursuit.excluded[peer]
 
     async def _live(self, running: Running) -> None:
         """One job; its end is in jobs.db before anybody hears of it."""
         row = running.pursuit.row
         with running.scope:
             try:
-                with trio.fail_after(row.deadline or DEADLINE_SECONDS):
-                    await running.pursuit.run()
+                with trio.fail_after(max(0.0, running.pursuit.seconds_left())):
+                    if running.pursuit.result is None:
+                        await running.pursuit.run()
             except trio.TooSlowError:
                 running.error = JobError("the job's deadline passed", code="DEADLINE")
             except AivillageError as error:
@@ -146,9 +209,9 @@ class Buyer:
         else:
             pursuit.move("cancel" if running.cancelled else "fail")
         with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS) as grace:
-            await self._record(pursuit, error)
+            await self._store_end(pursuit, error)
         if grace.cancelled_caught:  # a full disk: until there is room, or the node stops
-            await self._record(pursuit, error)
+            await self._store_end(pursuit, error)
         self._trade.events.emit(
             "job_ended",
             job=pursuit.row.id,
@@ -159,7 +222,7 @@ class Buyer:
         del self._running[pursuit.row.id]
         running.ended.set()
 
-    async def _record(self, pursuit: Pursuit, error: AivillageError | None) -> None:
+    async def _store_end(self, pursuit: Pursuit | LocalJob, error: AivillageError | None) -> None:
         receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
         await self._trade.jobs.end(
             pursuit.row.id,

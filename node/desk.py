@@ -13,7 +13,7 @@ from aivillage import __version__
 from aivillage.ledger.ledger import NodeBook
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin
-from aivillage.node.discovery import Discovery, Record
+from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
 from aivillage.node.jobs import JobRow, Jobs
 from aivillage.node.links import Links
@@ -93,7 +93,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         found = []
         for known in await self.jobs.known_peers():
             link = self.links.get(known.id)
-            record = self.discovery.records.get(known.id, Record())
+            record = self.discovery.record_of(known.id)
             offer = offers.get(known.id)
             found.append(
                 {
@@ -174,6 +174,8 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "ended_unix": row.ended,
             "ceiling_micro_credits": row.ceiling,
             "receipt": msgspec.json.decode(row.receipt) if row.receipt else None,
+            "local": bool(row.local),
+            "parent": row.parent,
             "code": row.code,
             "message": row.message,
         }

@@ -53,7 +53,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Discovery:
-    """Offers heard, peers measured. Memory only: offers live for two minutes."""
+    """Offers heard, which live two minutes, and what was measured of peers."""
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
@@ -66,6 +66,9 @@ class Discovery:
         self._changed = trio.Event()
         self.on_wanted: Callable[[TaskAd], None] = lambda _ad: None
 
+    def record_of(self, peer: PeerId) -> Record:
+        return self.records.setdefault(peer, Record())
+
     # ------------------------------------------------------------------ heard
     def accept(self, signer: PeerId, news: News, envelope: bytes) -> bool:
         """Keeps news; False where it is stale, forged in the author's name, or our own."""
@@ -77,6 +80,8 @@ class Discovery:
         if signer != news.seller or signer == self.peer:
             return False
         old = self._offers.get(signer)
+        if not old and len(self._offers) >= OFFERS_MAX:
+            self.offers()  # forgets the expired ones
         if (old and old.seq >= news.seq) or (not old and len(self._offers) >= OFFERS_MAX):
             return False
         self._offers[signer] = news
@@ -106,7 +111,7 @@ class Discovery:
                 addresses=offer.addresses,
                 offered=offered,
                 free_slots=offer.free_slots,
-                record=self.records.setdefault(offer.seller, Record()),
+                record=self.record_of(offer.seller),
             )
             for offer in self.offers()
             for offered in offer.operations
@@ -171,7 +176,7 @@ class Discovery:
 
 
 def _rank(candidate: Candidate) -> tuple[float, float, int]:
-    """Fewer failures first, then free room, then measured speed."""
+    """Fewer failures first, then measured speed, then free room."""
     record = candidate.record
     failures = record.bad / (record.good + record.bad + 2)
     speed = record.units_per_second or UNKNOWN_UNITS_PER_SECOND

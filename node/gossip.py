@@ -15,7 +15,7 @@ from typing import Final, Protocol
 import msgspec
 
 from aivillage.protocols.envelope import unseal
-from aivillage.protocols.errors import PeerError
+from aivillage.protocols.errors import PeerError, RequestError
 from aivillage.protocols.messages import Frame, Gossip, Offer, TaskAd
 from aivillage.protocols.types import PeerId
 
@@ -56,8 +56,9 @@ class Gossiper:
 
     def publish(self, topic: str, envelope: bytes) -> None:
         """Sends news of our own to all neighbours."""
-        self._remember(envelope)
-        self._spread(Gossip(topic=topic, envelope=envelope), without=None)
+        gossip = Gossip(topic=topic, envelope=envelope)
+        self._remember(gossip)
+        self._spread(gossip, without=None)
 
     def receive(self, source: PeerId, gossip: Gossip) -> None:
         """Takes news from a neighbour.
@@ -68,11 +69,12 @@ class Gossiper:
         if len(gossip.envelope) > GOSSIP_BYTES_MAX:
             raise PeerError("gossip over its limit", code="TOO_LARGE")
         kind = DOMAINS.get(gossip.topic)
-        if kind is None or gossip.hops > HOPS_MAX or not self._remember(gossip.envelope):
+        if kind is None or gossip.hops > HOPS_MAX or self._has_seen(gossip):
             return  # a topic of a newer version, a loop, or nothing new
         if not self._within_budget(source):
-            self.dropped += 1
+            self.dropped += 1  # not remembered: another neighbour may bring it
             return
+        self._remember(gossip)
         signer, news = unseal(gossip.envelope, gossip.topic, kind)
         if self._is_current(news) and self._accept(signer, news, gossip.envelope):
             self._spread(msgspec.structs.replace(gossip, hops=gossip.hops + 1), without=source)
@@ -89,15 +91,13 @@ class Gossiper:
             if neighbour.peer != without:
                 send_or_drop(neighbour, gossip)
 
-    def _remember(self, envelope: bytes) -> bool:
-        """Whether it is the first time that we see these bytes."""
-        name = hashlib.sha256(envelope).digest()[:16]
-        if name in self._seen:
-            return False
-        self._seen[name] = None
+    def _has_seen(self, gossip: Gossip) -> bool:
+        return _name(gossip) in self._seen
+
+    def _remember(self, gossip: Gossip) -> None:
+        self._seen[_name(gossip)] = None
         if len(self._seen) > SEEN_MAX:
             self._seen.popitem(last=False)
-        return True
 
     def _within_budget(self, peer: PeerId) -> bool:
         """A token bucket per neighbour, full at one second's worth."""
@@ -108,10 +108,18 @@ class Gossiper:
         return level >= 1
 
 
+def _name(gossip: Gossip) -> bytes:
+    """Under a wrong topic the same bytes are other news: nobody can hide them that way."""
+    return hashlib.sha256(gossip.topic.encode() + b"\0" + gossip.envelope).digest()[:16]
+
+
 def send_or_drop(neighbour: Neighbour, message: Frame) -> bool:
-    """Sends to a neighbour that may just have gone; its link reports the loss itself."""
+    """Sends to a neighbour that may just have gone, or take no frames of this size.
+
+    Its link reports a loss itself; what a neighbour does not take, it does without.
+    """
     try:
         neighbour.send(message)
-    except PeerError:
+    except (PeerError, RequestError):
         return False
     return True

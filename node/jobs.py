@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import apsw
 import msgspec
@@ -34,7 +34,8 @@ CREATE TABLE job(
   id TEXT PRIMARY KEY, operation TEXT NOT NULL, request BLOB NOT NULL, state TEXT NOT NULL,
   ceiling INTEGER NOT NULL, deadline REAL, peer TEXT NOT NULL DEFAULT '', created REAL NOT NULL,
   ended REAL, result BLOB, receipt BLOB, code TEXT NOT NULL DEFAULT '',
-  message TEXT NOT NULL DEFAULT '') STRICT;
+  message TEXT NOT NULL DEFAULT '', local INTEGER NOT NULL DEFAULT 0,
+  parent TEXT NOT NULL DEFAULT '') STRICT;
 CREATE INDEX job_open ON job(state) WHERE ended IS NULL;
 CREATE TABLE attempt(
   id BLOB PRIMARY KEY, job TEXT NOT NULL REFERENCES job(id), seller TEXT NOT NULL,
@@ -53,6 +54,14 @@ CREATE TABLE used_invite(nonce BLOB PRIMARY KEY, guest TEXT NOT NULL, at REAL NO
 CREATE TABLE setting(key TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
 """
 
+_SINCE_1: Final = (
+    ("job", "local", "INTEGER NOT NULL DEFAULT 0"),
+    ("job", "parent", "TEXT NOT NULL DEFAULT ''"),
+    ("attempt", "kernel", "TEXT NOT NULL DEFAULT ''"),
+    ("attempt", "identical", "TEXT NOT NULL DEFAULT ''"),
+)
+"""Columns that version 1 did not have, or not always."""
+
 
 class JobRow(msgspec.Struct, frozen=True, kw_only=True):
     """One job of the owner's."""
@@ -70,6 +79,9 @@ class JobRow(msgspec.Struct, frozen=True, kw_only=True):
     receipt: bytes | None = None
     code: str = ""
     message: str = ""
+    local: bool = False
+    parent: str = ""
+    """The attempt or local job whose module wanted it; empty: the owner did."""
 
 
 class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,17 +97,6 @@ class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
     identical: str
 
 
-class Delivered(msgspec.Struct, frozen=True):
-    """A piece of output; the price of its attempt with it, and what computed it."""
-
-    job: JobId
-    seq: int
-    attempt: AttemptId
-    body: bytes
-    price: MicroCredits
-    kernel: tuple[str, str]
-
-
 class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):
     """A peer met before, and how it did."""
 
@@ -105,6 +106,17 @@ class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):
     units_per_second: float
     good: int
     bad: int
+
+
+class _Kept(NamedTuple):
+    """One piece of output on its way to the disk."""
+
+    job: JobId
+    seq: int
+    attempt: AttemptId
+    body: bytes
+    price: MicroCredits
+    kernel: tuple[str, str]
 
 
 def _select(kind: type[msgspec.Struct], table: str) -> str:
@@ -122,7 +134,7 @@ class Jobs:
     def __init__(self, db: apsw.Connection) -> None:
         self._db = db
         self._limiter = trio.CapacityLimiter(1)  # apsw connections serve one thread at a time
-        self._pending: list[tuple[Delivered, Callable[[], None]]] = []
+        self._pending: list[tuple[_Kept, Callable[[], None]]] = []
         self._wake = trio.Event()
 
     async def _run(self, work: Callable[[apsw.Connection], T]) -> T:
@@ -161,10 +173,10 @@ class Jobs:
     # ------------------------------------------------------------------ jobs
     async def add(self, job: JobRow) -> None:
         await self._write(
-            "INSERT INTO job(id, operation, request, state, ceiling, deadline, peer, created)"
-            " VALUES(?,?,?,?,?,?,?,?)",
+            "INSERT INTO job(id, operation, request, state, ceiling, deadline, peer, created,"
+            " local, parent) VALUES(?,?,?,?,?,?,?,?,?,?)",
             (job.id, job.operation, job.request, job.state, job.ceiling, job.deadline, job.peer,
-             job.created),
+             job.created, int(job.local), job.parent),
         )  # fmt: skip
 
     async def end(
@@ -217,19 +229,34 @@ class Jobs:
         rows = await self._read("SELECT body FROM delivered WHERE job=? ORDER BY seq", job)
         return [row[0] for row in rows]
 
+    async def passed(
+        self, job: JobId, state: State, result: bytes, attempt: AttemptId, price: MicroCredits
+    ) -> None:
+        """The result was checked: from here on a restart only has to settle."""
+
+        def work(db: apsw.Connection) -> None:
+            db.execute("UPDATE job SET state=?, result=? WHERE id=?", (state, result, job))
+            db.execute("UPDATE attempt SET price=?, outcome='done' WHERE id=?", (price, attempt))
+
+        await self._run(work)
+
     async def forget_delivered(self, job: JobId) -> None:
         """Drops output that turned out to be wrong."""
         await self._keep_writing("DELETE FROM delivered WHERE job=?", (job,))
 
-    async def interrupt_attempts(self, job: JobId) -> None:
-        """Marks what a stop of this node cut off."""
-        await self._write(
-            "UPDATE attempt SET outcome='interrupted' WHERE job=? AND outcome=''", (job,)
-        )
+    def keep(
+        self,
+        place: tuple[JobId, int, AttemptId],
+        body: bytes,
+        price: MicroCredits,
+        kernel: tuple[str, str],
+        durable: Callable[[], None],
+    ) -> None:
+        """Queues one piece of output, with what its attempt costs now and what computes it.
 
-    def keep(self, piece: Delivered, durable: Callable[[], None]) -> None:
-        """Queues one piece of output; `durable` is called on this loop once it is stored."""
-        self._pending.append((piece, durable))
+        `durable` is called on this loop once both are stored.
+        """
+        self._pending.append((_Kept(*place, body, price, kernel), durable))
         self._wake.set()
 
     async def flush_forever(self) -> None:
@@ -238,22 +265,23 @@ class Jobs:
             await self._wake.wait()
             self._wake = trio.Event()
             group, self._pending = self._pending, []
-            while not await self._stored([piece for piece, _ in group]):  # noqa: ASYNC110
+            while not await self._stored([row for row, _ in group]):  # noqa: ASYNC110
                 await trio.sleep(FULL_DISK_SECONDS)
             for _, durable in group:
                 durable()
 
-    async def _stored(self, pieces: list[Delivered]) -> bool:
-        latest = {piece.attempt: piece for piece in pieces}.values()
+    async def _stored(self, rows: list[_Kept]) -> bool:
+        """Output and its price together, so that a restart knows what it has spent."""
+        latest = {row.attempt: row for row in rows}.values()
 
         def work(db: apsw.Connection) -> None:
             db.executemany(
-                "INSERT OR IGNORE INTO delivered(job, seq, attempt, body) VALUES(?,?,?,?)",
-                [(piece.job, piece.seq, piece.attempt, piece.body) for piece in pieces],
+                "INSERT OR REPLACE INTO delivered(job, seq, attempt, body) VALUES(?,?,?,?)",
+                [row[:4] for row in rows],
             )
             db.executemany(
-                "UPDATE attempt SET price=?, kernel=?, identical=? WHERE id=?",
-                [(piece.price, *piece.kernel, piece.attempt) for piece in latest],
+                "UPDATE attempt SET price=max(price, ?), kernel=?, identical=? WHERE id=?",
+                [(row.price, *row.kernel, row.attempt) for row in latest],
             )
 
         try:
@@ -271,10 +299,11 @@ class Jobs:
             (peer, msgspec.msgpack.encode(addresses), time.time()),
         )
 
-    async def rate_peer(self, peer: PeerId, *, good: bool, units_per_second: float) -> None:
-        await self._write(
-            "UPDATE known_peer SET good=good+?, bad=bad+?, units_per_second=? WHERE id=?",
-            (int(good), int(not good), units_per_second, peer),
+    async def rate_peer(self, peer: PeerId, good: int, bad: int, units_per_second: float) -> None:
+        """Keeps what discovery counts of a peer."""
+        await self._keep_writing(
+            "UPDATE known_peer SET good=?, bad=?, units_per_second=? WHERE id=?",
+            (good, bad, units_per_second, peer),
         )
 
     async def known_peers(self) -> list[KnownPeer]:
@@ -359,7 +388,7 @@ def _open(path: Path) -> apsw.Connection:
         if found == (0, 0):
             _create(db)
         elif found == (APPLICATION_ID, 1):
-            _add_kernels(db)
+            _upgrade(db)
         elif found != (APPLICATION_ID, SCHEMA_VERSION):
             raise ConfigError(
                 f"{path} is of version {found[1]}, this program knows {SCHEMA_VERSION}",
@@ -383,11 +412,13 @@ def _create(db: apsw.Connection) -> None:
         db.pragma("user_version", SCHEMA_VERSION)
 
 
-def _add_kernels(db: apsw.Connection) -> None:
-    """Version 1 forgot what computed an interrupted attempt, and so what it may promise."""
+def _upgrade(db: apsw.Connection) -> None:
+    """From version 1."""
     with db:
-        for column in ("kernel", "identical"):
-            db.execute(f"ALTER TABLE attempt ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
+        for table, column, kind in _SINCE_1:
+            known = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+            if column not in known:
+                db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
         db.pragma("user_version", SCHEMA_VERSION)
 
 

@@ -15,6 +15,7 @@ from aivillage.node.pricelist import quote_hash, read_quote
 from aivillage.protocols import messages
 from aivillage.protocols.errors import (
     AivillageError,
+    JobError,
     LedgerError,
     PeerError,
     RefusedError,
@@ -31,6 +32,8 @@ QUOTE_SECONDS: Final = 5.0
 CONNECT_SECONDS: Final = 5.0
 SEEK_SECONDS: Final = 10.0
 """How long a job waits for the first offer, its task advertised meanwhile."""
+OTHERS_SECONDS: Final = 0.25
+"""Once one seller answered, the others asked have this long to be the better one."""
 QUOTE_MARGIN_MS: Final = 2_000
 
 
@@ -77,7 +80,7 @@ class Market:
         self._advertise = advertise
         self._quotes: dict[tuple[PeerId, str], Quoted] = {}
 
-    async def choose(self, need: Need, excluded: Mapping[PeerId, str]) -> Choice:
+    async def choose(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> Choice:
         """The best seller for `need`.
 
         Raises:
@@ -85,21 +88,25 @@ class Market:
             AivillageError: everybody refused; the most telling reason.
         """
         reasons: dict[PeerId, AivillageError] = {}
+        tried: set[PeerId] = set()
         with trio.move_on_after(SEEK_SECONDS):
             while True:
                 # Taken before we look, so that an offer that comes meanwhile is not missed.
                 news = self._discovery.next_news()
-                tried = {*excluded, *reasons}
-                candidates = [c for c in self._candidates(need) if c.peer not in tried]
-                choice = await self._best(need, candidates[:ASKED_AT_ONCE], reasons)
+                out = {*excluded, *tried}
+                candidates = [c for c in self._candidates(need) if c.peer not in out]
+                asked = candidates[:ASKED_AT_ONCE]
+                choice = await self._best(need, asked, reasons)
                 if choice is not None:
                     return choice
-                if candidates:
+                if asked:
+                    tried |= {candidate.peer for candidate in asked}
                     continue
                 if any(error.code != "PEER_LOST" for error in reasons.values()):
                     break  # somebody is there and said no: waiting changes nothing
                 self._advertise(need.operation)
                 await news.wait()
+                tried.clear()  # they could not be reached; who is back may be asked again
         raise self._nobody(need, excluded, reasons)
 
     def _candidates(self, need: Need) -> list[Candidate]:
@@ -118,6 +125,9 @@ class Market:
                 found.append(await self._quoted(need, candidate))
             except AivillageError as error:
                 reasons[candidate.peer] = error
+            else:
+                soon = trio.current_time() + OTHERS_SECONDS
+                nursery.cancel_scope.deadline = min(nursery.cancel_scope.deadline, soon)
 
         async with trio.open_nursery() as nursery:
             for candidate in candidates:
@@ -133,9 +143,12 @@ class Market:
         """A quote from one candidate, held against our budget and its patience with us."""
         link = await self._reach(candidate)
         quoted = await self._quote(need, link)
-        quote, reply = quoted.quote, quoted.reply
-        room = reply.room_micro_credits + quoted.owed - self._book.owed_to(link.peer)
-        price = price_of_rest(quote.terms, need.usage, need.done)
+        price = price_of_rest(quoted.quote.terms, need.usage, need.done)
+        if price > self._room(link, quoted):  # as it was then: it may have been paid since
+            self.forget_quote(link.peer, need.operation)
+            quoted = await self._quote(need, link)
+            price = price_of_rest(quoted.quote.terms, need.usage, need.done)
+        quote, reply, room = quoted.quote, quoted.reply, self._room(link, quoted)
         if price > need.budget:
             raise RequestError(
                 f"it may cost {as_credits(price)} credits, your ceiling leaves "
@@ -159,6 +172,10 @@ class Market:
             why=_why(candidate, link, reply),
         )
 
+    def _room(self, link: Link, quoted: Quoted) -> MicroCredits:
+        """What the seller lets us owe on top of what we owe now."""
+        return quoted.reply.room_micro_credits + quoted.owed - self._book.owed_to(link.peer)
+
     async def _reach(self, candidate: Candidate) -> Link:
         link = self._links.get(candidate.peer)
         if link is not None:
@@ -166,9 +183,11 @@ class Market:
         for address in candidate.addresses:
             with trio.move_on_after(CONNECT_SECONDS):
                 try:
-                    return await self._links.connect(address)
+                    link = await self._links.connect(address)
                 except AivillageError:
                     continue  # the next address; all failing is said below
+                if link.peer == candidate.peer:  # an offer may name somebody else's address
+                    return link
         self._discovery.unreachable(candidate.peer)
         raise PeerError(f"{candidate.peer} cannot be reached", code="PEER_LOST")
 
@@ -178,12 +197,13 @@ class Market:
         if kept and kept.quote.not_after_unix_ms - QUOTE_MARGIN_MS > time.time() * 1000:
             return kept
         owed = self._book.owed_to(link.peer)
-        reply = await link.ask(
-            messages.QuoteRequest(
-                id=link.next_id(), operation=need.operation, request=need.request
-            ),
-            timeout_seconds=QUOTE_SECONDS,
+        question = messages.QuoteRequest(
+            id=link.next_id(), operation=need.operation, request=need.request
         )
+        try:
+            reply = await link.ask(question, timeout_seconds=QUOTE_SECONDS)
+        except JobError as error:
+            raise PeerError(f"{link.peer[-8:]}: {error.message}", code="PEER_LOST") from None
         if not isinstance(reply, QuoteReply):
             raise PeerError("a quote was asked for, something else came", code="BAD_REQUEST")
         quote = read_quote(reply.quote, link.peer, need.operation)
@@ -195,23 +215,31 @@ class Market:
         """A call was refused: the next one asks anew."""
         self._quotes.pop((peer, operation), None)
 
+    def is_back(self, lost: Link) -> bool:
+        """Whether the peer of a lost link has a new one."""
+        return self._links.get(lost.peer) not in (None, lost)
+
     def forget_peer(self, peer: PeerId) -> None:
         """A restarted seller does not know its quotes."""
         self._quotes = {key: kept for key, kept in self._quotes.items() if key[0] != peer}
 
     def _nobody(
-        self, need: Need, excluded: Mapping[PeerId, str], reasons: Mapping[PeerId, AivillageError]
+        self,
+        need: Need,
+        excluded: Mapping[PeerId, AivillageError],
+        reasons: Mapping[PeerId, AivillageError],
     ) -> AivillageError:
         told = [error for error in reasons.values() if error.code != "PEER_LOST"]
         if told:
             return told[0]
-        tried = [f"{peer[-8:]}: {why}" for peer, why in excluded.items()]
-        tried += [f"{peer[-8:]}: {error.message}" for peer, error in reasons.items()]
+        both = (*excluded.items(), *reasons.items())
+        tried = [f"{peer[-8:]}: {error.message}" for peer, error in both]
         detail = f" ({'; '.join(tried[:4])})" if tried else ""
         return RefusedError(
             f"no peer does {need.operation} now{detail}",
             code="NO_PEER",
-            next_step="`aivillage-node peers` shows who is there; invite one that offers it",
+            next_step="`aivillage-node peers` shows who is there; invite one that offers it, "
+            "or do it here: submit --local",
         )
 
 

@@ -19,11 +19,18 @@ from aivillage.node.attempt import Attempt, Output
 from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
 from aivillage.node.jobs import JobRow, Jobs
+from aivillage.node.link import Link
 from aivillage.node.market import Choice, Market, Need
 from aivillage.node.workers import Workers
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
-from aivillage.protocols.errors import AivillageError, PeerError
+from aivillage.protocols.errors import (
+    AivillageError,
+    JobError,
+    NodeError,
+    PeerError,
+    RequestError,
+)
 from aivillage.protocols.job import JobEvent, State, step
 from aivillage.protocols.messages import Call, Finished, Frame
 from aivillage.protocols.ports import Book
@@ -35,6 +42,10 @@ BUSY_MAX: Final = 8
 """Half a minute of asking again, ever more slowly."""
 DEADLINE_SECONDS: Final = 600.0
 SETTLE_SECONDS: Final = 5.0
+BLAMED: Final = frozenset(
+    {"rejected", "PEER_LOST", "BAD_REQUEST", "JOB_FAILED", "DEADLINE", "INTERNAL"}
+)
+"""Ends of an attempt that count against the seller; an honest refusal does not."""
 
 Say = Callable[[Frame], None]
 
@@ -62,7 +73,8 @@ class Trade(msgspec.Struct, frozen=True):
     discovery: Discovery
     workers: Workers
     events: Events
-    attempts: dict[tuple[PeerId, int], Attempt]
+    attempts: dict[tuple[Link, int], Attempt]
+    """By link, not by peer: ids begin anew on every link."""
 
 
 class RejectedError(PeerError):
@@ -78,7 +90,7 @@ class Pursuit:
         self.state: State = "new"
         self.output = Output()
         self.spent: MicroCredits = 0
-        self.excluded: dict[PeerId, str] = {}
+        self.excluded: dict[PeerId, AivillageError] = {}
         self.result: bytes | None = None
         self._trade = trade
         self._is_engine = registry.is_served_by_engine(row.operation)
@@ -88,17 +100,24 @@ class Pursuit:
         self._why = ""
         self._attempts = 0
         self._busy = 0
+        self._started = time.monotonic()
 
     async def restore(self) -> None:
         """Picks up what was delivered before this node stopped."""
-        await self._trade.jobs.interrupt_attempts(self.row.id)
-        for attempt in await self._trade.jobs.attempts(self.row.id):
-            self._attempts += 1
+        jobs, row = self._trade.jobs, self.row
+        for attempt in await jobs.attempts(row.id):
+            self._attempts += attempt.outcome != "BUSY"
             self.spent += attempt.price
-            if attempt.price:
+            if attempt.price or attempt.outcome == "done":
                 self._sellers.append(attempt.seller)
                 self._kernels.add((attempt.kernel, attempt.identical))
-        for body in await self._trade.jobs.delivered(self.row.id):
+            if not attempt.outcome:
+                await jobs.end_attempt(AttemptId(attempt.id), attempt.price, "stopped")
+        if row.state == "settling" and row.result is not None:
+            self.state, self.result = "settling", row.result
+            self._usage = await self._trade.workers.meter(row.operation, row.request, row.result)
+            return
+        for body in await jobs.delivered(row.id):
             if self._is_engine:
                 self.output.add_piece(unpack(Piece, body))
             else:
@@ -112,13 +131,22 @@ class Pursuit:
         """
         self.move("seek")
         while self.result is None:
-            choice = await self._trade.market.choose(await self._need(), self.excluded)
+            need = await self._need()
+            choice = await self._trade.market.choose(need, self.excluded)
             self.move("call")
             try:
-                await self._try(choice)
+                await self._try(choice, need.usage)
             except AivillageError as error:
+                if self.result is not None:
+                    return  # whatever failed came after the verdict
                 self.move("retry")
-                await self._give_up_on(choice.link.peer, error)
+                await self._give_up_on(choice.link, error)
+
+    def seconds_left(self) -> Seconds:
+        """Of the owner's deadline, which began with the job, or of ours, which begins anew."""
+        if self.row.deadline is None:
+            return DEADLINE_SECONDS - (time.monotonic() - self._started)
+        return self.row.deadline - (time.time() - self.row.created)
 
     def receipt(self) -> Receipt:
         same = len(self._kernels) == 1 and {i for _, i in self._kernels} == {"guaranteed"}
@@ -151,7 +179,7 @@ class Pursuit:
         """Usage of what the job has so far; a module's parts are priced with its result."""
         return usage(output.read_bytes, len(output.ids)) if self._is_engine else {}
 
-    async def _try(self, choice: Choice) -> None:
+    async def _try(self, choice: Choice, most: Usage) -> None:
         """One attempt, to a checked result.
 
         Raises:
@@ -163,15 +191,15 @@ class Pursuit:
             choice=choice,
             output=self.output,
             done=self._meter(self.output),
+            most=most,
             book=self._trade.book,
             jobs=self._trade.jobs,
-            meter=self._meter,
             say=self.say,
             acknowledged=lambda: self.move("acknowledged"),
         )
         call = self._call(attempt)
         await self._trade.jobs.begin_attempt(attempt.attempt, self.row.id, attempt.seller)
-        self._trade.attempts[attempt.seller, call.id] = attempt
+        self._trade.attempts[choice.link, call.id] = attempt
         outcome = "stopped"
         try:
             finished = await attempt.run(call)
@@ -181,13 +209,18 @@ class Pursuit:
             outcome = "rejected" if isinstance(error, RejectedError) else error.code
             raise
         finally:
-            del self._trade.attempts[attempt.seller, call.id]
+            if self.result is not None:
+                outcome = "done"
             with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
-                await self._leave(attempt, call.id, outcome)
+                await attempt.leave(
+                    call.id, stopped=outcome == "stopped", finished=outcome == "done"
+                )
+            del self._trade.attempts[choice.link, call.id]
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
+                await self._leave(attempt, outcome)
 
     def _call(self, attempt: Attempt) -> Call:
         row = self.row
-        left = (row.deadline or DEADLINE_SECONDS) - (time.time() - row.created)
         return Call(
             id=attempt.choice.link.next_id(),
             attempt=attempt.attempt,
@@ -195,7 +228,7 @@ class Pursuit:
             request=row.request,
             quote_hash=attempt.choice.quote_hash,
             ceiling_micro_credits=row.ceiling - self.spent,
-            deadline_seconds=max(1.0, left),
+            deadline_seconds=max(1.0, self.seconds_left()),
             delivered=self._delivered(),
             done=dict(attempt.done),
         )
@@ -219,15 +252,29 @@ class Pursuit:
         row, workers = self.row, self._trade.workers
         try:
             self._require_same(attempt, finished)
-            verdict = await workers.check(row.operation, row.request, finished.result)
-            if not verdict.ok:
-                raise PeerError(f"the result is wrong: {verdict.reason}", code="BAD_REQUEST")
+            await self._require_ok(finished.result)
             counted = await workers.meter(row.operation, row.request, finished.result)
             attempt.bill(counted, finished)
-        except AivillageError as error:
+        except (PeerError, RequestError) as error:
             raise RejectedError(error.message, code="BAD_REQUEST") from error
+        # One step without an await: no cancel or deadline comes between verdict and result.
         self.move("passed")
         self.result, self._usage = finished.result, counted
+        with trio.CancelScope(shield=True):
+            await self._trade.jobs.passed(
+                row.id, self.state, finished.result, attempt.attempt, attempt.amount
+            )
+
+    async def _require_ok(self, result: bytes) -> None:
+        """Raises: PeerError: the verdict is no."""
+        row = self.row
+        try:
+            verdict = await self._trade.workers.check(row.operation, row.request, result)
+        except (JobError, NodeError) as error:  # our own worker failed: another one is asked, once
+            self._trade.events.emit("check_failed", level=30, job=row.id, reason=str(error))
+            verdict = await self._trade.workers.check(row.operation, row.request, result)
+        if not verdict.ok:
+            raise PeerError(f"the result is wrong: {verdict.reason}", code="BAD_REQUEST")
 
     def _require_same(self, attempt: Attempt, finished: Finished) -> None:
         """The last word must be about what was accepted, piece by piece."""
@@ -239,26 +286,23 @@ class Pursuit:
         if result.token_ids != tuple(self.output.ids) or finished.out_hash != attempt.out_hash:
             raise PeerError("the result is not what was streamed", code="BAD_REQUEST")
 
-    async def _leave(self, attempt: Attempt, call_id: int, outcome: str) -> None:
+    async def _leave(self, attempt: Attempt, outcome: str) -> None:
         """Ends an attempt: a final item for what was accepted, except after a failed verdict."""
-        if outcome != "done":
-            attempt.stop(call_id)
-        if attempt.amount and outcome != "rejected":
-            await self._settle(attempt)
         self._attempts += outcome != "BUSY"
         self.spent += attempt.amount
-        if attempt.amount:
+        if attempt.amount or outcome == "done":
             self._sellers.append(attempt.seller)
             self._kernels.add(attempt.kernel)
         self._why = attempt.choice.why
+        if outcome != "rejected" or not attempt.amount:
+            await self._settle(attempt)  # of nothing: the intent is dropped
         if outcome == "rejected":
             self.output = Output()  # what a liar delivered is no base to go on from
-        if outcome not in {"stopped", "BUSY", "QUOTE_EXPIRED"}:
-            self._rate(attempt, outcome)
-        # Last, since a full disk keeps these waiting until the caller's patience ends.
-        if outcome == "rejected":
             await self._trade.jobs.forget_delivered(self.row.id)
+        # Last, since a full disk keeps these waiting until the caller's patience ends.
         await self._trade.jobs.end_attempt(attempt.attempt, attempt.amount, outcome)
+        if outcome == "done" or outcome in BLAMED:
+            await self._rate(attempt, outcome)
 
     async def _settle(self, attempt: Attempt) -> None:
         """A book that cannot be written loses nothing: the seller claims it at the next SYNC."""
@@ -271,20 +315,23 @@ class Pursuit:
                 "settle_failed", level=40, job=self.row.id, peer=attempt.seller, reason=str(error)
             )
 
-    def _rate(self, attempt: Attempt, outcome: str) -> None:
-        record = self._trade.discovery.records.get(attempt.seller)
+    async def _rate(self, attempt: Attempt, outcome: str) -> None:
+        """What we saw of a seller, kept over restarts; never what it says of itself."""
+        record = self._trade.discovery.record_of(attempt.seller)
         made = sum(self._meter(self.output).values()) - sum(attempt.done.values())
         seconds = max(time.monotonic() - attempt.started, 1e-3)
-        if record is not None:
-            record.rate(good=outcome == "done", units_per_second=made / seconds)
+        record.rate(good=outcome == "done", units_per_second=made / seconds)
+        await self._trade.jobs.rate_peer(
+            attempt.seller, record.good, record.bad, record.units_per_second
+        )
 
-    async def _give_up_on(self, peer: PeerId, error: AivillageError) -> None:
+    async def _give_up_on(self, link: Link, error: AivillageError) -> None:
         """Excludes a seller from this job, or waits where it is only busy.
 
         Raises:
             AivillageError: `error`, after too many tries.
         """
-        trade = self._trade
+        trade, peer = self._trade, link.peer
         trade.market.forget_quote(peer, self.row.operation)
         trade.events.emit(
             "attempt_failed", job=self.row.id, peer=peer, code=error.code, reason=error.message
@@ -295,10 +342,13 @@ class Pursuit:
             self._busy += 1
             await trio.sleep(min(0.1 * 2**self._busy, 10.0) if error.code == "BUSY" else 0)
             return
+        if error.code == "PEER_LOST" and trade.market.is_back(link):
+            return  # while we settled with it
         if error.code == "PEER_LOST":
             trade.discovery.unreachable(peer)
-        self.excluded[peer] = error.message
-        note = f"{peer[-8:]} failed ({error.message}); going on elsewhere"
+        self.excluded[peer] = error
+        what = "is gone" if error.code == "PEER_LOST" else f"failed ({error.message})"
+        note = f"{peer[-8:]} {what}; going on elsewhere"
         self.say(messages.Progress(id=0, done=0, note=note))
 
     def move(self, event: JobEvent) -> None:

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import collections
+import functools
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
 
 import msgspec
 import trio
 
 from aivillage.models import registry
-from aivillage.models.inference.generate import FinishReason, GenerateResult, Piece
+from aivillage.models.inference.generate import (
+    FinishReason,
+    GenerateRequest,
+    GenerateResult,
+    Piece,
+    prompt_bytes,
+)
 from aivillage.models.inference.generate import usage as units
 from aivillage.node.config import Settings
 from aivillage.node.engines import EngineClient, EngineSession
 from aivillage.node.events import Events
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.links import Link
+from aivillage.node.module_runs import OnCall
 from aivillage.node.pricelist import PriceList
 from aivillage.node.steps import StepWriter
+from aivillage.node.sub_jobs import Buy, SubJobs, buy_nothing
 from aivillage.node.workers import Workers
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
@@ -45,6 +54,8 @@ LOOKAHEAD_UNITS: Final = 32
 """The engine may compute one prompt slice ahead of what may be delivered."""
 BEAT_SECONDS: Final = 2.0
 """A sign of life while nothing can be delivered yet: a model loads, a prompt is read."""
+
+T = TypeVar("T")
 
 
 class Sale(msgspec.Struct):
@@ -91,10 +102,14 @@ class Seller:
         self._book = book
         self._events = events
         self._nursery = nursery
-        self._sales: dict[tuple[PeerId, int], Sale] = {}
+        self._sales: dict[tuple[Link, int], Sale] = {}  # ids begin anew on every link
         self._steps: dict[PeerId, StepWriter] = {}
         self._attempts: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.refusal: Callable[[], AivillageError | None] = lambda: None
+        self.acquainted: Callable[[PeerId], Awaitable[None]] = _at_once
+        """Returns once the owner's word on a peer that just came is in the book."""
+        self.buy: Buy = buy_nothing
+        """Where the sub-jobs of modules go."""
 
     # ------------------------------------------------------------------ what we sell
     def operations(self) -> list[OperationInfo]:
@@ -127,12 +142,12 @@ class Seller:
         except AivillageError as error:
             self._refuse(link, call.id, error)
             return
-        self._sales[link.peer, call.id] = sale
+        self._sales[link, call.id] = sale
         send_or_drop(link, messages.Accepted(id=call.id))
         self._nursery.start_soon(self._serve, sale)
 
     def on_cancel(self, link: Link, call_id: int) -> None:
-        sale = self._sales.get((link.peer, call_id))
+        sale = self._sales.get((link, call_id))
         if sale is not None:
             sale.scope.cancel()
 
@@ -151,6 +166,7 @@ class Seller:
         try:
             operation = self._sold(request.operation)
             usage, seconds = await self._workers.estimate(request.operation, request.request)
+            await self.acquainted(link.peer)
             reply = messages.QuoteReply(
                 id=request.id,
                 quote=self._prices.quote(operation, dict(usage), seconds),
@@ -159,6 +175,9 @@ class Seller:
             )
         except AivillageError as error:
             self._refuse(link, request.id, error)
+        except Exception as defect:  # one question must not fell the daemon
+            self._events.emit("quote_crashed", level=40, peer=link.peer, error=repr(defect))
+            self._refuse(link, request.id, NodeError("the seller failed"))
         else:
             send_or_drop(link, reply)
 
@@ -178,7 +197,7 @@ class Seller:
             AivillageError: the call is refused, and why.
         """
         self._sold(call.operation)
-        if len(call.attempt) != 16 or (link.peer, call.id) in self._sales:
+        if len(call.attempt) != 16 or (link, call.id) in self._sales:
             raise RequestError("an attempt has a fresh 16-byte id, a call a free one")
         if call.attempt in self._attempts:
             raise PeerError("this attempt was called before", code="REPLAYED")
@@ -230,7 +249,7 @@ class Seller:
         self._end(sale, error)
 
     def _end(self, sale: Sale, error: AivillageError | None) -> None:
-        del self._sales[sale.peer, sale.call.id]
+        del self._sales[sale.link, sale.call.id]
         self._book.end_sale(sale.peer, sale.attempt)
         sale.steps.flush()
         self._events.emit(
@@ -276,8 +295,14 @@ class Seller:
         delivered = [unpack(Piece, body) for body in call.delivered]
         ids = [token for piece in delivered for token in piece.token_ids]
         text = ["".join(piece.text for piece in delivered)]
+        asked_bytes = prompt_bytes(unpack(GenerateRequest, call.request))
+        had = units(asked_bytes, len(ids)) if ids else {}
+        # What the buyer says that it had counts only as far as it shows it.
+        done = {unit: min(count, had.get(unit, count)) for unit, count in call.done.items()}
+        if not ids:
+            done.pop("output_tokens", None)
         async with engine.open_session(call.request, tuple(ids)) as session:
-            self._allow(sale, session, 0)
+            self._allow(sale, session, sum(had.values()))
             async for frame in session:
                 if frame.error:
                     raise JobError(frame.error, code="JOB_FAILED")
@@ -287,7 +312,7 @@ class Seller:
                 usage = units(frame.read_bytes, len(ids))
                 body = token_bytes(frame.token_ids)
                 out_hash = sale.fold(body)
-                await self._deliver(sale, price_of_rest(sale.terms, usage, call.done), out_hash)
+                await self._deliver(sale, price_of_rest(sale.terms, usage, done), out_hash)
                 sale.steps.add(
                     StepItem(call.id, first, frame.token_ids, frame.text, out_hash[:8],
                              frame.read_bytes)
@@ -306,11 +331,24 @@ class Seller:
 
     async def _loaded(self, sale: Sale) -> EngineClient:
         """The engine, loaded; the buyer gets a sign of life every two seconds until then."""
+        load = functools.partial(
+            self._workers.engine, unpack(GenerateRequest, sale.call.request).model
+        )
+        return await self._beating(sale, "loading the model", load)
+
+    async def _beating(self, sale: Sale, note: str, work: Callable[[], Awaitable[T]]) -> T:
+        """What `work` gives or raises, with signs of life for the buyer meanwhile."""
+        error: AivillageError | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._beat, sale, "loading the model")
-            engine = await self._workers.engine(sale.call.operation)
+            nursery.start_soon(self._beat, sale, note)
+            try:
+                found = await work()
+            except AivillageError as refusal:  # a nursery would wrap it
+                error = refusal
             nursery.cancel_scope.cancel()
-        return engine
+        if error is not None:
+            raise error
+        return found
 
     async def _beat(self, sale: Sale, note: str) -> None:
         while True:
@@ -318,8 +356,11 @@ class Seller:
             send_or_drop(sale.link, messages.Progress(id=sale.call.id, done=0, note=note))
 
     def _allow(self, sale: Sale, session: EngineSession, units_made: int) -> None:
-        room = self._book.room(sale.peer) // max(1, dearest_unit(sale.terms))
-        session.allow(units_made + room + LOOKAHEAD_UNITS)
+        """Beyond `units_made`, never more than one delivery may hold: it would wait for ever."""
+        dearest = max(1, dearest_unit(sale.terms))
+        at_once = max(1, self._settings.village_exposure_micro_credits // dearest)
+        room = self._book.room(sale.peer) // dearest
+        session.allow(units_made + max(room, min(LOOKAHEAD_UNITS, at_once)))
 
     async def _run_module(self, sale: Sale) -> None:
         """A module's call: parts as they come; the result when its price may be delivered."""
@@ -329,7 +370,7 @@ class Seller:
             call.request,
             delivered=call.delivered,
             deadline_seconds=call.deadline_seconds,
-            on_call=_no_sub_jobs,
+            on_call=self._sub_jobs(sale),
         ) as events:
             async for event in events:
                 if isinstance(event, ProgressEvent):
@@ -344,10 +385,25 @@ class Seller:
                 elif isinstance(event, ResultEvent):
                     usage = await self._workers.meter(call.operation, call.request, event.body)
                     out_hash = sale.fold(event.body)
-                    await self._deliver(sale, price_of_rest(sale.terms, usage, call.done), out_hash)
+                    await self._deliver(sale, price_of_rest(sale.terms, usage, {}), out_hash)
                     self._finish(sale, event.body, usage)
                     return
         raise JobError("the module ended without a result", code="JOB_FAILED")
+
+    def _sub_jobs(self, sale: Sale) -> OnCall:
+        """At our cost: within the sale's ceiling, and what a job of our own may cost unasked."""
+        sub_jobs = SubJobs(
+            self.buy,
+            parent=sale.attempt.hex(),
+            ceiling=min(sale.call.ceiling_micro_credits, self._settings.ceiling_micro_credits),
+            deadline_seconds=min(sale.call.deadline_seconds, DEADLINE_SECONDS_MAX),
+        )
+
+        async def call(operation: str, request: bytes, budget: int) -> bytes:
+            work = functools.partial(sub_jobs, operation, request, budget)
+            return await self._beating(sale, f"waiting for {operation}", work)
+
+        return call
 
     def _part(self, sale: Sale, event: PartEvent) -> None:
         seq = len(sale.call.delivered) + sale.number
@@ -381,5 +437,5 @@ class Seller:
         )
 
 
-async def _no_sub_jobs(_operation: str, _request: bytes, _budget: int) -> bytes:
-    raise RefusedError("this node buys nothing for the jobs of others", code="OWNER_LIMIT")
+async def _at_once(_peer: PeerId) -> None:
+    """Everybody is as well known as they will be."""

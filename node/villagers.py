@@ -64,7 +64,6 @@ class Villagers:
     ) -> None:
         self.peer = peer_of(key)
         self.membership = membership
-        self.lines: dict[PeerId, MicroCredits] = {}
         self._key = key
         self._settings = settings
         self._links = links
@@ -73,6 +72,7 @@ class Villagers:
         self._events = events
         self._nursery = nursery
         self._not_before: dict[PeerId, tuple[float, Seconds]] = {}
+        self._trusting: dict[PeerId, trio.Event] = {}
 
     def line_of(self, link: Link) -> MicroCredits | None:
         """What a neighbour may owe us; None for a stranger."""
@@ -95,7 +95,7 @@ class Villagers:
             functools.partial(_send_blob, link),
         )
         if line is not None:
-            self.lines[link.peer] = line
+            self._trusting[link.peer] = trio.Event()
             self._nursery.start_soon(self._trust, link, line)
         self._events.emit(
             "peer_up", peer=link.peer, agent=link.hello.agent, member=line is not None
@@ -105,9 +105,36 @@ class Villagers:
         try:
             exposure = min(line, self._settings.village_exposure_micro_credits)
             await self._book.set_line(link.peer, line, exposure)
+            send_or_drop(
+                link,
+                messages.Standing(line_micro_credits=line, exposure_micro_credits=exposure),
+            )
             await self._jobs.saw_peer(link.peer, link.hello.addresses)
         except AivillageError as error:
             self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
+        finally:
+            trusting = self._trusting.pop(link.peer, None)
+            if trusting is not None:
+                trusting.set()
+
+    def on_standing(self, link: Link, standing: messages.Standing) -> None:
+        self._nursery.start_soon(self._note_standing, link.peer, standing)
+
+    async def _note_standing(self, peer: PeerId, standing: messages.Standing) -> None:
+        """A generous peer does not make us generous: our own exposure bounds what it may claim."""
+        exposure = self._settings.village_exposure_micro_credits
+        try:
+            await self._book.set_received(
+                peer, standing.line_micro_credits, min(standing.exposure_micro_credits, exposure)
+            )
+        except AivillageError as error:
+            self._events.emit("standing_not_recorded", level=30, peer=peer, reason=str(error))
+
+    async def acquainted(self, peer: PeerId) -> None:
+        """Returns once the book knows what a member that just came may owe."""
+        trusting = self._trusting.get(peer)
+        if trusting is not None:
+            await trusting.wait()
 
     def on_down(self, link: Link, reason: str) -> None:
         self._book.disconnected(link.peer)

@@ -175,7 +175,12 @@ class Workers:
                 seed=seed,
                 scratch=str(worker.scratch),
             )
-            run = ModuleRun(worker, command, on_call)
+
+            async def away(operation: str, request: bytes, budget: int) -> bytes:
+                async with self._pool.away(worker):
+                    return await on_call(operation, request, budget)
+
+            run = ModuleRun(worker, command, away)
             try:
                 yield run
             finally:

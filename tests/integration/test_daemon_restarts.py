@@ -64,7 +64,7 @@ def test_a_killed_buyer_goes_on_with_its_job_by_itself(yard):
     ended = bob.job_ended(job, 40)
     assert ended["state"] == "done", ended
     assert ended["result"] == {"note": "x", "parts": 60}
-    assert [attempt["outcome"] for attempt in ended["attempts"]] == ["interrupted", "done"]
+    assert [attempt["outcome"] for attempt in ended["attempts"]] == ["stopped", "done"]
     settled([ann, bob], 20)
     assert bob.ask("balance")["spent"] == ended["receipt"]["price_micro_credits"] == 10 + 60 * 10
 

@@ -212,7 +212,7 @@ async def test_a_worker_reaches_neither_network_nor_its_daemon(tmp_path, install
         outcome = json.loads(await rogue_says(workers, "reach_out"))
         assert workers.fences.sandboxed
     assert set(outcome.values()) == {"PermissionError"}
-    assert len(outcome) == 7
+    assert len(outcome) == 8
 
 
 @pytest.mark.skipif(not HAS_LANDLOCK, reason="this kernel has no Landlock")
@@ -252,8 +252,8 @@ async def test_what_a_rogue_does_is_a_typed_failure_of_its_job_only(tmp_path, in
 
 async def test_a_rogue_that_does_not_heed_a_cancel_is_killed(tmp_path, installed):
     async with opened(tmp_path, "test.rogue") as workers:
-        with trio.fail_after(8):
-            with trio.move_on_after(0.5):
+        with trio.fail_after(30):
+            with trio.move_on_after(1):
                 await rogue_says(workers, "spin")
             assert await rogue_says(workers, "nothing") == "nothing"
 

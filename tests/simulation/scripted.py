@@ -1,0 +1,211 @@
+"""Workers without processes: an engine whose every token is a hash, honest or not, as scripted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from aivillage.models.inference.generate import (
+    BYTES_PER_QUAD,
+    GenerateRequest,
+    GenerateResult,
+    prompt_bytes,
+)
+from aivillage.models.mesh.noop import NoopRequest, NoopResult
+from aivillage.node.workers import Workers, WorkerSettings
+from aivillage.protocols.codec import unpack
+from aivillage.protocols.errors import AivillageError, JobError
+from aivillage.protocols.ports import (
+    EngineInfo,
+    Event,
+    PartEvent,
+    ResultEvent,
+    SessionFrame,
+    Verdict,
+)
+
+TEXT = "the mesh is made of many machines that lend each other what they have"
+WORDS = tuple(TEXT.split())
+SLICE_QUADS = 32
+INFO = EngineInfo(
+    engine="scripted", model="hash", kernel_class="scripted/1", identical="guaranteed",
+    active_parameters=1, context_tokens=2048, vocabulary=49_152, weights_sha256="",
+)  # fmt: skip
+
+
+def token(request: GenerateRequest, number: int, key: str = "") -> int:
+    """Token `number` of the answer; another key gives another model."""
+    named = f"{key}|{request.prompt}|{request.seed}|{number}".encode()
+    return 3 + int.from_bytes(hashlib.sha256(named).digest()[:4], "big") % 40_000
+
+
+def word(number: int) -> str:
+    return WORDS[number % len(WORDS)] + " "
+
+
+def answer(request: GenerateRequest, key: str = "") -> GenerateResult:
+    """What an honest engine says."""
+    ids = tuple(token(request, n, key) for n in range(request.max_tokens))
+    return GenerateResult(
+        text="".join(map(word, ids)),
+        token_ids=ids,
+        finish_reason="length",
+        prompt_bytes=prompt_bytes(request),
+    )
+
+
+@dataclass
+class Script:
+    """How one node's engine behaves; a test may change it at any time."""
+
+    key: str = ""
+    step_seconds: float = 0.0
+    die_after: int | None = None
+    """The engine fails once it has made this many tokens."""
+    pause_at: int | None = None
+    """It stops before this token until `go` is set; `paused` says that it got there."""
+    extra_tokens: int = 0
+    load_failure: AivillageError | None = None
+    check_failures: list[AivillageError] = field(default_factory=list)
+    check_gate: trio.Event | None = None
+    checking: trio.Event = field(default_factory=trio.Event)
+    paused: trio.Event = field(default_factory=trio.Event)
+    go: trio.Event = field(default_factory=trio.Event)
+    made: int = 0
+    """Tokens computed on this node, over all sessions."""
+    open_sessions: int = 0
+
+
+class ScriptedSession:
+    """One answer; follows its allowance as the real engine does."""
+
+    def __init__(self, script: Script, request: GenerateRequest, delivered: Sequence[int]) -> None:
+        self._script = script
+        self._request = request
+        self._count = len(delivered)
+        self._quads = -(-prompt_bytes(request) // BYTES_PER_QUAD)
+        self._read_quads = 0
+        self._reported = self._quads if delivered else 0
+        self._allowed = 0
+        self._more = trio.Event()
+        self._ended = False
+
+    def allow(self, units: int) -> None:
+        self._allowed = max(self._allowed, units)
+        self._more.set()
+        self._more = trio.Event()
+
+    def __aiter__(self) -> ScriptedSession:
+        return self
+
+    async def __anext__(self) -> SessionFrame:
+        if self._ended:
+            raise StopAsyncIteration
+        await trio.sleep(self._script.step_seconds)
+        while self._read_quads < self._quads:
+            while self._allowed <= self._read_quads:
+                await self._more.wait()
+            self._read_quads = min(self._quads, self._read_quads + SLICE_QUADS, self._allowed)
+            if self._read_quads > self._reported:
+                self._reported = self._read_quads
+                return self._frame((), "")
+        last = self._request.max_tokens + self._script.extra_tokens
+        if self._count >= last:
+            return self._frame((), "length")
+        return await self._next_token(last)
+
+    async def _next_token(self, last: int) -> SessionFrame:
+        script = self._script
+        while self._allowed < self._quads + self._count + 1:
+            await self._more.wait()
+        if script.pause_at == self._count:
+            script.paused.set()
+            await script.go.wait()
+        if script.die_after is not None and self._count >= script.die_after:
+            raise JobError("the engine died", code="JOB_FAILED")
+        made = token(self._request, self._count, script.key)
+        self._count += 1
+        script.made += 1
+        return self._frame((made,), "length" if self._count == last else "")
+
+    def _frame(self, ids: tuple[int, ...], finished: str) -> SessionFrame:
+        self._ended = bool(finished)
+        read = min(prompt_bytes(self._request), self._reported * BYTES_PER_QUAD)
+        return SessionFrame(1, ids, "".join(map(word, ids)), read, finished)
+
+
+class ScriptedEngine:
+    """Stands where an `EngineClient` would."""
+
+    info = INFO
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+
+    @asynccontextmanager
+    async def open_session(
+        self, request: bytes, delivered: Sequence[int] = ()
+    ) -> AsyncIterator[ScriptedSession]:
+        self._script.open_sessions += 1
+        try:
+            yield ScriptedSession(self._script, unpack(GenerateRequest, request), delivered)
+        finally:
+            self._script.open_sessions -= 1
+
+
+class ScriptedWorkers(Workers):
+    """The real description, estimate and meter; `check`, `run` and `engine` without a process."""
+
+    def __init__(self, nursery: trio.Nursery, folder: Path, script: Script) -> None:
+        super().__init__(nursery, WorkerSettings(), folder)
+        self.script = script
+
+    async def check(self, operation: str, request: bytes, result: bytes) -> Verdict:
+        """The whole answer, compared token by token and letter by letter."""
+        self.script.checking.set()
+        if self.script.check_gate is not None:
+            await self.script.check_gate.wait()
+        await trio.lowlevel.checkpoint()
+        if self.script.check_failures:
+            raise self.script.check_failures.pop(0)
+        if operation == "mesh.noop":
+            asked, got = unpack(NoopRequest, request), unpack(NoopResult, result)
+            same = got == NoopResult(note=asked.note, parts=asked.parts)
+        else:
+            same = unpack(GenerateResult, result) == answer(unpack(GenerateRequest, request))
+        return Verdict(ok=same, reason="" if same else "not the answer")
+
+    async def engine(self, operation_or_model: str) -> Any:
+        await trio.lowlevel.checkpoint()
+        if self.script.load_failure is not None:
+            raise self.script.load_failure
+        return ScriptedEngine(self.script)
+
+    @asynccontextmanager
+    async def run(  # type: ignore[override]
+        self, operation: str, request: bytes, *, delivered: Sequence[bytes] = (), **_: Any
+    ) -> AsyncIterator[AsyncIterator[Event]]:
+        self.describe(operation)
+        self.script.open_sessions += 1
+        try:
+            async with aclosing(self._noop(unpack(NoopRequest, request), len(delivered))) as events:
+                yield events
+        finally:
+            self.script.open_sessions -= 1
+
+    async def _noop(self, request: NoopRequest, first: int) -> AsyncGenerator[Event, None]:
+        for part in range(first, request.parts):
+            if self.script.pause_at == part:
+                self.script.paused.set()
+                await self.script.go.wait()
+            await trio.sleep(request.sleep_seconds / request.parts)
+            yield PartEvent(body=msgspec.msgpack.encode(part))
+        result = NoopResult(note=self.script.key + request.note, parts=request.parts)
+        yield ResultEvent(body=msgspec.msgpack.encode(result))
