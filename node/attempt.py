@@ -258,7 +258,7 @@ class Attempt:
                 self._all_stored.set()
 
         place = self.job, len(self.output.bodies) - 1, self.attempt
-        self._jobs.keep(place, body, amount, durable)
+        self._jobs.keep(place, body, amount, self.kernel, durable)
 
     async def _stored(self) -> None:
         while self._unstored:

@@ -39,7 +39,8 @@ CREATE TABLE job(
 CREATE INDEX job_open ON job(state) WHERE ended IS NULL;
 CREATE TABLE attempt(
   id BLOB PRIMARY KEY, job TEXT NOT NULL REFERENCES job(id), seller TEXT NOT NULL,
-  price INTEGER NOT NULL DEFAULT 0, outcome TEXT NOT NULL DEFAULT '', created REAL NOT NULL) STRICT;
+  price INTEGER NOT NULL DEFAULT 0, outcome TEXT NOT NULL DEFAULT '', created REAL NOT NULL,
+  kernel TEXT NOT NULL DEFAULT '', identical TEXT NOT NULL DEFAULT '') STRICT;
 CREATE INDEX attempt_job ON attempt(job);
 CREATE TABLE delivered(
   job TEXT NOT NULL REFERENCES job(id), seq INTEGER NOT NULL, attempt BLOB NOT NULL,
@@ -53,10 +54,13 @@ CREATE TABLE used_invite(nonce BLOB PRIMARY KEY, guest TEXT NOT NULL, at REAL NO
 CREATE TABLE setting(key TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
 """
 
-_FROM_1: Final = """
-ALTER TABLE job ADD COLUMN local INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE job ADD COLUMN parent TEXT NOT NULL DEFAULT '';
-"""
+_SINCE_1: Final = (
+    ("job", "local", "INTEGER NOT NULL DEFAULT 0"),
+    ("job", "parent", "TEXT NOT NULL DEFAULT ''"),
+    ("attempt", "kernel", "TEXT NOT NULL DEFAULT ''"),
+    ("attempt", "identical", "TEXT NOT NULL DEFAULT ''"),
+)
+"""Columns that version 1 did not have, or not always."""
 
 
 class JobRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +93,8 @@ class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
     price: MicroCredits
     outcome: str
     created: float
+    kernel: str
+    identical: str
 
 
 class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +116,7 @@ class _Kept(NamedTuple):
     attempt: AttemptId
     body: bytes
     price: MicroCredits
+    kernel: tuple[str, str]
 
 
 def _select(kind: type[msgspec.Struct], table: str) -> str:
@@ -242,13 +249,14 @@ class Jobs:
         place: tuple[JobId, int, AttemptId],
         body: bytes,
         price: MicroCredits,
+        kernel: tuple[str, str],
         durable: Callable[[], None],
     ) -> None:
-        """Queues one piece of output, with what its attempt costs now.
+        """Queues one piece of output, with what its attempt costs now and what computes it.
 
         `durable` is called on this loop once both are stored.
         """
-        self._pending.append((_Kept(*place, body, price), durable))
+        self._pending.append((_Kept(*place, body, price, kernel), durable))
         self._wake.set()
 
     async def flush_forever(self) -> None:
@@ -264,7 +272,7 @@ class Jobs:
 
     async def _stored(self, rows: list[_Kept]) -> bool:
         """Output and its price together, so that a restart knows what it has spent."""
-        prices = {row.attempt: row.price for row in rows}
+        latest = {row.attempt: row for row in rows}.values()
 
         def work(db: apsw.Connection) -> None:
             db.executemany(
@@ -272,8 +280,8 @@ class Jobs:
                 [row[:4] for row in rows],
             )
             db.executemany(
-                "UPDATE attempt SET price=max(price, ?) WHERE id=?",
-                [(price, attempt) for attempt, price in prices.items()],
+                "UPDATE attempt SET price=max(price, ?), kernel=?, identical=? WHERE id=?",
+                [(row.price, *row.kernel, row.attempt) for row in latest],
             )
 
         try:
@@ -405,9 +413,12 @@ def _create(db: apsw.Connection) -> None:
 
 
 def _upgrade(db: apsw.Connection) -> None:
-    """From version 1, which knew neither local jobs nor sub-jobs."""
+    """From version 1."""
     with db:
-        db.execute(_FROM_1)
+        for table, column, kind in _SINCE_1:
+            known = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+            if column not in known:
+                db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
         db.pragma("user_version", SCHEMA_VERSION)
 
 

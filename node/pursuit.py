@@ -110,6 +110,7 @@ class Pursuit:
             self.spent += attempt.price
             if attempt.price or attempt.outcome == "done":
                 self._sellers.append(attempt.seller)
+                self._kernels.add((attempt.kernel, attempt.identical))
             if not attempt.outcome:
                 await jobs.end_attempt(AttemptId(attempt.id), attempt.price, "stopped")
         if row.state == "settling" and row.result is not None:

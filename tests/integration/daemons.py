@@ -254,21 +254,25 @@ class Daemon:
 
     def submit(self, operation: str, *, peer: str = "", **request: Any) -> str:
         """Hands in a job and returns its id at once."""
+        frames = self.follow(operation, peer=peer, follow=False, **request)
+        return str(next(f for f in frames if isinstance(f, messages.Answer)).value["job"])
+
+    def follow(
+        self, operation: str, *, peer: str = "", follow: bool = True, **request: Any
+    ) -> Iterator[messages.Frame]:
+        """Hands in a job and yields what comes; closing the iterator leaves the job running."""
         with self.client() as client:
             call = client.next_id()
-            client.send(
+            client.patient().send(
                 messages.Submit(
                     id=call,
                     operation=operation,
                     request=msgspec.msgpack.encode(request),
                     peer=peer or None,
-                    follow=False,
+                    follow=follow,
                 )
             )
-            for frame in client.frames(call):
-                if isinstance(frame, messages.Answer):
-                    return str(frame.value["job"])
-        raise AssertionError("frames end with an answer or an error")
+            yield from client.frames(call)
 
     def sellers_known(self, operation: str) -> set[str]:
         """Who offers `operation`, as far as this node has heard."""

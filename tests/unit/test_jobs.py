@@ -1,0 +1,72 @@
+"""jobs.db across versions of this program, and on what an interrupted attempt leaves."""
+
+from __future__ import annotations
+
+import apsw
+import pytest
+
+from aivillage.node.jobs import APPLICATION_ID, SCHEMA_VERSION, JobRow, open_jobs
+from aivillage.protocols.errors import ConfigError
+from aivillage.protocols.types import AttemptId, JobId, PeerId
+
+JOB = JobId("ab" * 16)
+ATTEMPT = AttemptId(bytes(16))
+
+
+async def _with_an_attempt(path):
+    async with open_jobs(path) as jobs:
+        row = JobRow(
+            id=JOB, operation="mesh.noop", request=b"\x80", state="new", ceiling=1, deadline=None,
+            peer="", created=1.0,
+        )  # fmt: skip
+        await jobs.add(row)
+        await jobs.begin_attempt(ATTEMPT, JOB, PeerId("somebody"))
+
+
+@pytest.mark.parametrize("sub_jobs", [True, False])
+async def test_a_store_of_the_first_version_opens_and_keeps_its_attempts(tmp_path, sub_jobs):
+    path = tmp_path / "jobs.db"
+    await _with_an_attempt(path)
+    db = apsw.Connection(str(path))
+    for column in ("kernel", "identical"):
+        db.execute(f"ALTER TABLE attempt DROP COLUMN {column}")
+    if not sub_jobs:
+        for column in ("local", "parent"):
+            db.execute(f"ALTER TABLE job DROP COLUMN {column}")
+    db.pragma("user_version", 1)
+    db.close()
+    async with open_jobs(path) as jobs:
+        (row,) = await jobs.unfinished()
+        assert (row.id, row.local, row.parent) == (JOB, False, "")
+        (attempt,) = await jobs.attempts(JOB)
+        assert (attempt.id, attempt.kernel, attempt.identical) == (ATTEMPT, "", "")
+
+
+async def test_a_store_of_a_newer_version_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "jobs.db"
+    await _with_an_attempt(path)
+    db = apsw.Connection(str(path))
+    db.pragma("user_version", SCHEMA_VERSION + 1)
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="version"):
+        async with open_jobs(path):
+            raise AssertionError("it opened")
+    assert path.read_bytes() == before
+    assert APPLICATION_ID.to_bytes(4, "big") in before
+
+
+async def test_an_interrupted_attempt_keeps_its_price_and_its_kernel(tmp_path):
+    import trio
+
+    path = tmp_path / "jobs.db"
+    await _with_an_attempt(path)
+    async with open_jobs(path) as jobs:
+        for seq, price in ((0, 5), (1, 9)):
+            stored = trio.Event()
+            kernel = ("cpu", "guaranteed")
+            jobs.keep((JOB, seq, ATTEMPT), b"x", price, kernel, stored.set)
+            await stored.wait()
+        (attempt,) = await jobs.attempts(JOB)
+    assert attempt.price == 9
+    assert (attempt.kernel, attempt.identical) == ("cpu", "guaranteed")
