@@ -41,12 +41,16 @@ class Client:
         self._buffer = bytearray()
         try:
             self._socket.connect(str(path))
-            hello = self.receive()
         except OSError:
             self._socket.close()
             raise NoDaemonError(
                 "no node is running here", next_step="start one: aivillage-node start"
             ) from None
+        try:
+            hello = self.receive()
+        except AivillageError:
+            self._socket.close()
+            raise
         if not isinstance(hello, Hello) or hello.major != messages.VERSION_MAJOR:
             raise PeerError("the running node is of another version", code="VERSION_UNSUPPORTED")
 
@@ -70,7 +74,10 @@ class Client:
         return next(self._ids)
 
     def send(self, frame: Frame) -> None:
-        self._socket.sendall(codec.frame(frame))
+        try:
+            self._socket.sendall(codec.frame(frame))
+        except OSError as error:
+            raise _lost(error) from None
 
     def receive(self) -> Frame:
         """The next frame. Raises: NodeError: the daemon ended."""
@@ -79,11 +86,12 @@ class Client:
 
     def _take(self, count: int) -> bytes:
         while len(self._buffer) < count:
-            chunk = self._socket.recv(65536)
+            try:
+                chunk = self._socket.recv(65536)
+            except OSError as error:
+                raise _lost(error) from None
             if not chunk:
-                raise NodeError(
-                    "the node ended", next_step="look at its log, then: aivillage-node start"
-                )
+                raise _lost(ConnectionResetError())
             self._buffer += chunk
         taken = bytes(self._buffer[:count])
         del self._buffer[:count]
@@ -109,6 +117,15 @@ class Client:
             yield frame
             if isinstance(frame, messages.Answer):
                 return
+
+
+def _lost(error: OSError) -> NodeError:
+    """What a broken conversation means to the person."""
+    if isinstance(error, TimeoutError):
+        return NodeError(
+            "the node does not answer", next_step="is its machine overloaded, or the node paused?"
+        )
+    return NodeError("the node ended", next_step="look at its log, then: aivillage-node start")
 
 
 def _error(failure: messages.Failure) -> AivillageError:

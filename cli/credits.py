@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +48,7 @@ def balance(args: argparse.Namespace) -> int:
             )
             for peer in found["peers"]
         ],
-        ("peer", "owes me", "spendable there", "may owe me"),
+        ("peer", "owes me", "I can spend there", "may owe me"),
     )
     return 0
 
@@ -58,7 +59,10 @@ def history(args: argparse.Namespace) -> int:
     found = _ask(
         args,
         "history",
-        lambda: reader.read_history(places(args).ledger, args.limit),
+        lambda: [
+            msgspec.to_builtins(row) | {"attempt": row.attempt.hex()}
+            for row in reader.read_history(places(args).ledger, args.limit)
+        ],
         limit=args.limit,
     )
     if args.json:
@@ -67,17 +71,25 @@ def history(args: argparse.Namespace) -> int:
     show.table(
         [
             (
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["at_ms"] / 1000)),
-                row["kind"],
-                show.short(row["peer"]),
-                row["attempt"][:8],
-                as_credits(row["amount"]),
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(rows[0]["at_ms"] / 1000)),
+                rows[0]["kind"],
+                show.short(rows[0]["peer"]),
+                rows[0]["attempt"][:8],
+                as_credits(sum(row["amount"] for row in rows)),
+                len(rows),
             )
-            for row in found
+            for rows in _by_attempt(found)
         ],
-        ("when", "what", "peer", "attempt", "credits"),
+        ("when", "what", "peer", "attempt", "credits", "vouchers"),
     )
     return 0
+
+
+def _by_attempt(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """A person thinks of a job, not of each voucher in it; `--json` has them all."""
+    same = ("kind", "peer", "attempt")
+    groups = itertools.groupby(found, key=lambda row: tuple(row[name] for name in same))
+    return [list(rows) for _, rows in groups]
 
 
 def audit(args: argparse.Namespace) -> int:

@@ -163,7 +163,7 @@ def _ask(
                 if on_text:
                     on_text(count)
             elif isinstance(frame, messages.Progress):
-                stage.say(frame.note)
+                stage.say("  " + frame.note)
     raise AssertionError("frames end with an answer or an error")
 
 

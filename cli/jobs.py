@@ -19,6 +19,10 @@ from aivillage.protocols.types import as_credits
 
 def submit(args: argparse.Namespace) -> int:
     """Streams the answer to standard output, progress and the receipt to standard error."""
+    if args.wants_help:
+        return _help(args)
+    if args.operation is None:
+        raise RequestError("which operation?", next_step="aivillage-node operations")
     with connect(args) as client:
         operation = _operation(client, args.operation)
         request = _request(operation, args.rest)
@@ -32,6 +36,7 @@ def submit(args: argparse.Namespace) -> int:
                 deadline_seconds=args.deadline,
                 peer=args.peer,
                 follow=not args.detach,
+                local=args.local,
             )
         )
         try:
@@ -61,9 +66,32 @@ def _operation(client: Client, name: str) -> dict[str, Any]:
     return found
 
 
+def _help(args: argparse.Namespace) -> int:
+    """The command's own flags, and those of the operation where one is named."""
+    args.parser.print_help()
+    if args.operation is not None:
+        with connect(args) as client:
+            operation = _operation(client, args.operation)
+        print()
+        _flags_of(operation).print_help()
+    return 0
+
+
 def _request(operation: dict[str, Any], rest: list[str]) -> dict[str, Any]:
     """Flags -> request; only what was said, so that defaults stay the module's."""
-    parser = argparse.ArgumentParser(prog=f"aivillage-node submit {operation['name']}")
+    found = {k: v for k, v in vars(_flags_of(operation).parse_args(rest)).items() if v is not None}
+    positional = operation.get("positional", "")
+    if positional and found.get(positional) == "-":
+        found[positional] = sys.stdin.read()
+    return found
+
+
+def _flags_of(operation: dict[str, Any]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"aivillage-node submit {operation['name']}",
+        description=operation.get("title", ""),
+        add_help=False,
+    )
     fields = _fields(operation.get("request_schema", {}))
     positional = operation.get("positional", "")
     if positional:
@@ -72,10 +100,7 @@ def _request(operation: dict[str, Any], rest: list[str]) -> dict[str, Any]:
     for name, field in fields.items():
         if name != positional:
             _add_flag(parser, name, field)
-    found = {k: v for k, v in vars(parser.parse_args(rest)).items() if v is not None}
-    if positional and found.get(positional) == "-":
-        found[positional] = sys.stdin.read()
-    return found
+    return parser
 
 
 def _fields(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,9 +40,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
         found = commands.add_parser(
-            name, help=text, description=text, parents=[common], allow_abbrev=False
+            name,
+            help=text,
+            description=text,
+            parents=[common],
+            allow_abbrev=False,
+            add_help=name != "submit",  # its help also needs the operation's
         )
-        found.set_defaults(run=run)
+        found.set_defaults(run=run, parser=found)
         return found
 
     _node_commands(command)
@@ -89,11 +95,15 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     submit = command(
         "submit", "aivillage.cli.jobs:submit", "have a job done by a peer, and follow it"
     )
-    submit.add_argument("operation", help="see `aivillage-node operations`")
+    submit.add_argument("operation", nargs="?", help="see `aivillage-node operations`")
     submit.add_argument("--max-price", metavar="CREDITS", help="most it may cost")
     submit.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after this")
     submit.add_argument("--peer", metavar="ID", help="only this peer (id or its end)")
+    submit.add_argument(
+        "--local", action="store_true", help="on this machine, without the mesh, for nothing"
+    )
     submit.add_argument("--detach", action="store_true", help="print the job's id and return")
+    submit.add_argument("-h", "--help", action="store_true", dest="wants_help", help="all flags")
     submit.epilog = "Further flags come from the operation: `submit OPERATION --help`."
     jobs = command("jobs", "aivillage.cli.jobs:jobs", "list, show or cancel your jobs")
     actions = jobs.add_subparsers(metavar="list|show|cancel", required=True, dest="action")
@@ -103,6 +113,22 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
         action = actions.add_parser(name, parents=[common], help=text)
         action.add_argument("job", help="id, or its beginning")
     command("operations", "aivillage.cli.jobs:operations", "what can be asked, prices, who does it")
+    _blob_commands(command, common)
+
+
+def _blob_commands(command: Command, common: argparse.ArgumentParser) -> None:
+    blobs = command(
+        "blobs", "aivillage.cli.blobs:blobs", "files of this machine, named by their contents"
+    )
+    actions = blobs.add_subparsers(metavar="add|get|list|remove", required=True, dest="action")
+    add = actions.add_parser("add", parents=[common], help="keep a copy, and print its name")
+    add.add_argument("file", help="a file; - is standard input")
+    get = actions.add_parser("get", parents=[common], help="check a blob and write it out")
+    get.add_argument("--output", metavar="FILE", help="write here, not to standard output")
+    actions.add_parser("list", parents=[common], help="every blob, the newest first")
+    remove = actions.add_parser("remove", parents=[common], help="forget a blob")
+    for action in (get, remove):
+        action.add_argument("cid", help="its sha-256, or the beginning of it")
 
 
 def _ledger_commands(command: Command) -> None:
@@ -128,14 +154,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _, function = args.run.partition(":")
     try:
         run = getattr(importlib.import_module(module), function)
-        return int(run(args) or 0)
+        code = int(run(args) or 0)
+        sys.stdout.flush()
     except errors.AivillageError as error:
         _report(error, as_json=args.json)
         return getattr(error, "exit_code", None) or errors.exit_code(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        return 0  # `| head` has seen enough
+        # `| head` has seen enough; what is left in the buffer must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
 
 
 def _report(error: errors.AivillageError, *, as_json: bool) -> None:

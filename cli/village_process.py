@@ -54,6 +54,11 @@ class NodeProcess:
         if "error" in found:
             raise NodeError(f"node {self.name}: {found['message']}", next_step=f"see {self.log}")
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "only a started node has a process"
+        return self._process.pid
+
     def ask(self, what: str, **args: Any) -> Any:
         with Client(self.where.socket) as client:
             return client.ask(what, **args)

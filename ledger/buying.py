@@ -157,8 +157,8 @@ class Buying:
             partner.link.send(encode(self._desk.epoch, voucher))
 
     def expect_receipts(self, partner: Partner, count: int) -> None:
-        """`count` vouchers in all wait for a receipt; they are sent again if none comes."""
-        if count and not partner.unconfirmed:
+        """`count` vouchers in all wait for a receipt; they go again once none came for a while."""
+        if count < partner.unconfirmed or not partner.unconfirmed:
             partner.resend_wait = self._desk.settings.resend_seconds
             partner.resend_at = self._desk.now() + partner.resend_wait
         partner.unconfirmed = count

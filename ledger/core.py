@@ -79,8 +79,11 @@ class Ledger:
         at_ms = self.desk.clock.unix_ms()
         self._change(peer, lambda db: exposure.set_line(db, peer, *amounts, at_ms), done, failed)
 
-    def set_received(self, peer: PeerId, amount: MicroCredits, done: Done, failed: Failed) -> None:
-        self._change(peer, lambda db: exposure.set_received(db, peer, amount), done, failed)
+    def set_received(
+        self, peer: PeerId, amounts: tuple[MicroCredits, MicroCredits], done: Done, failed: Failed
+    ) -> None:
+        """`amounts`: the line and exposure that `peer` grants."""
+        self._change(peer, lambda db: exposure.set_received(db, peer, *amounts), done, failed)
 
     def _change(self, peer: PeerId, job: _PairJob, done: Done, failed: Failed) -> None:
         def changed(pair: Pair) -> None:
@@ -188,7 +191,7 @@ class Ledger:
         blobs = pack_reply(
             self.desk.epoch, answers, answer.mine, answer.yours, claims, more=answer.more
         )
-        self.buying.expect_receipts(partner, max(partner.unconfirmed, len(answer.mine)))
+        self.buying.expect_receipts(partner, answer.unconfirmed)
         for blob in blobs:
             link.send(blob)
 

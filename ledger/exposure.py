@@ -33,10 +33,15 @@ def set_line(
     return read_pair(db, peer)
 
 
-def set_received(db: apsw.Connection, peer: PeerId, exposure: MicroCredits) -> Pair:
-    """How far `peer` lets me run ahead; it says when vouchers are due."""
+def set_received(
+    db: apsw.Connection, peer: PeerId, line: MicroCredits, exposure: MicroCredits
+) -> Pair:
+    """What `peer` lets me owe, and how much unsigned: the latter says when vouchers are due."""
     ensure_peer(db, peer)
-    db.execute("UPDATE peer SET received_exposure = ? WHERE peer = ?", (exposure, peer))
+    db.execute(
+        "UPDATE peer SET received_line = ?, received_exposure = ? WHERE peer = ?",
+        (line, exposure, peer),
+    )
     return read_pair(db, peer)
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import apsw
 import trio
@@ -27,6 +27,7 @@ from aivillage.ledger.queries import Balance, HistoryRow, Query, balance, histor
 from aivillage.ledger.signing import Ed25519Signer
 from aivillage.ledger.store import Store
 from aivillage.protocols.errors import AivillageError, ConfigError, NodeError
+from aivillage.protocols.ports import Book
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 
 T = TypeVar("T")
@@ -82,9 +83,9 @@ class NodeBook:
         amounts = (line, exposure)
         await self._durable(functools.partial(self._ledger.set_line, peer, amounts))
 
-    async def set_received_exposure(self, peer: PeerId, exposure: MicroCredits) -> None:
-        """How far `peer` lets me run ahead of my signature; vouchers go out at half of it."""
-        await self._durable(functools.partial(self._ledger.set_received, peer, exposure))
+    async def set_received(self, peer: PeerId, line: MicroCredits, exposure: MicroCredits) -> None:
+        """What `peer` lets me owe, and how much unsigned; vouchers go out at half of the latter."""
+        await self._durable(functools.partial(self._ledger.set_received, peer, (line, exposure)))
 
     # buyer
 
@@ -189,6 +190,10 @@ class NodeBook:
             await trio.sleep(TICK_SECONDS)
 
 
+if TYPE_CHECKING:
+    _checked: type[Book] = NodeBook
+
+
 def _log_error(error: AivillageError) -> None:
     log.error("ledger_step_failed", extra={"code": error.code, "reason": error.message})
 
@@ -211,12 +216,20 @@ def _open_file(path: Path, signer: Ed25519Signer, clock: Clock) -> apsw.Connecti
         db.set_busy_timeout(5000)
         books.configure(db)
         books.prepare(db, signer.public_key, clock.unix_ms())
-    except (apsw.NotADBError, ConfigError) as error:
+    except ConfigError:
         db.close()
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} is not a ledger", next_step="restore it from a backup") from None
+        raise
+    except apsw.Error as error:
+        db.close()
+        raise _unusable(path, error) from None
     return db
+
+
+def _unusable(path: Path, error: apsw.Error) -> ConfigError:
+    if isinstance(error, apsw.NotADBError | apsw.CorruptError | apsw.SQLError):
+        message = f"{path} is not a ledger, or a damaged one: {error}"
+        return ConfigError(message, next_step="restore it from a backup")
+    return ConfigError(f"{path} cannot be opened: {error}", next_step="is the disk full, or slow?")
 
 
 @asynccontextmanager
@@ -240,7 +253,10 @@ async def open_ledger(
     store = Store(db)
     make = functools.partial(Ledger, db, signer, settings, clock, os.urandom(8), store)
     try:
-        ledger = await trio.to_thread.run_sync(make)
+        try:
+            ledger = await trio.to_thread.run_sync(make)
+        except apsw.Error as error:
+            raise _unusable(path, error) from None
         book = NodeBook(path, ledger)
         store.on_fatal = book.stop_for
         store.start()

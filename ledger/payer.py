@@ -187,16 +187,16 @@ def note_receipt(db: apsw.Connection, peer: PeerId, body: ReceiptBody, receipt: 
 
 # The vouchers that still say something: last of their lane, or the last to name some attempt.
 _TELLING = """
-  SELECT v.n, v.receipt FROM voucher_out v WHERE v.peer = ?1 AND v.lane = ?2 AND (
+  SELECT v.n FROM voucher_out v WHERE v.peer = ?1 AND v.lane = ?2 AND (
     v.n = (SELECT n FROM lane_out WHERE peer = ?1 AND lane = ?2)
     OR EXISTS (SELECT 1 FROM item WHERE mine = 1 AND peer = ?1 AND lane = ?2 AND last_n = v.n))
   ORDER BY v.n
 """
 
 
-def telling(db: apsw.Connection, peer: PeerId, lane: bytes) -> list[tuple[int, bool]]:
-    """(n, receipted) of each voucher worth sending again, in order."""
-    return [(n, receipt is not None) for n, receipt in rows(db, _TELLING, (peer, lane))]
+def telling(db: apsw.Connection, peer: PeerId, lane: bytes) -> list[int]:
+    """N of each voucher that says what no later one does, in order."""
+    return [n for (n,) in rows(db, _TELLING, (peer, lane))]
 
 
 def voucher_at(db: apsw.Connection, peer: PeerId, lane: bytes, n: int) -> Voucher:

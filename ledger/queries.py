@@ -37,7 +37,7 @@ def run(db: _Connection, query: Query[T]) -> T:
 
 
 class PeerBalance(msgspec.Struct, frozen=True, kw_only=True):
-    """One peer, in micro-credits. `spendable`: what it is signed to owe me, so it works for it.
+    """One peer, in micro-credits. `spendable`: what it owes me and what more it lets me owe.
 
     `in_transit`: what I signed and it has not confirmed. `at_risk`: delivered or reserved work
     that it has not signed for.
@@ -49,6 +49,7 @@ class PeerBalance(msgspec.Struct, frozen=True, kw_only=True):
     in_transit: MicroCredits
     at_risk: MicroCredits
     line: MicroCredits
+    received_line: MicroCredits
 
 
 class Balance(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +63,6 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
     peers: list[PeerBalance]
 
 
-_TOTALS = "SELECT coalesce(sum(amount), 0), coalesce(sum(max(amount, 0)), 0) FROM bal"
 _EARNED = """
   SELECT coalesce(sum(CASE WHEN e.kind LIKE '%receive' THEN p.amount ELSE 0 END), 0),
          coalesce(sum(CASE WHEN e.kind LIKE '%pay' THEN p.amount ELSE 0 END), 0)
@@ -74,7 +74,7 @@ _PEERS = """
     coalesce((SELECT sum(l.cum - coalesce((SELECT max(v.cum) FROM voucher_out v
         WHERE v.peer = l.peer AND v.lane = l.lane AND v.receipt IS NOT NULL), 0))
       FROM lane_out l WHERE l.peer = peer.peer), 0),
-    CASE known WHEN 1 THEN line ELSE ? END
+    CASE known WHEN 1 THEN line ELSE ? END, received_line
   FROM peer LEFT JOIN bal USING (peer) ORDER BY peer
 """
 
@@ -87,12 +87,13 @@ def balance(stranger_pool: MicroCredits = 0) -> Query[Balance]:
         PeerBalance(
             peer=peer,
             net=net,
-            spendable=max(0, net),
+            spendable=max(0, received + net),
             in_transit=transit,
             at_risk=risk,
             line=line,
+            received_line=received,
         )
-        for peer, net, risk, transit, line in (yield _PEERS, (stranger_pool,))
+        for peer, net, risk, transit, line, received in (yield _PEERS, (stranger_pool,))
     ]
     return Balance(
         net=earned + spent,

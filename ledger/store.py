@@ -6,6 +6,7 @@ Results are handed back on the trio thread after COMMIT returned, never before.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import trio
 from aivillage.protocols.errors import AivillageError, NodeError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 JOBS_MAX: Final = 256
 """In one group: about 50 ms of work, so that nobody waits long for the others."""
 
@@ -63,10 +65,13 @@ class Store:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Finishes what is queued, then joins the thread. Replies may still be on their way."""
+        """Finishes what is queued, joins the thread and returns when all replies were given."""
         self._jobs.put(None)
+        given = trio.Event()
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(self._thread.join)
+            trio.lowlevel.current_trio_token().run_sync_soon(given.set)
+            await given.wait()
 
     def submit(
         self,
@@ -103,7 +108,7 @@ class Store:
         except apsw.FullError:
             self._roll_back()
             replies = [_reply(job.failed, _full()) for job in group]
-        except apsw.Error as error:
+        except Exception as error:  # whatever it was, what is durable is now unknown: stop
             self._roll_back()
             fatal = NodeError(f"the ledger cannot be written: {error}")
             replies = [_reply(job.failed, fatal) for job in group]
@@ -131,7 +136,11 @@ class Store:
     def _hand_back(self, replies: list[_Reply]) -> None:
         def release() -> None:
             for reply in replies:
-                reply()
+                try:
+                    reply()
+                except Exception as error:  # an exception here would end the whole event loop
+                    log.exception("ledger_reply_failed")
+                    self.on_fatal(NodeError(f"a defect in the ledger: {error!r}"))
 
         if self._token is not None:
             self._token.run_sync_soon(release)

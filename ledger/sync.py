@@ -48,6 +48,7 @@ class Answer(NamedTuple):
     mine: list[Voucher]
     yours: list[Voucher]
     more: bool
+    unconfirmed: int
 
 
 def answer(
@@ -58,8 +59,13 @@ def answer(
     db.execute("UPDATE peer SET epoch = max(epoch, ?) WHERE peer = ?", (epoch, peer))
     yours = _forgotten(db, peer, lanes)
     mine = _unseen(db, peer, lanes, VOUCHERS_MAX + 1 - len(yours))
-    more = len(yours) + len(mine) > VOUCHERS_MAX
-    return Answer(read_pair(db, peer), mine, yours, more)
+    left = VOUCHERS_MAX - len(yours) - len(mine)
+    more = left < 0
+    if not more:  # what it holds and never confirmed, so that the receipt comes now
+        known = set(mine)
+        mine += [v for v in payer.unreceipted(db, peer, left) if v not in known]
+    unconfirmed = payer.count_unreceipted(db, peer)
+    return Answer(read_pair(db, peer), mine, yours, more, unconfirmed)
 
 
 def _forgotten(
@@ -86,12 +92,12 @@ def _unseen(
     lanes: Mapping[tuple[bool, bytes], LaneState],
     limit: int,
 ) -> list[Voucher]:
-    """My vouchers that still say something and that `peer` lacks or never confirmed."""
+    """My vouchers that still say something and that `peer` lacks."""
     found: list[Voucher] = []
     for (lane,) in rows(db, "SELECT lane FROM lane_out WHERE peer = ?", (peer,)):
         state = lanes.get((False, lane))
-        for n, receipted in payer.telling(db, peer, lane):
-            if len(found) < limit and not (receipted and state and _holds(state.held, n)):
+        for n in payer.telling(db, peer, lane):
+            if len(found) < limit and not (state and _holds(state.held, n)):
                 found.append(payer.voucher_at(db, peer, lane, n))
     return found
 

@@ -16,6 +16,7 @@ import resource
 import signal
 import struct
 import sys
+from collections.abc import Mapping
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -31,18 +32,17 @@ _JUMP_AT_LEAST: Final = 0x35
 _RETURN: Final = 0x06
 _OFFSET_NUMBER: Final = 0
 _OFFSET_ARCHITECTURE: Final = 4
-_OFFSET_FIRST_ARGUMENT: Final = 16  # low half; both machines are little endian
+_OFFSET_ARGUMENTS: Final = 16  # 8 bytes each, low half first: both machines are little endian
 _X32_BIT: Final = 0x40000000
 
-# socket connect accept bind listen accept4 ptrace process_vm_readv process_vm_writev
-# io_uring_setup pidfd_open pidfd_getfd pidfd_send_signal
+# socket connect accept bind listen accept4 sendmsg sendmmsg ptrace process_vm_readv
+# process_vm_writev io_uring_setup pidfd_open pidfd_getfd pidfd_send_signal tkill
 _DENIED: Final = {
-    "x86_64": (41, 42, 43, 49, 50, 288, 101, 310, 311, 425, 434, 438, 424),
-    "aarch64": (198, 203, 202, 200, 201, 242, 117, 270, 271, 425, 434, 438, 424),
+    "x86_64": (41, 42, 43, 49, 50, 288, 46, 307, 101, 310, 311, 425, 434, 438, 424, 200),
+    "aarch64": (198, 203, 202, 200, 201, 242, 211, 269, 117, 270, 271, 425, 434, 438, 424, 130),
 }
-# kill and tgkill: to itself only. tkill names a thread, which may be anybody's.
-_SELF_ONLY: Final = {"x86_64": (62, 234), "aarch64": (129, 131)}
-_TKILL: Final = {"x86_64": 200, "aarch64": 130}
+_KILL_AND_TGKILL: Final = {"x86_64": (62, 234), "aarch64": (129, 131)}
+_SENDTO: Final = {"x86_64": 44, "aarch64": 206}
 _ARCHITECTURE: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 FILE_BYTES_MAX: Final = 2 << 30
@@ -105,18 +105,28 @@ def _program(machine: str) -> bytes:
     ]
     if machine == "x86_64":  # the same kernel answers x32 numbers under the same architecture
         code += [_instruction(_JUMP_AT_LEAST, 0, 1, _X32_BIT), _instruction(_RETURN, 0, 0, _DENY)]
-    for number in (*_DENIED[machine], _TKILL[machine]):
+    for number in _DENIED[machine]:
         code += [_instruction(_JUMP_EQUAL, 0, 1, number), _instruction(_RETURN, 0, 0, _DENY)]
-    for number in _SELF_ONLY[machine]:
-        code += [
-            _instruction(_JUMP_EQUAL, 0, 4, number),
-            _instruction(_LOAD, 0, 0, _OFFSET_FIRST_ARGUMENT),
-            _instruction(_JUMP_EQUAL, 1, 0, os.getpid()),
-            _instruction(_RETURN, 0, 0, _DENY),
-            _instruction(_RETURN, 0, 0, _ALLOW),
-        ]
+    for number in _KILL_AND_TGKILL[machine]:  # itself only
+        code += _only_where(number, {_OFFSET_ARGUMENTS: os.getpid()})
+    # Through a pair of its own, but not to a named socket: the fifth argument is no address.
+    fifth = _OFFSET_ARGUMENTS + 4 * 8
+    code += _only_where(_SENDTO[machine], {fifth: 0, fifth + 4: 0})
     code.append(_instruction(_RETURN, 0, 0, _ALLOW))
     return b"".join(code)
+
+
+def _only_where(number: int, words: Mapping[int, int]) -> list[bytes]:
+    """Allows call `number` only where the words at these offsets have these values."""
+    body: list[bytes] = []
+    for offset, value in words.items():
+        body += [
+            _instruction(_LOAD, 0, 0, offset),
+            _instruction(_JUMP_EQUAL, 1, 0, value),
+            _instruction(_RETURN, 0, 0, _DENY),
+        ]
+    body.append(_instruction(_RETURN, 0, 0, _ALLOW))
+    return [_instruction(_JUMP_EQUAL, 0, len(body), number), *body]
 
 
 def _instruction(code: int, if_true: int, if_false: int, value: int) -> bytes:

@@ -17,6 +17,7 @@ import msgspec
 from aivillage.models import registry, sandbox
 from aivillage.models import worker_messages as say
 from aivillage.models.description import described
+from aivillage.models.file_fence import fence_files
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import (
     AivillageError,
@@ -38,13 +39,13 @@ class Pipes:
         self._replies = replies
         self.waiting: queue.Queue[say.Command] = queue.Queue(COMMANDS_WAITING_MAX)
         self.answers: queue.Queue[say.CallAnswer] = queue.Queue()
-        self._cancelled_runs: set[int] = set()
+        self._cancelled_run = 0
 
     def read_forever(self) -> None:
         """Ends the process when the daemon hangs up: nobody is left to work for."""
         while (command := self._read()) is not None:
             if isinstance(command, say.CancelRun):
-                self._cancelled_runs.add(command.id)
+                self._cancelled_run = command.id  # runs follow each other: the last one counts
             elif isinstance(command, say.CallAnswer):
                 self.answers.put(command)
             else:
@@ -62,7 +63,7 @@ class Pipes:
         self._replies.flush()
 
     def is_cancelled(self, run: int) -> bool:
-        return run in self._cancelled_runs
+        return run == self._cancelled_run
 
     def next(self, *, block: bool) -> say.Command | None:
         try:
@@ -130,8 +131,15 @@ def _restrict(pipes: Pipes) -> None:
         sys.exit("the first command says the limits")
     sandbox.limit(memory_bytes_max=start.memory_bytes_max, nice=start.nice)
     os.chdir(start.scratch)
-    why_not = sandbox.deny_network() if start.sandbox else "switched off in the settings"
-    pipes.write(say.Started(sandboxed=not why_not, why_not=why_not))
+    no_fence = no_filter = "switched off in the settings"
+    if start.sandbox:
+        no_fence = fence_files(readable=start.readable, writable=[start.scratch])
+        no_filter = sandbox.deny_network()
+    pipes.write(
+        say.Started(
+            sandboxed=not no_filter, fenced=not no_fence, why_not=f"{no_filter} {no_fence}".strip()
+        )
+    )
 
 
 # --------------------------------------------------------------------------- modules

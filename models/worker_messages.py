@@ -26,6 +26,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     memory_bytes_max: int
     nice: int
     sandbox: bool
+    readable: tuple[str, ...] = ()
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
@@ -99,7 +100,10 @@ class CallAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="call_answer"):
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
+    """`sandboxed`: no network and no other process; `fenced`: no file but its own."""
+
     sandboxed: bool
+    fenced: bool
     why_not: str = ""
 
 

@@ -6,7 +6,7 @@ The buyer pays its own meter, never the seller's word: what it accepted, at the 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -75,7 +75,7 @@ class Attempt:
         book: Book,
         jobs: Jobs,
         say: Callable[[Frame], None],
-        acknowledged: Callable[[], Awaitable[None]],
+        acknowledged: Callable[[], None],
     ) -> None:
         self.job = job
         self.attempt = attempt
@@ -179,7 +179,7 @@ class Attempt:
             frame = await _next(inbox)
             if not isinstance(frame, Accepted):
                 raise PeerError("work before its acknowledgement", code="BAD_REQUEST")
-            await self._acknowledged()
+            self._acknowledged()
             return
         raise PeerError(f"no acknowledgement within {wait:.1f} s", code="PEER_LOST")
 

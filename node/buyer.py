@@ -13,20 +13,22 @@ import trio
 from aivillage.node.config import Settings
 from aivillage.node.jobs import JobRow
 from aivillage.node.links import Link
+from aivillage.node.local import LocalJob
 from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit, Say, Trade
-from aivillage.protocols.errors import AivillageError, JobError, RefusedError
+from aivillage.node.sub_jobs import Bought, Order, SubJobs
+from aivillage.protocols.errors import AivillageError, JobError, RefusedError, RequestError
+from aivillage.protocols.job import State
 from aivillage.protocols.messages import Frame, Step, Submit
 from aivillage.protocols.types import JobId, PeerId
 
 JOBS_MAX: Final = 64
 """Running at the same time; one more is refused, since its owner can wait better than we."""
-END_RETRY_SECONDS: Final = 1.0
 
 
 class Running:
-    """A pursuit in its task."""
+    """A pursuit, or a local job, in its task."""
 
-    def __init__(self, pursuit: Pursuit) -> None:
+    def __init__(self, pursuit: Pursuit | LocalJob) -> None:
         self.pursuit = pursuit
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
@@ -46,8 +48,8 @@ class Buyer:
         self._listed = trio.Event()
         self.refusal: Callable[[], AivillageError | None] = lambda: None
 
-    async def submit(self, submit: Submit, say: Say) -> Running:
-        """Records a job and starts it.
+    async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
+        """Records a job and starts it. `order` says for which module, if for one.
 
         Raises:
             AivillageError: the request is wrong, or this node takes no work now.
@@ -63,11 +65,36 @@ class Buyer:
             )
         self._starting += 1
         try:
-            return self._start(Pursuit(await self._record(submit), self._trade, say))
+            row = await self._record(submit, order.parent if order else "")
+            return self._start(self._pursuit(row, say, order.sub_jobs if order else None))
         finally:
             self._starting -= 1
 
-    async def _record(self, submit: Submit) -> JobRow:
+    async def buy(self, order: Order) -> Bought:
+        """A sub-job of a module that runs here, to its end. Cancelled, it ends too.
+
+        Raises:
+            AivillageError: it was not begun.
+        """
+        submit = Submit(
+            id=0,
+            operation=order.operation,
+            request=order.request,
+            ceiling_micro_credits=order.budget,
+            deadline_seconds=order.deadline_seconds,
+            local=order.local,
+        )
+        running = await self.submit(submit, _unheard, order)
+        try:
+            await running.ended.wait()
+        finally:
+            self.cancel(running.pursuit.row.id)
+        pursuit = running.pursuit
+        return Bought(result=pursuit.result, spent=pursuit.spent, error=running.error)
+
+    async def _record(self, submit: Submit, parent: str) -> JobRow:
+        if submit.local and submit.peer:
+            raise RequestError("a local job has no peer", next_step="leave out --peer or --local")
         await self._listed.wait()  # else a job of this run would be taken for an interrupted one
         await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
@@ -80,6 +107,8 @@ class Buyer:
             deadline=submit.deadline_seconds,
             peer=submit.peer or "",
             created=time.time(),
+            local=submit.local,
+            parent=parent,
         )
         await self._trade.jobs.add(row)
         return row
@@ -89,7 +118,11 @@ class Buyer:
         rows = await self._trade.jobs.unfinished()
         self._listed.set()
         for row in rows:
-            pursuit = Pursuit(row, self._trade, _unheard)
+            if row.parent and row.result is None:
+                reason = "the job that wanted it was interrupted"
+                await self._trade.jobs.end(row.id, "cancelled", code="CANCELLED", message=reason)
+                continue
+            pursuit = self._pursuit(row, _unheard)
             try:
                 await pursuit.restore()
             except AivillageError as error:  # one unreadable job must not keep the node down
@@ -98,7 +131,22 @@ class Buyer:
             self._trade.events.emit("job_resumed", job=row.id, delivered=len(pursuit.output.bodies))
             self._start(pursuit)
 
-    def _start(self, pursuit: Pursuit) -> Running:
+    def _pursuit(
+        self, row: JobRow, say: Say, sub_jobs: SubJobs | None = None
+    ) -> Pursuit | LocalJob:
+        if not row.local:
+            return Pursuit(row, self._trade, say)
+        local = LocalJob(row, self._trade, say)
+        local.on_call = sub_jobs or SubJobs(
+            self.buy,
+            parent=row.id,
+            ceiling=row.ceiling,
+            deadline_seconds=local.seconds_left(),
+            local=True,
+        )
+        return local
+
+    def _start(self, pursuit: Pursuit | LocalJob) -> Running:
         running = Running(pursuit)
         self._running[pursuit.row.id] = running
         self._nursery.start_soon(self._live, running)
@@ -112,6 +160,11 @@ class Buyer:
         running.cancelled = True
         running.scope.cancel()
         return True
+
+    def state_of(self, row: JobRow) -> State:
+        """What a job is doing now; jobs.db knows only how it began and ended."""
+        running = self._running.get(row.id)
+        return running.pursuit.state if running else row.state
 
     def running(self) -> list[Running]:
         return list(self._running.values())
@@ -156,10 +209,12 @@ class Buyer:
     async def _close(self, running: Running) -> None:
         pursuit, error = running.pursuit, running.error
         if error is None:
-            pursuit.end("settled")
+            pursuit.move("settled")
         else:
-            pursuit.end("cancel" if running.cancelled else "fail")
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
+            pursuit.move("cancel" if running.cancelled else "fail")
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS) as grace:
+            await self._store_end(pursuit, error)
+        if grace.cancelled_caught:  # a full disk: until there is room, or the node stops
             await self._store_end(pursuit, error)
         self._trade.events.emit(
             "job_ended",
@@ -171,24 +226,21 @@ class Buyer:
         del self._running[pursuit.row.id]
         running.ended.set()
 
-    async def _store_end(self, pursuit: Pursuit, error: AivillageError | None) -> None:
-        """Where the disk is full to the last, the next start of this node ends the job."""
+    async def _store_end(self, pursuit: Pursuit | LocalJob, error: AivillageError | None) -> None:
         receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
-        while True:
-            try:
-                return await self._trade.jobs.end(
-                    pursuit.row.id,
-                    pursuit.state,
-                    result=pursuit.result,
-                    receipt=receipt,
-                    code=error.code if error else "",
-                    message=error.message if error else "",
-                )
-            except AivillageError as failure:
-                self._trade.events.emit(
-                    "end_not_stored", level=40, job=pursuit.row.id, reason=str(failure)
-                )
-                await trio.sleep(END_RETRY_SECONDS)
+        try:
+            await self._trade.jobs.end(
+                pursuit.row.id,
+                pursuit.state,
+                result=pursuit.result,
+                receipt=receipt,
+                code=error.code if error else "",
+                message=error.message if error else "",
+            )
+        except AivillageError as failure:  # the next start of this node ends the job
+            self._trade.events.emit(
+                "end_not_stored", level=40, job=pursuit.row.id, reason=str(failure)
+            )
 
 
 def _unheard(_frame: Frame) -> None:

@@ -52,11 +52,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stranger_pool_micro_credits: Annotated[
         Amount, _doc("unsigned work for all strangers together")
     ] = 0
-    model: Annotated[str, _doc("GGUF file of the model to serve; empty: the packaged one")] = ""
     heartbeat_seconds: Annotated[Positive, _doc("between pings; three misses drop a peer")] = 10.0
     offer_seconds: Annotated[Positive, _doc("between offers; one lives four times as long")] = 30.0
     worker_idle_seconds: Annotated[Positive, _doc("an idle worker process ends after")] = 600.0
-    worker_memory_mb: Annotated[int, Meta(ge=256), _doc("data memory of one worker")] = 8192
+    worker_memory_mb: Annotated[int, Meta(ge=256), _doc("data memory of one worker")] = 4096
+    blob_bytes_max: Annotated[int, Meta(ge=1), _doc("largest blob that is kept here")] = 4 << 30
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$"), _doc("log level")] = (
         "info"
     )

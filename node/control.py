@@ -16,7 +16,7 @@ import trio
 
 from aivillage.node.buyer import Buyer, Running
 from aivillage.node.events import Events
-from aivillage.node.framing import FrameReader
+from aivillage.node.framing import READ_BYTES, FrameReader
 from aivillage.protocols import codec, messages
 from aivillage.protocols.errors import AivillageError, ConfigError, NodeError, PeerError
 from aivillage.protocols.messages import Answer, Ask, Cancel, Failure, Frame, Submit
@@ -71,9 +71,12 @@ class Control:
         self._slots = trio.CapacityLimiter(CLIENTS_MAX)
 
     async def serve(self, stream: trio.SocketStream) -> None:
-        """One client, until it leaves."""
+        """One client, until it leaves; refused at once where too many are here."""
+        wire = _SocketStream(stream)
+        if not self._slots.available_tokens:
+            await self._refuse(wire)
+            return
         async with self._slots, stream:
-            wire = _SocketStream(stream)
             send, receive = trio.open_memory_channel[Frame](UNSENT_MAX)
             try:
                 async with trio.open_nursery() as nursery:
@@ -83,6 +86,24 @@ class Control:
                     nursery.cancel_scope.cancel()
             except* PeerError:
                 self._events.emit("client_lost", level=10)
+
+    async def _refuse(self, wire: _SocketStream) -> None:
+        self._events.emit("client_refused", level=30, clients=CLIENTS_MAX)
+        reason = Failure(
+            id=0,
+            code="BUSY",
+            message=f"{CLIENTS_MAX} commands talk to this node already",
+            next_step="wait for one, or end one",
+        )
+        with trio.move_on_after(1):
+            try:
+                await wire.write(codec.frame(self._hello()) + codec.frame(reason))
+                # Closing on its question would lose it our answer: let it leave first.
+                while await wire.read(READ_BYTES):
+                    continue
+            except PeerError:
+                self._events.emit("client_lost", level=10)
+        await wire.close()
 
     async def _write(self, wire: _SocketStream, frames: trio.MemoryReceiveChannel[Frame]) -> None:
         async for frame in frames:

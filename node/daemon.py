@@ -18,7 +18,7 @@ from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin, Settings
 from aivillage.node.control import Control, open_control
 from aivillage.node.desk import Desk
-from aivillage.node.discovery import Discovery
+from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
 from aivillage.node.gossip import Gossiper
 from aivillage.node.herald import Herald
@@ -32,6 +32,7 @@ from aivillage.node.pursuit import Trade
 from aivillage.node.seller import Seller
 from aivillage.node.switch import Switch
 from aivillage.node.villagers import Membership, Villagers
+from aivillage.node.worker_process import WorkerLimits
 from aivillage.node.workers import Workers, WorkerSettings, open_workers
 from aivillage.protocols.messages import VERSION_MAJOR, VERSION_MINOR, Hello
 from aivillage.protocols.ports import Transport
@@ -95,6 +96,8 @@ async def open_node(
             book=ledger, events=events, nursery=nursery,
         )  # fmt: skip
         discovery = Discovery(key)
+        for known in await jobs.known_peers():
+            discovery.records[known.id] = Record(known.units_per_second, known.good, known.bad)
         gossiper = Gossiper(links.all, discovery.accept)
         seller = Seller(
             settings=settings, prices=PriceList(key, settings.price_percent), workers=workers,
@@ -107,6 +110,7 @@ async def open_node(
         market = Market(links, discovery, ledger, herald.advertise)
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
+        seller.buy = buyer.buy
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         seller.acquainted = villagers.acquainted
         Switch(links, ledger, villagers, gossiper, buyer, seller, herald.news_for)
@@ -115,8 +119,9 @@ async def open_node(
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
             stop=stop, started=time.time(),
         )  # fmt: skip
+        await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
         async with open_control(paths.socket, Control(desk.handlers(), buyer, hello, events)):
-            for service in (monitor.run, villagers.keep_in_touch, herald.run, buyer.resume):
+            for service in (monitor.run, villagers.keep_in_touch, herald.run):
                 nursery.start_soon(service)
             yield desk
         nursery.cancel_scope.cancel()
@@ -128,6 +133,7 @@ def worker_settings(settings: Settings) -> WorkerSettings:
         dev_mode=settings.dev_mode,
         idle_exit_seconds=settings.worker_idle_seconds,
         engine_slots=settings.slots,
+        limits=WorkerLimits(memory_bytes_max=settings.worker_memory_mb << 20),
     )
 
 

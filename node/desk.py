@@ -13,7 +13,7 @@ from aivillage import __version__
 from aivillage.ledger.ledger import NodeBook
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin
-from aivillage.node.discovery import Discovery, Record
+from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
 from aivillage.node.jobs import JobRow, Jobs
 from aivillage.node.links import Links
@@ -22,6 +22,7 @@ from aivillage.node.paths import Paths
 from aivillage.node.seller import Seller
 from aivillage.node.villagers import Villagers
 from aivillage.protocols.errors import RequestError
+from aivillage.protocols.types import Amount
 
 JOBS_LISTED: Final = 50
 HISTORY_LISTED: Final = 100
@@ -92,7 +93,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         found = []
         for known in await self.jobs.known_peers():
             link = self.links.get(known.id)
-            record = self.discovery.records.get(known.id, Record())
+            record = self.discovery.record_of(known.id)
             offer = offers.get(known.id)
             found.append(
                 {
@@ -168,11 +169,13 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         return {
             "job": row.id,
             "operation": row.operation,
-            "state": row.state,
+            "state": self.buyer.state_of(row),
             "created_unix": row.created,
             "ended_unix": row.ended,
             "ceiling_micro_credits": row.ceiling,
             "receipt": msgspec.json.decode(row.receipt) if row.receipt else None,
+            "local": bool(row.local),
+            "parent": row.parent,
             "code": row.code,
             "message": row.message,
         }
@@ -191,7 +194,8 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
 
     async def on_invite(self, args: dict[str, Any]) -> dict[str, Any]:
         addresses = tuple(self.links.transport.addresses())
-        return {"token": self.villagers.invite(addresses, args.get("line_micro_credits"))}
+        line = args.get("line_micro_credits")
+        return {"token": self.villagers.invite(addresses, line and msgspec.convert(line, Amount))}
 
     async def on_join(self, args: dict[str, Any]) -> dict[str, Any]:
         inviter = await self.villagers.join(str(args["token"]))

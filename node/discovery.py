@@ -53,7 +53,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Discovery:
-    """Offers heard, peers measured. Memory only: offers live for two minutes."""
+    """Offers heard, which live two minutes, and what was measured of peers."""
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
@@ -65,6 +65,9 @@ class Discovery:
         self._seq = int(time.time() * 1000)
         self._changed = trio.Event()
         self.on_wanted: Callable[[TaskAd], None] = lambda _ad: None
+
+    def record_of(self, peer: PeerId) -> Record:
+        return self.records.setdefault(peer, Record())
 
     # ------------------------------------------------------------------ heard
     def accept(self, signer: PeerId, news: News, envelope: bytes) -> bool:
@@ -108,7 +111,7 @@ class Discovery:
                 addresses=offer.addresses,
                 offered=offered,
                 free_slots=offer.free_slots,
-                record=self.records.setdefault(offer.seller, Record()),
+                record=self.record_of(offer.seller),
             )
             for offer in self.offers()
             for offered in offer.operations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import trio
@@ -108,7 +108,7 @@ class EngineClient:
         finally:
             del self._sessions[session.number]
             self._worker.idle_since = trio.current_time()
-            if not self.dead:
+            with suppress(JobError):  # a dead worker holds no slot
                 self.send(say.CancelSession(session=session.number))
 
     async def dispatch(self) -> None:

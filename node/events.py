@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import logging
+import os
 import sys
 import time
 from typing import Any
@@ -29,10 +30,21 @@ class Events:
             _log.log(level, "%s %s", name, json.dumps(fields, default=str))
 
 
+class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
+    """Standard error, which may go away before the node does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 the library's name
+        """Nobody reads any more: what is left in the buffer must not fail the exit either."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        else:
+            super().handleError(record)
+
+
 def configure_logging(level: str) -> None:
     """One line an event on standard error; libraries speak up from warnings on."""
     logging.basicConfig(
-        stream=sys.stderr,
+        handlers=[_Terminal(sys.stderr)],
         level=logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )

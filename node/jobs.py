@@ -23,7 +23,9 @@ from aivillage.protocols.job import State
 from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 
 APPLICATION_ID: Final = 0x41_49_56_4A
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+FULL_DISK_SECONDS: Final = 1.0
+"""Between two tries on a full disk: what was delivered waits, unaccepted, unpaid."""
 T = TypeVar("T")
 _log = logging.getLogger("aivillage.jobs")
 
@@ -32,7 +34,8 @@ CREATE TABLE job(
   id TEXT PRIMARY KEY, operation TEXT NOT NULL, request BLOB NOT NULL, state TEXT NOT NULL,
   ceiling INTEGER NOT NULL, deadline REAL, peer TEXT NOT NULL DEFAULT '', created REAL NOT NULL,
   ended REAL, result BLOB, receipt BLOB, code TEXT NOT NULL DEFAULT '',
-  message TEXT NOT NULL DEFAULT '') STRICT;
+  message TEXT NOT NULL DEFAULT '', local INTEGER NOT NULL DEFAULT 0,
+  parent TEXT NOT NULL DEFAULT '') STRICT;
 CREATE INDEX job_open ON job(state) WHERE ended IS NULL;
 CREATE TABLE attempt(
   id BLOB PRIMARY KEY, job TEXT NOT NULL REFERENCES job(id), seller TEXT NOT NULL,
@@ -48,6 +51,11 @@ CREATE TABLE known_peer(
 CREATE TABLE certificate(body BLOB PRIMARY KEY, village BLOB NOT NULL, added REAL NOT NULL) STRICT;
 CREATE TABLE used_invite(nonce BLOB PRIMARY KEY, guest TEXT NOT NULL, at REAL NOT NULL) STRICT;
 CREATE TABLE setting(key TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
+"""
+
+_FROM_1: Final = """
+ALTER TABLE job ADD COLUMN local INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE job ADD COLUMN parent TEXT NOT NULL DEFAULT '';
 """
 
 
@@ -67,6 +75,9 @@ class JobRow(msgspec.Struct, frozen=True, kw_only=True):
     receipt: bytes | None = None
     code: str = ""
     message: str = ""
+    local: bool = False
+    parent: str = ""
+    """The attempt or local job whose module wanted it; empty: the owner did."""
 
 
 class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,20 +147,30 @@ class Jobs:
 
         await self._run(work)
 
+    async def _keep_writing(self, sql: str, *rows: tuple[Any, ...]) -> None:
+        """As `_write`, but a full disk is waited for: what this tells must not be lost."""
+        while True:
+            try:
+                await self._write(sql, *rows)
+            except NodeError as error:
+                if error.code != "DISK_FULL":
+                    raise
+                _log.warning("write_waits reason=%s", error.message)
+            else:
+                return
+            await trio.sleep(FULL_DISK_SECONDS)
+
     async def _read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         return await self._run(lambda db: cast("list[Any]", db.execute(sql, values).fetchall()))
 
     # ------------------------------------------------------------------ jobs
     async def add(self, job: JobRow) -> None:
         await self._write(
-            "INSERT INTO job(id, operation, request, state, ceiling, deadline, peer, created)"
-            " VALUES(?,?,?,?,?,?,?,?)",
+            "INSERT INTO job(id, operation, request, state, ceiling, deadline, peer, created,"
+            " local, parent) VALUES(?,?,?,?,?,?,?,?,?,?)",
             (job.id, job.operation, job.request, job.state, job.ceiling, job.deadline, job.peer,
-             job.created),
+             job.created, int(job.local), job.parent),
         )  # fmt: skip
-
-    async def move(self, job: JobId, state: State) -> None:
-        await self._write("UPDATE job SET state=? WHERE id=?", (state, job))
 
     async def end(
         self,
@@ -161,7 +182,7 @@ class Jobs:
         code: str = "",
         message: str = "",
     ) -> None:
-        await self._write(
+        await self._keep_writing(
             "UPDATE job SET state=?, ended=?, result=?, receipt=?, code=?, message=? WHERE id=?",
             (state, time.time(), result, receipt, code, message, job),
         )
@@ -183,13 +204,13 @@ class Jobs:
 
     # ------------------------------------------------------------------ attempts, output
     async def begin_attempt(self, attempt: AttemptId, job: JobId, seller: PeerId) -> None:
-        await self._write(
+        await self._keep_writing(
             "INSERT INTO attempt(id, job, seller, created) VALUES(?,?,?,?)",
             (attempt, job, seller, time.time()),
         )
 
     async def end_attempt(self, attempt: AttemptId, price: MicroCredits, outcome: str) -> None:
-        await self._write(
+        await self._keep_writing(
             "UPDATE attempt SET price=?, outcome=? WHERE id=?", (price, outcome, attempt)
         )
 
@@ -214,7 +235,7 @@ class Jobs:
 
     async def forget_delivered(self, job: JobId) -> None:
         """Drops output that turned out to be wrong."""
-        await self._write("DELETE FROM delivered WHERE job=?", (job,))
+        await self._keep_writing("DELETE FROM delivered WHERE job=?", (job,))
 
     def keep(
         self,
@@ -237,7 +258,7 @@ class Jobs:
             self._wake = trio.Event()
             group, self._pending = self._pending, []
             while not await self._stored([row for row, _ in group]):  # noqa: ASYNC110
-                await trio.sleep(1)  # a full disk: what was delivered waits, unaccepted, unpaid
+                await trio.sleep(FULL_DISK_SECONDS)
             for _, durable in group:
                 durable()
 
@@ -270,10 +291,11 @@ class Jobs:
             (peer, msgspec.msgpack.encode(addresses), time.time()),
         )
 
-    async def rate_peer(self, peer: PeerId, *, good: bool, units_per_second: float) -> None:
-        await self._write(
-            "UPDATE known_peer SET good=good+?, bad=bad+?, units_per_second=? WHERE id=?",
-            (int(good), int(not good), units_per_second, peer),
+    async def rate_peer(self, peer: PeerId, good: int, bad: int, units_per_second: float) -> None:
+        """Keeps what discovery counts of a peer."""
+        await self._keep_writing(
+            "UPDATE known_peer SET good=?, bad=?, units_per_second=? WHERE id=?",
+            (good, bad, units_per_second, peer),
         )
 
     async def known_peers(self) -> list[KnownPeer]:
@@ -357,6 +379,8 @@ def _open(path: Path) -> apsw.Connection:
         found = (db.pragma("application_id"), db.pragma("user_version"))
         if found == (0, 0):
             _create(db)
+        elif found == (APPLICATION_ID, 1):
+            _upgrade(db)
         elif found != (APPLICATION_ID, SCHEMA_VERSION):
             raise ConfigError(
                 f"{path} is of version {found[1]}, this program knows {SCHEMA_VERSION}",
@@ -377,6 +401,13 @@ def _create(db: apsw.Connection) -> None:
     with db:
         db.execute(_SCHEMA)
         db.pragma("application_id", APPLICATION_ID)
+        db.pragma("user_version", SCHEMA_VERSION)
+
+
+def _upgrade(db: apsw.Connection) -> None:
+    """From version 1, which knew neither local jobs nor sub-jobs."""
+    with db:
+        db.execute(_FROM_1)
         db.pragma("user_version", SCHEMA_VERSION)
 
 

@@ -38,7 +38,11 @@ log = logging.getLogger("aivillage.links")
 async def open_links(
     transport: Transport, hello: Callable[[], Hello], *, limits: LinkLimits
 ) -> AsyncIterator[Links]:
-    """Accepts links from now on; leaving the block flushes and closes all of them."""
+    """Accepts links from now on; leaving the block flushes and closes all of them.
+
+    Cancelled from outside it closes them without the flush: a node that wants its last words
+    heard leaves the block by itself.
+    """
     async with trio.open_nursery() as nursery:
         links = Links(transport, hello, limits, nursery)
         transport.serve(JOB_PROTOCOL, links.accept)

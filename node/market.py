@@ -238,7 +238,8 @@ class Market:
         return RefusedError(
             f"no peer does {need.operation} now{detail}",
             code="NO_PEER",
-            next_step="`aivillage-node peers` shows who is there; invite one that offers it",
+            next_step="`aivillage-node peers` shows who is there; invite one that offers it, "
+            "or do it here: submit --local",
         )
 
 

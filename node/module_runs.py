@@ -35,21 +35,42 @@ class WorkerPool:
     def __init__(self, start: StartWorker, size: int) -> None:
         self._start = start
         self._limiter = trio.CapacityLimiter(size)
+        self._places: dict[WorkerProcess, object] = {}
         self._idle: dict[str, list[WorkerProcess]] = {}
 
     @asynccontextmanager
     async def worker(self, key: str) -> AsyncIterator[WorkerProcess]:
         """A worker for one call; it goes back unless the block left it dead or in mid-call."""
-        async with self._limiter:
+        place = object()
+        await self._limiter.acquire_on_behalf_of(place)
+        try:
             worker = await self._take(key)
+            self._places[worker] = place
             try:
                 yield worker
             finally:
+                del self._places[worker]
                 if worker.dead or worker.is_busy:
                     await worker.stop()
                 else:
                     worker.idle_since = trio.current_time()
                     self._idle.setdefault(key, []).append(worker)
+        finally:
+            if place in self._limiter.statistics().borrowers:
+                self._limiter.release_on_behalf_of(place)
+
+    @asynccontextmanager
+    async def away(self, worker: WorkerProcess) -> AsyncIterator[None]:
+        """Lends the place of `worker` to others while its module waits for a sub-job.
+
+        Else modules that wait in every place would keep out the calls that they wait for.
+        """
+        place = self._places[worker]
+        self._limiter.release_on_behalf_of(place)
+        try:
+            yield
+        finally:
+            await self._limiter.acquire_on_behalf_of(place)
 
     async def stop_idle(self, longer_than_seconds: float = -1.0) -> None:
         """Ends the workers that nobody has used for that long; without it, all idle ones."""

@@ -128,17 +128,17 @@ class Pursuit:
         Raises:
             AivillageError: nobody did it; what was delivered is paid.
         """
-        await self._move("seek")
+        self.move("seek")
         while self.result is None:
             need = await self._need()
             choice = await self._trade.market.choose(need, self.excluded)
-            await self._move("call")
+            self.move("call")
             try:
                 await self._try(choice, need.usage)
             except AivillageError as error:
                 if self.result is not None:
                     return  # whatever failed came after the verdict
-                await self._move("retry")
+                self.move("retry")
                 await self._give_up_on(choice.link, error)
 
     def seconds_left(self) -> Seconds:
@@ -146,10 +146,6 @@ class Pursuit:
         if self.row.deadline is None:
             return DEADLINE_SECONDS - (time.monotonic() - self._started)
         return self.row.deadline - (time.time() - self.row.created)
-
-    def end(self, event: JobEvent) -> None:
-        """Moves to the end that `event` leads to."""
-        self.state = step(self.state, event)
 
     def receipt(self) -> Receipt:
         same = len(self._kernels) == 1 and {i for _, i in self._kernels} == {"guaranteed"}
@@ -198,7 +194,7 @@ class Pursuit:
             book=self._trade.book,
             jobs=self._trade.jobs,
             say=self.say,
-            acknowledged=lambda: self._move("acknowledged"),
+            acknowledged=lambda: self.move("acknowledged"),
         )
         call = self._call(attempt)
         await self._trade.jobs.begin_attempt(attempt.attempt, self.row.id, attempt.seller)
@@ -251,7 +247,7 @@ class Pursuit:
         Raises:
             RejectedError: it did not pass.
         """
-        await self._move("finished")
+        self.move("finished")
         row, workers = self.row, self._trade.workers
         try:
             self._require_same(attempt, finished)
@@ -261,7 +257,7 @@ class Pursuit:
         except (PeerError, RequestError) as error:
             raise RejectedError(error.message, code="BAD_REQUEST") from error
         # One step without an await: no cancel or deadline comes between verdict and result.
-        self.state = step(self.state, "passed")
+        self.move("passed")
         self.result, self._usage = finished.result, counted
         with trio.CancelScope(shield=True):
             await self._trade.jobs.passed(
@@ -297,14 +293,15 @@ class Pursuit:
             self._sellers.append(attempt.seller)
             self._kernels.add(attempt.kernel)
         self._why = attempt.choice.why
-        if outcome == "done" or outcome in BLAMED:
-            self._rate(attempt, outcome)
         if outcome != "rejected" or not attempt.amount:
             await self._settle(attempt)  # of nothing: the intent is dropped
         if outcome == "rejected":
             self.output = Output()  # what a liar delivered is no base to go on from
             await self._trade.jobs.forget_delivered(self.row.id)
+        # Last, since a full disk keeps these waiting until the caller's patience ends.
         await self._trade.jobs.end_attempt(attempt.attempt, attempt.amount, outcome)
+        if outcome == "done" or outcome in BLAMED:
+            await self._rate(attempt, outcome)
 
     async def _settle(self, attempt: Attempt) -> None:
         """A book that cannot be written loses nothing: the seller claims it at the next SYNC."""
@@ -317,12 +314,15 @@ class Pursuit:
                 "settle_failed", level=40, job=self.row.id, peer=attempt.seller, reason=str(error)
             )
 
-    def _rate(self, attempt: Attempt, outcome: str) -> None:
-        record = self._trade.discovery.records.get(attempt.seller)
+    async def _rate(self, attempt: Attempt, outcome: str) -> None:
+        """What we saw of a seller, kept over restarts; never what it says of itself."""
+        record = self._trade.discovery.record_of(attempt.seller)
         made = sum(self._meter(self.output).values()) - sum(attempt.done.values())
         seconds = max(time.monotonic() - attempt.started, 1e-3)
-        if record is not None:
-            record.rate(good=outcome == "done", units_per_second=made / seconds)
+        record.rate(good=outcome == "done", units_per_second=made / seconds)
+        await self._trade.jobs.rate_peer(
+            attempt.seller, record.good, record.bad, record.units_per_second
+        )
 
     async def _give_up_on(self, link: Link, error: AivillageError) -> None:
         """Excludes a seller from this job, or waits where it is only busy.
@@ -346,9 +346,10 @@ class Pursuit:
         if error.code == "PEER_LOST":
             trade.discovery.unreachable(peer)
         self.excluded[peer] = error
-        note = f"{peer[-8:]} failed ({error.message}); going on elsewhere"
+        what = "is gone" if error.code == "PEER_LOST" else f"failed ({error.message})"
+        note = f"{peer[-8:]} {what}; going on elsewhere"
         self.say(messages.Progress(id=0, done=0, note=note))
 
-    async def _move(self, event: JobEvent) -> None:
+    def move(self, event: JobEvent) -> None:
+        """In memory: a restarted job begins anew, whatever it was doing."""
         self.state = step(self.state, event)
-        await self._trade.jobs.move(self.row.id, self.state)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import functools
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 import trio
@@ -24,8 +25,10 @@ from aivillage.node.engines import EngineClient, EngineSession
 from aivillage.node.events import Events
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.links import Link
+from aivillage.node.module_runs import OnCall
 from aivillage.node.pricelist import PriceList
 from aivillage.node.steps import StepWriter
+from aivillage.node.sub_jobs import Buy, SubJobs, buy_nothing
 from aivillage.node.workers import Workers
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
@@ -51,6 +54,8 @@ LOOKAHEAD_UNITS: Final = 32
 """The engine may compute one prompt slice ahead of what may be delivered."""
 BEAT_SECONDS: Final = 2.0
 """A sign of life while nothing can be delivered yet: a model loads, a prompt is read."""
+
+T = TypeVar("T")
 
 
 class Sale(msgspec.Struct):
@@ -103,6 +108,8 @@ class Seller:
         self.refusal: Callable[[], AivillageError | None] = lambda: None
         self.acquainted: Callable[[PeerId], Awaitable[None]] = _at_once
         """Returns once the owner's word on a peer that just came is in the book."""
+        self.buy: Buy = buy_nothing
+        """Where the sub-jobs of modules go."""
 
     # ------------------------------------------------------------------ what we sell
     def operations(self) -> list[OperationInfo]:
@@ -324,11 +331,24 @@ class Seller:
 
     async def _loaded(self, sale: Sale) -> EngineClient:
         """The engine, loaded; the buyer gets a sign of life every two seconds until then."""
+        load = functools.partial(
+            self._workers.engine, unpack(GenerateRequest, sale.call.request).model
+        )
+        return await self._beating(sale, "loading the model", load)
+
+    async def _beating(self, sale: Sale, note: str, work: Callable[[], Awaitable[T]]) -> T:
+        """What `work` gives or raises, with signs of life for the buyer meanwhile."""
+        error: AivillageError | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._beat, sale, "loading the model")
-            engine = await self._workers.engine(sale.call.operation)
+            nursery.start_soon(self._beat, sale, note)
+            try:
+                found = await work()
+            except AivillageError as refusal:  # a nursery would wrap it
+                error = refusal
             nursery.cancel_scope.cancel()
-        return engine
+        if error is not None:
+            raise error
+        return found
 
     async def _beat(self, sale: Sale, note: str) -> None:
         while True:
@@ -350,7 +370,7 @@ class Seller:
             call.request,
             delivered=call.delivered,
             deadline_seconds=call.deadline_seconds,
-            on_call=_no_sub_jobs,
+            on_call=self._sub_jobs(sale),
         ) as events:
             async for event in events:
                 if isinstance(event, ProgressEvent):
@@ -369,6 +389,21 @@ class Seller:
                     self._finish(sale, event.body, usage)
                     return
         raise JobError("the module ended without a result", code="JOB_FAILED")
+
+    def _sub_jobs(self, sale: Sale) -> OnCall:
+        """At our cost: within the sale's ceiling, and what a job of our own may cost unasked."""
+        sub_jobs = SubJobs(
+            self.buy,
+            parent=sale.attempt.hex(),
+            ceiling=min(sale.call.ceiling_micro_credits, self._settings.ceiling_micro_credits),
+            deadline_seconds=min(sale.call.deadline_seconds, DEADLINE_SECONDS_MAX),
+        )
+
+        async def call(operation: str, request: bytes, budget: int) -> bytes:
+            work = functools.partial(sub_jobs, operation, request, budget)
+            return await self._beating(sale, f"waiting for {operation}", work)
+
+        return call
 
     def _part(self, sale: Sale, event: PartEvent) -> None:
         seq = len(sale.call.delivered) + sale.number
@@ -404,7 +439,3 @@ class Seller:
 
 async def _at_once(_peer: PeerId) -> None:
     """Everybody is as well known as they will be."""
-
-
-async def _no_sub_jobs(_operation: str, _request: bytes, _budget: int) -> bytes:
-    raise RefusedError("this node buys nothing for the jobs of others", code="OWNER_LIMIT")

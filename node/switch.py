@@ -43,6 +43,8 @@ class Switch:
             messages.Call: seller.on_call,
             messages.Cancel: lambda link, frame: seller.on_cancel(link, frame.id),
             messages.ListOperations: lambda link, frame: seller.on_list(link, frame.id),
+            messages.Standing: villagers.on_standing,
+            messages.Fetch: _refuse_fetch,
             messages.Join: villagers.on_join,
         }
         links.on_message = self.on_message
@@ -75,3 +77,16 @@ class Switch:
     def _on_ledger(self, link: Link, frame: messages.Ledger) -> None:
         for blob in frame.blobs:
             self._book.receive(link.peer, blob)
+
+
+def _refuse_fetch(link: Link, fetch: messages.Fetch) -> None:
+    """Blobs stay on their machine in this version; the asker hears so at once."""
+    send_or_drop(
+        link,
+        messages.Failure(
+            id=fetch.id,
+            code="NOT_OFFERED",
+            message="this node gives no blobs to peers",
+            next_step="ask its owner for the file",
+        ),
+    )

@@ -64,7 +64,6 @@ class Villagers:
     ) -> None:
         self.peer = peer_of(key)
         self.membership = membership
-        self.lines: dict[PeerId, MicroCredits] = {}
         self._key = key
         self._settings = settings
         self._links = links
@@ -96,7 +95,6 @@ class Villagers:
             functools.partial(_send_blob, link),
         )
         if line is not None:
-            self.lines[link.peer] = line
             self._trusting[link.peer] = trio.Event()
             self._nursery.start_soon(self._trust, link, line)
         self._events.emit(
@@ -107,6 +105,10 @@ class Villagers:
         try:
             exposure = min(line, self._settings.village_exposure_micro_credits)
             await self._book.set_line(link.peer, line, exposure)
+            send_or_drop(
+                link,
+                messages.Standing(line_micro_credits=line, exposure_micro_credits=exposure),
+            )
             await self._jobs.saw_peer(link.peer, link.hello.addresses)
         except AivillageError as error:
             self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
@@ -114,6 +116,19 @@ class Villagers:
             trusting = self._trusting.pop(link.peer, None)
             if trusting is not None:
                 trusting.set()
+
+    def on_standing(self, link: Link, standing: messages.Standing) -> None:
+        self._nursery.start_soon(self._note_standing, link.peer, standing)
+
+    async def _note_standing(self, peer: PeerId, standing: messages.Standing) -> None:
+        """A generous peer does not make us generous: our own exposure bounds what it may claim."""
+        exposure = self._settings.village_exposure_micro_credits
+        try:
+            await self._book.set_received(
+                peer, standing.line_micro_credits, min(standing.exposure_micro_credits, exposure)
+            )
+        except AivillageError as error:
+            self._events.emit("standing_not_recorded", level=30, peer=peer, reason=str(error))
 
     async def acquainted(self, peer: PeerId) -> None:
         """Returns once the book knows what a member that just came may owe."""
@@ -175,6 +190,8 @@ class Villagers:
             AivillageError: the token is bad, used or expired, or the inviter is not there.
         """
         invite = village.read_invite(token)
+        if self._belongs_to(invite.village):
+            return invite.inviter  # `start --join` is a command that people repeat
         link = await self._reach(invite.addresses, invite.inviter)
         reply = await link.ask(
             messages.Join(id=link.next_id(), token=token), timeout_seconds=JOIN_SECONDS
@@ -190,6 +207,11 @@ class Villagers:
         await self._reach(invite.addresses, invite.inviter)
         self._events.emit("village_joined", village=invite.village.hex(), inviter=invite.inviter)
         return invite.inviter
+
+    def _belongs_to(self, wanted: bytes) -> bool:
+        known, now = self.membership, int(time.time() * 1000)
+        line = village.membership(known.certificates, self.peer, wanted, now)
+        return known.village == wanted and line is not None
 
     async def _reach(self, addresses: tuple[str, ...], peer: PeerId) -> Link:
         failure: AivillageError = PeerError("the invite names no address", code="PEER_LOST")

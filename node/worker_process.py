@@ -20,6 +20,7 @@ from aivillage.protocols.errors import JobError, NodeError
 COMMANDS_QUEUED_MAX: Final = 4_096
 """Allowances for 8 sessions over a slow step; a worker that lets more pile up is stuck."""
 LAST_WORDS_BYTES: Final = 4_096
+LAST_WORDS_SECONDS_MAX: Final = 0.5
 START_SECONDS_MAX: Final = 30.0
 REAP_SECONDS_MAX: Final = 2.0
 _THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -33,6 +34,8 @@ class WorkerLimits(msgspec.Struct, frozen=True, kw_only=True):
     nice: int = 10
     threads: int = 1
     sandbox: bool = True
+    readable_folders: tuple[str, ...] = ()
+    """Beside Python's own and the system's: where models lie."""
 
 
 class WorkerProcess:
@@ -40,7 +43,7 @@ class WorkerProcess:
 
     def __init__(self, process: subprocess.Popen[bytes], scratch: Path) -> None:
         self.scratch = scratch
-        self.sandboxed = False
+        self.fences = say.Started(sandboxed=False, fenced=False, why_not="not started yet")
         self.idle_since = trio.current_time()
         self._process = process
         self._stdin = _taken(process.stdin)
@@ -49,6 +52,7 @@ class WorkerProcess:
         self._queued, self._queue = trio.open_memory_channel[bytes](COMMANDS_QUEUED_MAX)
         self._received = bytearray()
         self._last_words = b""
+        self._fell_silent = trio.Event()
         self.dead = False
         self.is_busy = False
 
@@ -118,6 +122,8 @@ class WorkerProcess:
                 self._last_words = (self._last_words + some)[-LAST_WORDS_BYTES:]
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return
+        finally:
+            self._fell_silent.set()
 
     async def _peek_size(self) -> int:
         while len(self._received) < say.LENGTH_BYTES:
@@ -135,6 +141,8 @@ class WorkerProcess:
             some = b""
         if not some:
             self.kill()
+            with trio.move_on_after(LAST_WORDS_SECONDS_MAX):  # a child of its own may go on talking
+                await self._fell_silent.wait()
             raise self._death("it ended")
         self._received += some
 
@@ -175,12 +183,13 @@ async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
             memory_bytes_max=limits.memory_bytes_max,
             nice=limits.nice,
             sandbox=limits.sandbox,
+            readable=limits.readable_folders,
         )
     )
     started = await worker.next()
     if not isinstance(started, say.Started):
         raise JobError("a worker spoke before it had started")
-    worker.sandboxed = started.sandboxed
+    worker.fences = started
 
 
 def _spawn(scratch: Path, limits: WorkerLimits) -> subprocess.Popen[bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -25,12 +26,14 @@ from aivillage.node.engines import EngineClient, load_engine
 from aivillage.node.module_runs import ModuleRun, OnCall, WorkerPool, ask
 from aivillage.node.worker_process import WorkerLimits, WorkerProcess, start_worker
 from aivillage.protocols.codec import unpack
-from aivillage.protocols.errors import AivillageError, RequestError
+from aivillage.protocols.errors import AivillageError, JobError, RequestError
 from aivillage.protocols.messages import OperationInfo
 from aivillage.protocols.ports import Machine, Module, Verdict
 
 log = logging.getLogger(__name__)
 
+DESCRIPTION_BYTES_MAX: Final = 1 << 15
+"""A list of 20 operations still fits one frame between peers."""
 OUR_OWN: Final = "built-in"
 """Pool key of built-in modules: they share workers."""
 
@@ -60,6 +63,8 @@ class Workers:
         self._engines: dict[str, EngineClient] = {}
         self._loading = trio.Lock()
         self._infos: dict[str, OperationInfo] = {}
+        self.fences: say.Started | None = None
+        """What fences the worker started last; None where none was started yet."""
         self._machine = Machine(
             cpu_count=os.cpu_count() or 1,
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -115,6 +120,8 @@ class Workers:
         )
         async with self._worker(operation) as worker:
             estimated = await ask(worker, command, say.Estimated)
+        if not 0 <= estimated.seconds < math.inf:
+            raise JobError(f"{operation} estimates {estimated.seconds} seconds")
         return estimated.usage, estimated.seconds
 
     async def meter(self, operation: str, request: bytes, result: bytes) -> dict[str, int]:
@@ -168,7 +175,12 @@ class Workers:
                 seed=seed,
                 scratch=str(worker.scratch),
             )
-            run = ModuleRun(worker, command, on_call)
+
+            async def away(operation: str, request: bytes, budget: int) -> bytes:
+                async with self._pool.away(worker):
+                    return await on_call(operation, request, budget)
+
+            run = ModuleRun(worker, command, away)
             try:
                 yield run
             finally:
@@ -205,16 +217,19 @@ class Workers:
         return client
 
     async def _start(self) -> WorkerProcess:
-        return await start_worker(self._nursery, self._settings.limits, self._scratch_folder)
+        worker = await start_worker(self._nursery, self._settings.limits, self._scratch_folder)
+        self.fences = worker.fences
+        return worker
 
     @asynccontextmanager
     async def _worker(self, operation: str) -> AsyncIterator[WorkerProcess]:
         """A worker fit to run `operation`."""
         is_ours = operation in registry.BUILT_IN
         async with self._pool.worker(OUR_OWN if is_ours else operation) as worker:
-            if not is_ours and not worker.sandboxed and not self._settings.dev_mode:
+            if not is_ours and not worker.fences.sandboxed and not self._settings.dev_mode:
                 raise RequestError(
-                    f"{operation} comes from another package and this machine cannot fence it in",
+                    f"{operation} comes from another package and this machine cannot fence it in: "
+                    f"{worker.fences.why_not}",
                     code="NOT_ENABLED",
                     next_step="set AIVILLAGE_DEV_MODE=true to run it all the same",
                 )
@@ -242,7 +257,8 @@ class Workers:
             return OperationInfo(name=entry.operation)
         command = say.Describe(id=next(self._ids), operation=entry.operation)
         async with self._worker(entry.operation) as worker:
-            return (await ask(worker, command, say.Described)).info
+            described_info = (await ask(worker, command, say.Described)).info
+        return _vetted(described_info, entry)
 
     def _is_enabled(self, entry: registry.Entry) -> bool:
         if entry.stability == "stable":
@@ -267,13 +283,27 @@ class Workers:
             await client.stop()
 
 
+def _vetted(info: OperationInfo, entry: registry.Entry) -> OperationInfo:
+    """What a stranger's module says of itself, under the name that it was installed as.
+
+    Raises:
+        JobError: it names no price, or says too much.
+    """
+    if info.terms is None:
+        raise JobError(f"{entry.operation} names no price")
+    if len(msgspec.msgpack.encode(info)) > DESCRIPTION_BYTES_MAX:
+        raise JobError(f"{entry.operation} describes itself in over {DESCRIPTION_BYTES_MAX} bytes")
+    return msgspec.structs.replace(info, name=entry.operation)
+
+
 @asynccontextmanager
 async def open_workers(
     settings: WorkerSettings, *, cache_folder: Path, scratch_folder: Path
 ) -> AsyncIterator[Workers]:
     """The workers of a node; leaving the block ends them all.
 
-    `cache_folder` is for what engines may keep between runs, `scratch_folder` for what not.
+    `scratch_folder` holds a folder for each worker while it lives. `cache_folder` is where engines
+    may keep converted weights; the torch engine loads in seconds and keeps none.
     """
     for folder in (cache_folder, scratch_folder):
         await trio.to_thread.run_sync(

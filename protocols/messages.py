@@ -23,6 +23,8 @@ CERTIFICATES_MAX: Final = 8
 
 LedgerBlob: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=BLOB_BYTES_MAX)]
 Certificates: TypeAlias = Annotated[tuple[bytes, ...], msgspec.Meta(max_length=CERTIFICATES_MAX)]
+BlobName: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+"""A `Cid` on the wire."""
 Counts: TypeAlias = Annotated[dict[str, Count], msgspec.Meta(max_length=UNITS_MAX)]
 """Unit -> count, as in `Usage`."""
 
@@ -172,6 +174,21 @@ class Gossip(Message, frozen=True, kw_only=True, tag="gossip"):
     hops: Count = 0
 
 
+class Standing(Message, frozen=True, kw_only=True, tag="standing"):
+    """What you may owe me, and how much of that unsigned: sent when I know, and when it changes."""
+
+    line_micro_credits: Amount
+    exposure_micro_credits: Amount
+
+
+class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
+    """Send me the blob from `offset` on. A node of this version answers NOT_OFFERED."""
+
+    id: Count
+    cid: BlobName
+    offset: Count = 0
+
+
 class Join(Message, frozen=True, kw_only=True, tag="join"):
     id: Count
     token: str
@@ -212,6 +229,7 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     deadline_seconds: Measure | None = None
     peer: PeerId | None = None
     follow: bool = True
+    local: bool = False
 
 
 class Text(Message, frozen=True, kw_only=True, tag="text"):
@@ -246,7 +264,8 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
 
 PEER_MESSAGES: Final = (
     Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
-    Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Join, Joined, Step,
+    Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Standing, Fetch, Join,
+    Joined, Step,
 )  # fmt: skip
 CONTROL_MESSAGES: Final = (
     Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,

@@ -116,6 +116,10 @@ class Book(Protocol):
         """What `peer` may owe me (line), and how much of it unsigned (exposure). Durable."""
         ...
 
+    async def set_received(self, peer: PeerId, line: MicroCredits, exposure: MicroCredits) -> None:
+        """What `peer` says that I may owe it (line), and how much of it unsigned. Durable."""
+        ...
+
     # buyer
     def intend(
         self, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits

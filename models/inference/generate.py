@@ -12,7 +12,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from aivillage.models.inference import catalogue
-from aivillage.protocols.errors import RequestError
+from aivillage.protocols.errors import JobError, RequestError
 from aivillage.protocols.ports import Context, Event, Machine, PartEvent, ResultEvent, Verdict
 from aivillage.protocols.pricing import Usage
 from aivillage.protocols.types import Seconds
@@ -154,7 +154,7 @@ class Generate:
             while not context.cancelled():
                 (frame,) = engine.step()
                 if frame.error:
-                    raise RequestError(frame.error)
+                    raise JobError(frame.error)
                 pieces.append(Piece(frame.token_ids, frame.text, frame.read_bytes))
                 yield PartEvent(body=msgspec.msgpack.encode(pieces[-1]))
                 if frame.finished:

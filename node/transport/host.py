@@ -34,15 +34,17 @@ async def run_host(key: Ed25519PrivateKey, listen: str) -> AsyncIterator[Any]:
     address = listen_address(listen)
     host = build_host(key, address)
     stop = trio.Event()
+    # A shutdown that is cancelled leaves its listening socket open, so it is only bounded.
+    shutdown = trio.CancelScope(shield=True)
+    listening = False
     async with trio.open_nursery() as nursery:
-        await nursery.start(_run, host, address, stop)
-        listening = bool(host.get_network().listeners)
         try:
+            await nursery.start(_run, host, address, stop, shutdown)
+            listening = bool(host.get_network().listeners)
             if listening:
                 yield host
         finally:
-            # The library needs a while to say goodbye; more than ten seconds it does not get.
-            nursery.cancel_scope.deadline = trio.current_time() + SHUTDOWN_SECONDS
+            shutdown.deadline = trio.current_time() + SHUTDOWN_SECONDS
             stop.set()
     if not listening:
         raise _taken(listen, "the library could not listen there")
@@ -89,7 +91,6 @@ def build_host(key: Ed25519PrivateKey, address: str) -> Any:
         # The default list accepts /plaintext, where anybody is whoever they say they are.
         sec_opt={PROTOCOL_ID: Transport(identity, create_noise_key_pair().private_key)},
         connection_config=ConnectionConfig(
-            # The library would dial every address it ever heard of; we dial whom we choose.
             min_connections=0,
             low_watermark=0,
             high_watermark=CONNECTIONS_MAX,
@@ -106,6 +107,8 @@ def _switch_off_extras(host: Any) -> None:
     swarm = host.get_network()
     # Its breakers and rates are per process, not per peer: strangers could use up everybody's.
     swarm.set_resource_manager(None)
+    # It dials whoever it has heard of up to the middle of the watermarks; we choose our peers.
+    swarm.auto_connector.maybe_connect = _nothing
     # Who is not there now is not there: the caller decides when to try again.
     swarm.retry_config.max_retries = 0
     # Outbound identify runs in system tasks, where one exception ends the event loop. What it
@@ -114,25 +117,32 @@ def _switch_off_extras(host: Any) -> None:
         swarm.remove_notifee(notifee)
 
 
+async def _nothing() -> None: ...
+
+
 def _quiet_library() -> None:
     """The library logs every closed connection as an error; our own events say what matters."""
     lean.import_libp2p()  # configures its logger when imported: ours comes after
-    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] == "libp2p":
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 async def _run(
     host: Any,
     address: str,
     stop: trio.Event,
+    shutdown: trio.CancelScope,
     task_status: Any = trio.TASK_STATUS_IGNORED,
 ) -> None:
     import multiaddr
 
     try:
-        async with host.run(listen_addrs=[multiaddr.Multiaddr(address)]):
-            task_status.started()
-            await stop.wait()
-            await host.close()
+        with shutdown:
+            async with host.run(listen_addrs=[multiaddr.Multiaddr(address)]):
+                task_status.started()
+                await stop.wait()
+                await host.close()
     except* RuntimeError as group:
         # Services that are told to stop while a connection arrives say this; nothing is lost.
         if not stop.is_set() or not _is_benign(group):

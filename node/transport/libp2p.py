@@ -217,7 +217,7 @@ class _Call:
         self._args = args
         self._done = trio.Event()
         self._result: Any = None
-        self._error: Exception | None = None
+        self._error: Exception | None = trio.ClosedResourceError("the transport is closed")
         self._abandoned = False
         self.if_abandoned: Callable[[Any], Awaitable[None]] | None = None
 
@@ -233,7 +233,6 @@ class _Call:
         """Whether it ended in time, well or not."""
         if nursery.cancel_scope.cancel_called:
             # Handlers end a little later than the transport; it starts nothing for them.
-            self._error = trio.ClosedResourceError("the transport is closed")
             return True
         nursery.start_soon(self._run)
         try:
@@ -246,10 +245,12 @@ class _Call:
     async def _run(self) -> None:
         try:
             self._result = await self._call(*self._args)
+            self._error = None
         except Exception as error:
             self._error = error
             log.debug("library_call_failed", extra={"reason": repr(error)})
-        self._done.set()
+        finally:
+            self._done.set()
         if self._abandoned and self.if_abandoned is not None and self._error is None:
             await self.if_abandoned(self._result)
 

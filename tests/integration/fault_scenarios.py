@@ -307,6 +307,15 @@ async def a_dial_waits_a_quarter_second_after_success(kind):
 
 
 @fault
+async def known_peers_are_dialled_unasked(kind):
+    async with hosts(kind) as (client, server):
+        client.get_peerstore().add_addrs(server.get_id(), [address_of(server)], 120)
+        await client.get_network().auto_connector.maybe_connect()
+        await trio.sleep(0.5)
+        return bool(client.get_network().get_connections(server.get_id()))
+
+
+@fault
 async def a_connection_installs_a_root_log_handler(kind):
     for handler in list(logging.root.handlers):
         logging.root.removeHandler(handler)

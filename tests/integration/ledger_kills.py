@@ -4,7 +4,7 @@ A buyer and a seller, each one process with its own file (synchronous=FULL), tal
 TCP. The parent kills one or the other with SIGKILL, starts it again, and at the end asks both
 whether what was paid is what was earned.
 
-    python tests/integration/ledger_kills.py --kills 100
+    python -m tests.integration.ledger_kills --kills 100
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ KEYS = {
 }
 IDS = {name: peer_id(key.public_key().public_bytes_raw()) for name, key in KEYS.items()}
 OTHER = {"buyer": "seller", "seller": "buyer"}
+ROOT = Path(__file__).resolve().parents[2]
 LINE, EXPOSURE, UNIT, UNITS = 1 << 40, 4_000, 100, 20
 BLOB, CALL, CHUNK, END = range(4)
 
@@ -154,8 +155,10 @@ class Side:
         self.start()
 
     def start(self) -> None:
+        side = (self.name, str(self.folder), str(self.port))
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--side", self.name, str(self.folder), str(self.port)]
+            [sys.executable, "-m", "tests.integration.ledger_kills", "--side", *side],
+            cwd=ROOT,
         )
 
     def ready(self) -> bool:

@@ -93,6 +93,7 @@ class Rogue:
             "unix": lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM),
             "netlink": lambda: socket.socket(16, socket.SOCK_RAW),
             "http": lambda: urllib.request.urlopen("http://127.0.0.1:1/"),
+            "datagram": lambda: _own_datagram_socket().sendto(b"x", "/dev/log"),
             "kill": lambda: os.kill(request.pid, 0),
         }
         outcome = {}
@@ -103,6 +104,23 @@ class Rogue:
             except OSError as error:
                 outcome[name] = type(getattr(error, "reason", error)).__name__
         os.kill(os.getpid(), 0)
+        return json.dumps(outcome)
+
+    def open_files(self, request, context):
+        """What became of reading and writing where it has no business."""
+        secret = Path(context.scratch).parents[1] / "identity.key"
+        outcome = {}
+        for name, way in {
+            "read": secret.read_text,
+            "list": lambda: list(secret.parent.iterdir()),
+            "write": lambda: secret.write_text("mine"),
+            "memory": lambda: Path(f"/proc/{request.pid}/environ").read_bytes(),
+        }.items():
+            try:
+                way()
+                outcome[name] = "open"
+            except OSError as error:
+                outcome[name] = type(error).__name__
         return json.dumps(outcome)
 
     def environment(self, request, context):
@@ -121,6 +139,15 @@ class Rogue:
     def mark_scratch(self, request, context):
         (Path(context.scratch) / "mark").write_text("x")
         return Path.cwd() == Path(context.scratch).resolve()
+
+
+def _own_datagram_socket():
+    """One end of a pair, which needs no `socket` call; talking to the other end works."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    here.send(b"x")
+    if there.recv(1) != b"x":
+        raise RuntimeError("a pair of one's own carries nothing")
+    return here
 
 
 MODULE = Rogue()

@@ -31,6 +31,7 @@ FAULTS = (
     "each_small_read_sends_a_window_update",
     "a_full_frame_needs_two_noise_messages",
     "a_dial_waits_a_quarter_second_after_success",
+    "known_peers_are_dialled_unasked",
     "a_connection_installs_a_root_log_handler",
     pytest.param("a_reader_that_pauses_kills_the_writers_stream", marks=pytest.mark.slow),
     pytest.param("a_stopped_peer_stays_connected", marks=pytest.mark.slow),

@@ -304,6 +304,38 @@ async def test_leaving_the_block_ends_handlers_and_is_quick(mesh):
     assert trio.current_time() - began < 2
 
 
+async def test_a_cancelled_owner_leaves_quickly(mesh):
+    async def hold(stream) -> None:
+        await stream.read(1)
+
+    async def owner(started) -> None:
+        async with mesh() as (a, b):
+            b.serve("/test/hold/1", hold)
+            await a.dial(b.addresses()[0])
+            stream = await a.open_stream(b.peer, "/test/hold/1")
+            started.set()
+            await stream.read(1)
+
+    async with trio.open_nursery() as nursery:
+        started = trio.Event()
+        nursery.start_soon(owner, started)
+        await started.wait()
+        await trio.sleep(0.05)
+        nursery.cancel_scope.cancel()
+        began = trio.current_time()
+    assert trio.current_time() - began < 2
+
+
+async def test_a_port_is_free_again_after_its_owner_was_cancelled(key_of):
+    with trio.CancelScope() as scope:
+        async with open_libp2p(key_of(1), "127.0.0.1:0") as node:
+            port = node.addresses()[0].split("/")[4]
+            scope.cancel()
+            await trio.sleep(1)
+    async with open_libp2p(key_of(1), f"127.0.0.1:{port}") as again:
+        assert again.addresses()[0].split("/")[4] == port
+
+
 async def test_a_port_in_use_is_a_config_error_that_names_it(key_of):
     async with open_libp2p(key_of(1), "127.0.0.1:0") as first:
         port = first.addresses()[0].split("/")[4]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from aivillage.ledger import sync
 from tests.simulation import ledger_sim, mutants
 
 SEEDS_MAX = 60
@@ -27,6 +28,12 @@ def test_a_planted_bug_is_caught_by_its_invariant(name):
         if failure.split(":")[0] in wanted:
             return
     pytest.fail(f"{name} lived through {SEEDS_MAX} seeds without tripping {wanted}")
+
+
+@pytest.mark.parametrize("seed", range(20, 30))
+def test_answers_that_do_not_fit_come_in_rounds(seed, monkeypatch):
+    monkeypatch.setattr(sync, "VOUCHERS_MAX", 1)
+    assert ledger_sim.run_seed(seed).failure == ""
 
 
 def test_the_summary_is_one_line_of_json(capsys):

@@ -260,7 +260,7 @@ class World:
                     continue
                 nothing = lambda *_: None  # noqa: E731
                 node.ledger.set_line(peer.id, (LINE, EXPOSURE), nothing, nothing)
-                node.ledger.set_received(peer.id, EXPOSURE, nothing, nothing)
+                node.ledger.set_received(peer.id, (LINE, EXPOSURE), nothing, nothing)
             self.flush(node)
 
     def chance(self, probability: float) -> bool:

@@ -3,78 +3,27 @@
 from __future__ import annotations
 
 import random
-from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 import pytest
 import trio
 
-from aivillage.node.links import LinkLimits, Links, open_links
+from aivillage.node.links import open_links
 from aivillage.node.transport.loopback import LoopbackNetwork
-from aivillage.protocols import codec
 from aivillage.protocols.errors import JobError, PeerError, RequestError
 from aivillage.protocols.messages import (
-    JOB_PROTOCOL,
     Accepted,
-    Ask,
     Cancel,
     Failure,
     Hello,
     Ledger,
     ListOperations,
     Operations,
-    Ping,
     Progress,
     Step,
     StepItem,
 )
-
-LIMITS = LinkLimits()
-
-
-class Recorder:
-    """Writes down what the callbacks hear."""
-
-    def __init__(self, links: Links) -> None:
-        self.links = links
-        self.events: list[str] = []
-        self.frames: list[object] = []
-        self.reasons: list[str] = []
-        links.on_up = lambda link: self.events.append("up")
-        links.on_down = self._down
-        links.on_message = lambda link, frame: self.frames.append(frame)
-
-    def _down(self, link, reason) -> None:
-        self.events.append("down")
-        self.reasons.append(reason)
-
-    @property
-    def address(self) -> str:
-        return self.links.transport.addresses()[0]
-
-    @property
-    def peer(self):
-        return self.links.transport.peer
-
-
-@asynccontextmanager
-async def mesh(hello_of, peer_of, *, count=2, limits=LIMITS, network=None, hello=None):
-    """`count` nodes with links; node 0 has the lowest PeerId."""
-    network = network or LoopbackNetwork()
-    peers = sorted(peer_of(at + 1) for at in range(count))
-    async with AsyncExitStack() as stack:
-        nodes = []
-        for at, peer in enumerate(peers):
-            transport = await stack.enter_async_context(network.open(f"n{at}", peer))
-            links = await stack.enter_async_context(
-                open_links(transport, hello or hello_of, limits=limits)
-            )
-            nodes.append(Recorder(links))
-        yield nodes
-
-
-async def settle(seconds: float = 0.01) -> None:
-    await trio.sleep(seconds)
+from tests.mesh import LIMITS, Recorder, mesh, settle
 
 
 @pytest.fixture
@@ -324,98 +273,6 @@ async def test_another_major_version_is_refused_and_a_minor_one_passes(two, auto
         assert (await a.links.connect(b.address)).hello.minor == 9
 
 
-async def raw_stream(a, b):
-    """A stream to `b` with no links behind it, past the hello."""
-    await a.links.transport.dial(b.address)
-    return await a.links.transport.open_stream(b.peer, JOB_PROTOCOL)
-
-
-async def read_failure(stream) -> Failure:
-    """The last frame before the end of the stream."""
-    data = b""
-    while chunk := await stream.read(65536):
-        data += chunk
-    frames = []
-    while data:
-        size = int.from_bytes(data[:4], "big")
-        frames.append(codec.decode(data[4 : 4 + size]))
-        data = data[4 + size :]
-    assert isinstance(frames[-1], Failure)
-    return frames[-1]
-
-
-@pytest.mark.parametrize(
-    ("frame", "code"),
-    [
-        (codec.frame(Ask(id=1, what="x")), "BAD_REQUEST"),
-        (b"\0\0\0\x03abc", "BAD_REQUEST"),
-        (b"\0\0\0\0", "BAD_REQUEST"),
-        (b"\xff\xff\xff\xff", "TOO_LARGE"),
-        ((codec.FRAME_BYTES_MAX + 1).to_bytes(4, "big"), "TOO_LARGE"),
-    ],
-)
-async def test_what_is_no_message_ends_the_link_with_its_code(
-    two, hello_of, autojump_clock, frame, code
-):
-    async with two(count=3) as (a, b, c):
-        stream = await raw_stream(a, b)
-        await stream.write(codec.frame(hello_of()) + frame)
-        failure = await read_failure(stream)
-        assert (failure.id, failure.code) == (0, code)
-        assert b.links.get(a.peer) is None
-        assert await c.links.connect(b.address)
-
-
-async def test_a_second_hello_is_refused(two, hello_of, autojump_clock):
-    async with two() as (a, b):
-        stream = await raw_stream(a, b)
-        await stream.write(codec.frame(hello_of()) * 2)
-        assert (await read_failure(stream)).code == "BAD_REQUEST"
-
-
-async def test_a_message_before_the_hello_is_refused(two, autojump_clock):
-    async with two() as (a, b):
-        stream = await raw_stream(a, b)
-        await stream.write(codec.frame(Ping(nonce=1)))
-        assert (await read_failure(stream)).code == "BAD_REQUEST"
-        assert b.events == []
-
-
-async def test_who_says_no_hello_is_let_go_after_five_seconds(two, autojump_clock):
-    async with two() as (a, b):
-        stream = await raw_stream(a, b)
-        began = trio.current_time()
-        assert await stream.read(1) == b""
-        assert trio.current_time() - began == pytest.approx(5)
-
-
-async def test_a_refused_message_costs_its_link_and_no_other(two, autojump_clock):
-    async with two(count=3) as (a, b, c):
-        link = await a.links.connect(b.address)
-        await c.links.connect(b.address)
-
-        def refuse(link, frame) -> None:
-            raise PeerError("not like this", code="REPLAYED")
-
-        b.links.on_message = refuse
-        link.send(Accepted(id=1))
-        await settle()
-        assert "REPLAYED not like this" in a.reasons[0]
-        assert b.links.counts["peer_errors"] == 1
-        assert b.links.get(c.peer) is not None
-
-
-async def test_a_defect_in_a_callback_costs_its_link_and_is_counted(two, caplog, autojump_clock):
-    async with two() as (a, b):
-        link = await a.links.connect(b.address)
-        b.links.on_message = lambda link, frame: 1 / 0
-        link.send(Accepted(id=1))
-        await settle()
-        assert b.links.counts["defects"] == 1
-        assert b.links.get(a.peer) is None
-        assert "link_callback_failed" in caplog.messages
-
-
 async def test_over_the_frame_rate_the_reader_pauses_and_loses_nothing(two, autojump_clock):
     limits = replace(LIMITS, frames_per_second=100, queue_frames_max=1000)
     async with two(limits=limits) as (a, b):
@@ -475,3 +332,63 @@ async def test_connecting_to_nobody_is_peer_lost_and_to_nonsense_bad_request(two
             await a.links.connect("nonsense")
         with pytest.raises(RequestError):
             await a.links.connect(a.address)
+
+
+async def test_a_cancelled_owner_closes_its_links_and_the_peer_hears_of_it(
+    hello_of, peer_of, autojump_clock
+):
+    network = LoopbackNetwork()
+    async with (
+        network.open("b", peer_of(2)) as transport,
+        open_links(transport, hello_of, limits=LIMITS) as links,
+    ):
+        b = Recorder(links)
+
+        async def owner() -> None:
+            async with (
+                network.open("a", peer_of(1)) as transport,
+                open_links(transport, hello_of, limits=LIMITS) as links,
+            ):
+                await links.connect(b.address)
+                await trio.sleep_forever()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(owner)
+            await settle()
+            assert b.events == ["up"]
+            nursery.cancel_scope.cancel()
+            began = trio.current_time()
+        await settle()
+        assert trio.current_time() - began < 3
+        assert b.events == ["up", "down"]
+
+
+async def test_a_failing_on_up_costs_that_link_only(two, caplog, autojump_clock):
+    async with two(count=3) as (a, b, c):
+        b.links.on_up = lambda link: 1 / 0 if link.peer == a.peer else None
+        await a.links.connect(b.address)
+        await c.links.connect(b.address)
+        await settle(2)
+        assert a.links.all() == []
+        assert b.links.get(c.peer) is not None
+        assert "link_callback_failed" in caplog.messages
+
+
+async def test_links_that_share_a_write_leave_together(two, autojump_clock):
+    """One write for all that is queued: what a frame costs is the write, not the frame."""
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        await settle()
+        writes = []
+        write = link._stream.write
+
+        async def counted(data: bytes) -> None:
+            writes.append(len(data))
+            await write(data)
+
+        link._stream.write = counted
+        for _ in range(1000):
+            link.send(Accepted(id=2))
+        await settle()
+        assert len(writes) == 1
+        assert len(b.frames) == 1000

@@ -8,8 +8,9 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.ledger import reader
+from aivillage.ledger.desk import Settings
 from aivillage.ledger.ledger import open_ledger
-from aivillage.protocols.errors import ConfigError
+from aivillage.protocols.errors import ConfigError, NodeError, PeerError
 from aivillage.protocols.types import AttemptId, peer_id
 
 A, B = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
@@ -97,6 +98,54 @@ async def test_a_restart_heals_by_sync(tmp_path):
         join(a, b)
         await until(lambda: b.view(BUYER).owed_to_me == 500)
         assert a.owed_to(SELLER) == 500
+
+
+async def pay(book, amount):
+    attempt = AttemptId(os.urandom(16))
+    book.intend(SELLER, attempt, QUOTE, amount)
+    await book.settle(SELLER, attempt, amount, OUT)
+
+
+async def pay_until_refused(book):
+    for _ in range(2000):
+        await pay(book, 100)
+
+
+async def test_a_full_disk_stops_new_money_and_not_the_reads(tmp_path):
+    pages = "PRAGMA max_page_count = {}"
+    async with open_ledger(tmp_path / "a.db", A) as a:
+        submit = a._ledger.desk.submit
+        submit(lambda db: db.execute(pages.format(1)).fetchall(), lambda _: None)
+        with trio.fail_after(30), pytest.raises(NodeError) as refusal:
+            await pay_until_refused(a)
+        assert refusal.value.code == "DISK_FULL"
+        assert a.refusing is not None
+        assert a.room(SELLER) == 0
+        assert (await a.balance()).spent == a.owed_to(SELLER)
+        submit(lambda db: db.execute(pages.format(9999)).fetchall(), lambda _: None)
+        before = a.owed_to(SELLER)
+        await pay(a, 100)
+        assert a.owed_to(SELLER) >= before + 100
+        assert a.refusing is None
+
+
+async def test_a_stranger_gets_nothing_until_the_owner_opens_the_pool(tmp_path):
+    for pool in (0, 500):
+        settings = Settings(stranger_pool=pool)
+        async with open_ledger(tmp_path / f"{pool}.db", B, settings=settings) as b:
+            assert b.headroom(BUYER) == pool
+            b.want_room(BUYER, 500)
+            if pool:
+                await b.room_changed(BUYER)
+            assert b.room(BUYER) == pool
+
+
+async def test_a_forged_blob_is_the_peers_error(tmp_path):
+    async with pair(tmp_path) as (a, b):
+        join(a, b)
+        with pytest.raises(PeerError):
+            b.receive(BUYER, b"\x93\x01\x01\xc0")
+        assert b.view(BUYER).connected
 
 
 async def test_a_book_refuses_another_key(tmp_path):

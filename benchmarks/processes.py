@@ -1,0 +1,44 @@
+"""Villages of real daemons for benchmarks, and what their processes cost."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from aivillage.cli.village_process import NodeProcess
+
+
+@contextlib.contextmanager
+def village(folder: Path, count: int) -> Iterator[list[NodeProcess]]:
+    """`count` daemons that know each other's offers; the first founded the village."""
+    nodes = [NodeProcess(f"n{number}", folder) for number in range(count)]
+    try:
+        nodes[0].start()
+        for node in nodes[1:]:
+            node.start("--join", nodes[0].ask("invite")["token"])
+        deadline = time.monotonic() + 20
+        while sum(bool(peer["offers"]) for peer in nodes[0].ask("peers")) < count - 1:
+            if time.monotonic() > deadline:
+                raise SystemExit("the offers did not come")
+            time.sleep(0.05)
+        yield nodes
+    finally:
+        for node in nodes:
+            node.stop()
+            node.kill()
+
+
+def cpu_seconds(nodes: list[NodeProcess]) -> float:
+    """User and system time of all daemons and their workers so far."""
+    total = 0.0
+    for node in nodes:
+        daemon = psutil.Process(node.pid)
+        for process in (daemon, *daemon.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):  # a worker may just have ended
+                times = process.cpu_times()
+                total += times.user + times.system
+    return total

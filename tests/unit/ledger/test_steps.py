@@ -1,0 +1,344 @@
+"""Each protocol step on a database: what it books, what it refuses, what a trigger forbids."""
+
+import apsw
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from aivillage.ledger import books, exposure, payee, payer, sync
+from aivillage.ledger.signing import Ed25519Signer
+from aivillage.protocols.errors import ConfigError
+from aivillage.protocols.types import peer_id
+from aivillage.protocols.vouchers import (
+    ARREARS,
+    JOB,
+    Claim,
+    Item,
+    LaneState,
+    Voucher,
+    VoucherBody,
+    lane_of,
+    root_of,
+    voucher_prefixed,
+)
+
+A, B = (Ed25519Signer(Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32)) for n in (1, 2))
+BUYER, SELLER = peer_id(A.public_key), peer_id(B.public_key)
+NOW, DAY = 1_000_000, 86_400_000
+WALLET = payer.Wallet(A, lane_of(5, b"lane-one"))
+
+
+def book(signer):
+    db = apsw.Connection(":memory:")
+    db.execute("PRAGMA foreign_keys=ON")
+    books.prepare(db, signer.public_key, NOW)
+    return db
+
+
+@pytest.fixture
+def buyer():
+    return book(A)
+
+
+@pytest.fixture
+def seller():
+    db = book(B)
+    exposure.set_line(db, BUYER, 1_000, 160, NOW)
+    return db
+
+
+def item(number, amount, final=False, kind=JOB):
+    return Item(kind, bytes([number]) * 16, b"q", amount, b"o", final)
+
+
+def sign(buyer, *items):
+    with buyer:
+        return payer.make_voucher(buyer, WALLET, SELLER, items, NOW)
+
+
+def take(seller, voucher):
+    with seller:
+        return payee.book_voucher(seller, BUYER, voucher, "receive", attest=True, at_ms=NOW)
+
+
+def forged(n, cum, *items):
+    """What a dishonest payer signs: any n and cum with any items."""
+    body = msgspec.msgpack.encode(VoucherBody(B.public_key, WALLET.lane, n, cum, root_of(items)))
+    return Voucher(body, A.sign(voucher_prefixed(body)), items)
+
+
+def body_of(voucher):
+    return msgspec.msgpack.decode(voucher.body, type=VoucherBody)
+
+
+def lane(db):
+    return books.one(db, "SELECT n, cum, attr FROM lane_in")
+
+
+# payer
+
+
+def test_vouchers_are_cumulative_on_one_lane(buyer):
+    first, second = sign(buyer, item(1, 10)), sign(buyer, item(1, 15), item(2, 5))
+    assert [(body_of(v).n, body_of(v).cum) for v in (first, second)] == [(1, 10), (2, 20)]
+    assert books.read_pair(buyer, SELLER).balance == -20
+
+
+@pytest.mark.parametrize(
+    "again",
+    [item(1, 10, final=True), item(1, 9), item(1, 30), item(2, 0), item(2, 0, final=True)],
+)
+def test_what_adds_nothing_or_comes_after_the_end_is_not_signed(buyer, again):
+    sign(buyer, item(1, 10, final=True))
+    assert sign(buyer, again) is None
+
+
+def test_a_final_item_without_new_money_is_signed(buyer):
+    sign(buyer, item(1, 10))
+    assert body_of(sign(buyer, item(1, 10, final=True))).cum == 10
+
+
+def test_nothing_is_signed_again_for_an_attempt_of_an_earlier_boot(buyer):
+    sign(buyer, item(1, 10))
+    later = payer.Wallet(A, lane_of(6, b"lane-two"))
+    with buyer:
+        assert payer.make_voucher(buyer, later, SELLER, [item(1, 20)], NOW) is None
+        fresh = payer.make_voucher(buyer, later, SELLER, [item(2, 20)], NOW)
+    assert (body_of(fresh).lane, body_of(fresh).n, body_of(fresh).cum) == (later.lane, 1, 20)
+
+
+def test_only_telling_vouchers_are_sent_again(buyer):
+    for amount in (1, 2, 3):
+        sign(buyer, item(1, amount))
+    sign(buyer, item(2, 1, final=True))
+    assert payer.telling(buyer, SELLER, WALLET.lane) == [3, 4]
+    assert [body_of(v).n for v in payer.unreceipted(buyer, SELLER, 9)] == [3, 4]
+
+
+def test_a_forgotten_voucher_is_adopted_once(buyer):
+    sign(buyer, item(1, 10))
+    image = buyer.serialize("main")
+    forgotten = sign(buyer, item(1, 30))
+    restored = apsw.Connection(":memory:")
+    restored.deserialize("main", image)
+    for _ in range(2):
+        with restored:
+            payer.adopt(restored, SELLER, forgotten, NOW)
+    assert books.read_pair(restored, SELLER).balance == -30
+    assert books.rows(restored, "SELECT kind FROM entry") == [("pay",), ("recover-pay",)]
+
+
+# payee
+
+
+def test_a_voucher_is_booked_once(buyer, seller):
+    voucher = sign(buyer, item(1, 10))
+    first, second = take(seller, voucher), take(seller, voucher)
+    assert first.receipt == second.receipt
+    assert books.read_pair(seller, BUYER)[-1] == 10
+    assert books.one(seller, "SELECT count(*) FROM entry") == (1,)
+
+
+def test_a_late_voucher_gives_its_items_and_no_money(buyer, seller):
+    first, second = sign(buyer, item(1, 10)), sign(buyer, item(2, 5))
+    take(seller, second)
+    assert lane(seller) == (2, 15, 5)
+    assert take(seller, first).items == first.items
+    assert lane(seller) == (2, 15, 15)
+    assert books.read_pair(seller, BUYER).paid == 15
+
+
+def test_items_never_count_beyond_cum(seller):
+    take(seller, forged(1, 10, item(1, 8), item(2, 3)))
+    assert lane(seller) == (1, 10, 8)
+    assert books.read_pair(seller, BUYER).paid == 8
+
+
+@pytest.mark.parametrize(("n", "cum"), [(2, 11), (3, 9), (1, 11)])
+def test_a_voucher_that_contradicts_another_is_kept_as_evidence(seller, n, cum):
+    take(seller, forged(2, 10, item(1, 10)))
+    booked = take(seller, forged(n, cum, item(2, 1)))
+    assert booked.receipt is None
+    assert books.one(seller, "SELECT count(*) FROM evidence") == (1,)
+    assert lane(seller) == (2, 10, 10)
+
+
+def test_unlabelled_money_counts_once_the_lane_is_sealed(seller):
+    take(seller, forged(3, 30, item(1, 10)))
+    assert books.read_pair(seller, BUYER).paid == 10
+    payee.seal(seller, BUYER, 5)
+    assert books.read_pair(seller, BUYER).paid == 10  # the lane of this boot is open
+    payee.seal(seller, BUYER, 6)
+    assert books.read_pair(seller, BUYER).paid == 30
+    take(seller, forged(2, 20, item(2, 10)))
+    assert books.read_pair(seller, BUYER).paid == 30  # late items explain, they do not add
+
+
+# exposure
+
+
+def reserve(db, delivered, unit, peer=BUYER, pool=0):
+    return exposure.reserve(db, peer, delivered, unit, pool).reserved
+
+
+def test_a_reservation_goes_a_step_ahead_up_to_the_exposure(seller):
+    assert reserve(seller, 0, 5) == 20  # X/8
+    assert reserve(seller, 20, 60) == 80  # the dearest unit, where it is more
+    assert reserve(seller, 150, 10) == 160
+    assert reserve(seller, 160, 1) == 160
+
+
+def test_a_unit_above_the_exposure_moves_nothing(seller):
+    assert reserve(seller, 0, 161) == 0
+    assert reserve(seller, 0, 160) == 160
+
+
+def test_the_line_counts_what_is_owed(seller):
+    take(seller, forged(1, 990, item(1, 990)))
+    assert reserve(seller, 990, 10) == 1_000
+    assert reserve(seller, 1_000, 1) == 1_000
+
+
+def test_strangers_share_one_pool(seller):
+    names = [peer_id(bytes([n]) * 32) for n in range(3)]
+    assert [reserve(seller, 0, 10, name, pool=25) for name in names] == [10, 10, 0]
+    assert reserve(seller, 0, 1, names[0], pool=0) == 10
+
+
+def test_healing_is_bounded_by_what_was_paid_and_by_days(seller):
+    take(seller, forged(1, 160, item(1, 160)))
+    reserve(seller, 160, 160)
+    assert exposure.heal(seller, BUYER, NOW).written_off == 10  # 160/16
+    assert exposure.heal(seller, BUYER, NOW + DAY).written_off == 50  # and X/4 a day
+    assert exposure.heal(seller, BUYER, NOW).written_off == 50
+    assert exposure.heal(seller, BUYER, NOW + 1000 * DAY).written_off == 90  # a jump is one day
+
+
+def test_late_money_takes_the_place_of_what_was_written_off(seller):
+    take(seller, forged(1, 160, item(1, 160)))
+    reserve(seller, 160, 160)
+    exposure.heal(seller, BUYER, NOW)
+    exposure.settle_gap(seller, BUYER, 165)
+    assert books.read_pair(seller, BUYER).written_off == 5
+
+
+# claims
+
+
+def claim(number, amount):
+    return Claim(bytes([number]) * 16, b"q", amount, b"o")
+
+
+def pay(buyer, *claims, running=()):
+    wallet = payer.Wallet(A, lane_of(9, b"lane-new"))
+    with buyer:
+        vouchers = sync.pay_claims(buyer, wallet, SELLER, claims, frozenset(running), NOW)
+    return sum(i.amount for v in vouchers for i in v.items if i.kind == ARREARS)
+
+
+def test_a_claim_is_paid_once_up_to_the_ceiling_less_what_was_paid(buyer):
+    payer.intend(buyer, SELLER, bytes([1]) * 16, b"q", 100)
+    sign(buyer, item(1, 30))
+    assert pay(buyer, claim(1, 5_000)) == 70
+    assert pay(buyer, claim(1, 5_000)) == 0
+    assert books.read_pair(buyer, SELLER).arrears == 70
+
+
+def test_claims_for_unknown_running_or_ended_work_are_not_paid(buyer):
+    for number in (1, 2):
+        payer.intend(buyer, SELLER, bytes([number]) * 16, b"q", 100)
+    sign(buyer, item(1, 30, final=True))
+    assert pay(buyer, claim(1, 90), claim(3, 50)) == 0
+    assert pay(buyer, claim(2, 90), running=[bytes([2]) * 16]) == 0
+    other_quote = Claim(bytes([2]) * 16, b"z", 90, b"o")
+    assert pay(buyer, other_quote) == 0
+
+
+def test_all_claims_together_stay_within_the_budget(buyer):
+    exposure.set_received(buyer, SELLER, 600, 60)
+    for number in range(1, 5):
+        payer.intend(buyer, SELLER, bytes([number]) * 16, b"q", 100)
+    assert pay(buyer, *(claim(number, 25) for number in range(1, 5))) == 60
+
+
+# sync
+
+
+def test_an_answer_shows_what_the_other_side_lacks(buyer, seller):
+    vouchers = [sign(buyer, item(n, 10, final=True)) for n in (1, 2, 3)]
+    for voucher in vouchers:
+        take(seller, voucher)
+    key = (True, WALLET.lane)
+    nothing = sync.answer(seller, BUYER, 6, {})
+    assert nothing.yours == vouchers
+    some = sync.answer(seller, BUYER, 6, {key: LaneState(True, WALLET.lane, 2)})
+    assert some.yours == vouchers[2:]
+    assert books.read_pair(seller, BUYER).epoch == 6
+
+
+def test_holes_are_named_and_filled(buyer, seller):
+    vouchers = [sign(buyer, item(n, 10, final=True)) for n in range(1, 7)]
+    for voucher in (vouchers[0], vouchers[1], vouchers[4]):
+        take(seller, voucher)
+    (state,) = sync.own_lanes(seller, BUYER)
+    assert state == LaneState(False, WALLET.lane, 5, (5, 5, 1, 2))
+    answer = sync.answer(buyer, SELLER, 1, {(False, WALLET.lane): state})
+    missing = [vouchers[2], vouchers[3], vouchers[5]]
+    assert answer.mine[:3] == missing
+    assert answer.mine[3:] == [vouchers[0], vouchers[1], vouchers[4]]  # held and not confirmed
+    assert answer.unconfirmed == 6
+    assert sync.answer(buyer, SELLER, 1, {}).mine == vouchers
+
+
+# the book
+
+
+def test_a_boot_epoch_rises_even_if_the_clock_went_back(buyer):
+    assert books.start_boot(buyer, 5_000, bytes(8))[0] == 5_000
+    assert books.start_boot(buyer, 4_000, bytes(8))[0] == 5_001
+
+
+def test_a_book_opens_only_for_its_key_and_version(buyer):
+    books.prepare(buyer, A.public_key, NOW)
+    with pytest.raises(ConfigError, match="another key"):
+        books.prepare(buyer, B.public_key, NOW)
+    buyer.execute("PRAGMA user_version = 99")
+    with pytest.raises(ConfigError, match="version"):
+        books.prepare(buyer, A.public_key, NOW)
+    other = apsw.Connection(":memory:")
+    other.execute("CREATE TABLE x(y)")
+    with pytest.raises(ConfigError):
+        books.prepare(other, A.public_key, NOW)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE entry SET at_ms = 1",
+        "DELETE FROM entry",
+        "UPDATE posting SET amount = amount + 1",
+        "DELETE FROM posting",
+        "UPDATE lane_out SET cum = cum - 1",
+        "UPDATE lane_out SET n = n - 1",
+        "DELETE FROM lane_out",
+        "UPDATE voucher_out SET body = x''",
+        "DELETE FROM voucher_out",
+        "UPDATE item SET amount = amount - 1",
+        "INSERT INTO posting VALUES (1, 9, 'peer', NULL, 5)",
+        "INSERT INTO boot VALUES (1, zeroblob(16))",
+        "UPDATE identity SET public_key = zeroblob(32)",
+    ],
+)
+def test_the_schema_forbids(buyer, statement):
+    books.start_boot(buyer, 5_000, bytes(8))
+    sign(buyer, item(1, 10))
+    with pytest.raises(apsw.ConstraintError):
+        buyer.execute(statement)
+
+
+def test_an_entry_that_does_not_balance_is_refused(buyer):
+    cause = books.Cause(SELLER, WALLET.lane, 1, b"body", "pay")
+    with pytest.raises(apsw.ConstraintError, match="sums to zero"), buyer:
+        books.post(buyer, cause, [books.Leg("peer", None, 5), books.Leg("spent", b"", -4)], NOW)
+    with pytest.raises(apsw.ConstraintError), buyer:
+        buyer.execute("INSERT INTO posting VALUES (7, 0, 'peer', NULL, 5)")
