@@ -228,14 +228,19 @@ class Buyer:
 
     async def _store_end(self, pursuit: Pursuit | LocalJob, error: AivillageError | None) -> None:
         receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
-        await self._trade.jobs.end(
-            pursuit.row.id,
-            pursuit.state,
-            result=pursuit.result,
-            receipt=receipt,
-            code=error.code if error else "",
-            message=error.message if error else "",
-        )
+        try:
+            await self._trade.jobs.end(
+                pursuit.row.id,
+                pursuit.state,
+                result=pursuit.result,
+                receipt=receipt,
+                code=error.code if error else "",
+                message=error.message if error else "",
+            )
+        except AivillageError as failure:  # the next start of this node ends the job
+            self._trade.events.emit(
+                "end_not_stored", level=40, job=pursuit.row.id, reason=str(failure)
+            )
 
 
 def _unheard(_frame: Frame) -> None:

@@ -31,8 +31,8 @@ from aivillage.protocols.ports import (
     Verdict,
 )
 
-SAYING = "the mesh is made of many machines that lend each other what they have"
-WORDS = SAYING.split()
+TEXT = "the mesh is made of many machines that lend each other what they have"
+WORDS = tuple(TEXT.split())
 SLICE_QUADS = 32
 INFO = EngineInfo(
     engine="scripted", model="hash", kernel_class="scripted/1", identical="guaranteed",

@@ -199,24 +199,29 @@ async def test_a_deadline_during_the_verdict_pays_what_was_streamed(tmp_path):
         await settled(buyer, first, price_of(PROMPT, 4))
 
 
-async def test_a_result_that_cannot_be_recorded_is_paid_and_handed_over(tmp_path):
+@pytest.mark.parametrize("code", ["DISK_FULL", "INTERNAL"])
+async def test_a_result_that_cannot_be_recorded_is_paid_and_handed_over(
+    tmp_path, monkeypatch, code
+):
+    monkeypatch.setattr("aivillage.node.jobs.FULL_DISK_SECONDS", 0.05)
     async with three(tmp_path) as (_, buyer, first, _second):
-        jobs, end, failures = buyer.desk.jobs, buyer.desk.jobs.end, [1]
+        jobs, write, failures = buyer.desk.jobs, buyer.desk.jobs._write, [1, 2]
 
-        async def full(*_args):
-            raise NodeError("jobs.db cannot be written", code="DISK_FULL")
+        async def no_room(*_args):
+            raise NodeError("jobs.db cannot be written", code=code)
 
-        async def full_at_first(*args, **options):
-            if failures:
+        async def no_room_at_first(sql, *rows):
+            if "SET state=?, ended=?" in sql and failures:
                 failures.pop()
-                await full()
-            await end(*args, **options)
+                await no_room()
+            await write(sql, *rows)
 
-        jobs.passed, jobs.end = full, full_at_first
+        jobs.passed, jobs._write = no_room, no_room_at_first
         running = await buyer.ask(PROMPT, tokens=4)
         assert result_of(running) == expected(PROMPT, 4)
         await settled(buyer, first, price_of(PROMPT, 4))
-        assert (await jobs.get(running.pursuit.row.id)).state == "done"
+        stored = (await jobs.get(running.pursuit.row.id)).state
+        assert (stored == "done") == (code == "DISK_FULL")
 
 
 async def test_a_verdict_that_our_own_worker_failed_to_give_is_asked_again(tmp_path):
@@ -328,6 +333,7 @@ async def test_a_crash_does_not_let_a_job_spend_above_its_ceiling(tmp_path):
         (attempt,) = await buyer.desk.jobs.attempts(running.pursuit.row.id)
         assert (attempt.outcome, attempt.price) == ("", price_of(PROMPT, 5))
         await buyer.stop()
+        first.script.pause_at = None
         async with open_jobs(buyer.paths.jobs) as jobs:
             # As a crash would have left it.
             await jobs._write("UPDATE attempt SET outcome='' WHERE id=?", (attempt.id,))
@@ -344,12 +350,12 @@ async def test_a_restart_after_the_verdict_only_settles(tmp_path, monkeypatch):
     async with three(tmp_path) as (mesh, buyer, first, _second):
 
         async def never(*_args, **_options):
-            raise NodeError("full", code="DISK_FULL")
+            await trio.sleep_forever()
 
         monkeypatch.setattr("aivillage.node.buyer.SETTLE_SECONDS", 0.1)
         buyer.desk.jobs.end = never
         running = await buyer.submit(PROMPT, tokens=4)
-        await until(lambda: buyer.events("end_not_stored"))
+        await until(lambda: running.pursuit.state == "done")
         made = first.script.made
         await buyer.stop()
         await mesh.start(buyer)

@@ -57,11 +57,10 @@ async def test_only_a_job_without_an_end_is_gone_on_with(tmp_path):
     async with open_jobs(tmp_path / "jobs.db") as jobs:
         await jobs.add(row())
         await jobs.add(row(OTHER))
-        await jobs.move(JOB, "working")
         await jobs.end(OTHER, "failed", code="NO_PEER", message="nobody")
     async with open_jobs(tmp_path / "jobs.db") as jobs:
         (found,) = await jobs.unfinished()
-        assert (found.id, found.state) == (JOB, "working")
+        assert (found.id, found.state) == (JOB, "new")
         ended = await jobs.get(OTHER)
         assert (ended.state, ended.code, ended.message) == ("failed", "NO_PEER", "nobody")
 
