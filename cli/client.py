@@ -20,6 +20,10 @@ from aivillage.protocols.errors import (
 from aivillage.protocols.messages import Frame, Hello
 
 
+class StuckDaemonError(NodeError):
+    """A daemon took the connection and says nothing."""
+
+
 class NoDaemonError(NodeError):
     """No daemon answers on the control socket."""
 
@@ -122,7 +126,7 @@ class Client:
 def _lost(error: OSError) -> NodeError:
     """What a broken conversation means to the person."""
     if isinstance(error, TimeoutError):
-        return NodeError(
+        return StuckDaemonError(
             "the node does not answer", next_step="is its machine overloaded, or the node paused?"
         )
     return NodeError("the node ended", next_step="look at its log, then: aivillage-node start")

@@ -110,6 +110,8 @@ class Patient:
     @functools.cached_property
     def status(self) -> dict[str, Any] | None:
         """What the daemon says of itself; None where none answers."""
+        from aivillage.cli.client import StuckDaemonError
+
         client = self.client()
         if client is None:
             return None
@@ -117,7 +119,7 @@ class Patient:
             with client:
                 found: dict[str, Any] = client.ask("status")
                 return found
-        except OSError:
+        except StuckDaemonError:
             self.is_stuck = True
             return None
 

@@ -44,7 +44,7 @@ from aivillage.protocols.errors import (
 from aivillage.protocols.job import running_hash, token_bytes
 from aivillage.protocols.messages import Call, OperationInfo, QuoteRequest, StepItem
 from aivillage.protocols.ports import Book, PartEvent, ProgressEvent, ResultEvent
-from aivillage.protocols.pricing import Terms, Usage, dearest_unit, price_of_rest
+from aivillage.protocols.pricing import Terms, Usage, dearest_unit, price, price_of_rest
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
 
 ATTEMPTS_REMEMBERED: Final = 65_536
@@ -365,12 +365,13 @@ class Seller:
     async def _run_module(self, sale: Sale) -> None:
         """A module's call: parts as they come; the result when its price may be delivered."""
         call = sale.call
+        estimate, _ = await self._workers.estimate(call.operation, call.request)
         async with self._workers.run(
             call.operation,
             call.request,
             delivered=call.delivered,
             deadline_seconds=call.deadline_seconds,
-            on_call=self._sub_jobs(sale),
+            on_call=self._sub_jobs(sale, price(sale.terms, estimate)),
         ) as events:
             async for event in events:
                 if isinstance(event, ProgressEvent):
@@ -390,12 +391,12 @@ class Seller:
                     return
         raise JobError("the module ended without a result", code="JOB_FAILED")
 
-    def _sub_jobs(self, sale: Sale) -> OnCall:
-        """At our cost: within the sale's ceiling, and what a job of our own may cost unasked."""
+    def _sub_jobs(self, sale: Sale, earns: MicroCredits) -> OnCall:
+        """At our cost, so never for more than the sale can earn: a buyer names the ceiling."""
         sub_jobs = SubJobs(
             self.buy,
             parent=sale.attempt.hex(),
-            ceiling=min(sale.call.ceiling_micro_credits, self._settings.ceiling_micro_credits),
+            ceiling=min(sale.call.ceiling_micro_credits, earns),
             deadline_seconds=min(sale.call.deadline_seconds, DEADLINE_SECONDS_MAX),
         )
 

@@ -27,7 +27,7 @@ class Ask:
     Result = AskResult
 
     def prices_micro_credits(self):
-        return {"calls": 1}
+        return {"calls": 1000}
 
     def estimate(self, request, machine):
         return {"calls": 1}, 0.1

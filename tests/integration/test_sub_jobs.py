@@ -60,9 +60,9 @@ async def test_a_sub_job_is_done_by_a_third_node_and_paid_by_whoever_runs_the_mo
     async with three(tmp_path) as (ann, bob, cyd):
         result, receipt = await ann.done("test.ask", times=2, to=bob.peer)
         assert result == {"said": ["number 0", "number 1"]}
-        assert (receipt.sellers, receipt.price_micro_credits) == ((bob.peer,), 1)
+        assert (receipt.sellers, receipt.price_micro_credits) == ((bob.peer,), 1000)
         await settled(ann, bob, cyd)
-        assert [await node.net() for node in (ann, bob, cyd)] == [-1, 1 - 20, 20]
+        assert [await node.net() for node in (ann, bob, cyd)] == [-1000, 1000 - 20, 20]
         rows = await bob.desk.jobs.latest(10)
         assert [(row.state, row.ceiling) for row in rows] == [("done", 50)] * 2
         assert {row.parent for row in rows} == {
@@ -72,17 +72,11 @@ async def test_a_sub_job_is_done_by_a_third_node_and_paid_by_whoever_runs_the_mo
         }
 
 
-async def test_a_sub_job_above_what_the_sale_may_cost_is_refused(tmp_path):
+async def test_a_sub_job_above_what_the_sale_earns_is_refused_whatever_the_buyers_ceiling(tmp_path):
     async with three(tmp_path) as (ann, bob, _):
-        result, _ = await ann.done("test.ask", budget=50, ceiling_micro_credits=49, to=bob.peer)
+        result, _ = await ann.done("test.ask", budget=1001, to=bob.peer)
         assert result == {"said": ["PRICE_ABOVE_CEILING"]}
         assert await bob.desk.jobs.latest(1) == []
-
-
-async def test_a_sub_job_above_what_the_owner_lets_a_job_cost_is_refused(tmp_path):
-    async with three(tmp_path, ceiling_micro_credits=49) as (ann, bob, _):
-        result, _ = await ann.done("test.ask", budget=50, to=bob.peer)
-        assert result == {"said": ["PRICE_ABOVE_CEILING"]}
 
 
 async def test_the_ninth_sub_job_of_a_sale_is_refused(tmp_path):
