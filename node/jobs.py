@@ -23,7 +23,7 @@ from aivillage.protocols.job import State
 from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 
 APPLICATION_ID: Final = 0x41_49_56_4A
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 FULL_DISK_SECONDS: Final = 1.0
 """Between two tries on a full disk: what was delivered waits, unaccepted, unpaid."""
 T = TypeVar("T")
@@ -60,7 +60,7 @@ _SINCE_1: Final = (
     ("attempt", "kernel", "TEXT NOT NULL DEFAULT ''"),
     ("attempt", "identical", "TEXT NOT NULL DEFAULT ''"),
 )
-"""Columns that version 1 did not have, or not always."""
+"""Columns that versions 1 and 2 did not have, or not always."""
 
 
 class JobRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -387,7 +387,7 @@ def _open(path: Path) -> apsw.Connection:
         found = (db.pragma("application_id"), db.pragma("user_version"))
         if found == (0, 0):
             _create(db)
-        elif found == (APPLICATION_ID, 1):
+        elif found in {(APPLICATION_ID, 1), (APPLICATION_ID, 2)}:
             _upgrade(db)
         elif found != (APPLICATION_ID, SCHEMA_VERSION):
             raise ConfigError(
@@ -413,7 +413,7 @@ def _create(db: apsw.Connection) -> None:
 
 
 def _upgrade(db: apsw.Connection) -> None:
-    """From version 1."""
+    """From versions 1 and 2."""
     with db:
         for table, column, kind in _SINCE_1:
             known = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}

@@ -23,8 +23,8 @@ async def _with_an_attempt(path):
         await jobs.begin_attempt(ATTEMPT, JOB, PeerId("somebody"))
 
 
-@pytest.mark.parametrize("sub_jobs", [True, False])
-async def test_a_store_of_the_first_version_opens_and_keeps_its_attempts(tmp_path, sub_jobs):
+@pytest.mark.parametrize(("version", "sub_jobs"), [(1, False), (1, True), (2, True)])
+async def test_an_older_store_opens_and_keeps_its_attempts(tmp_path, version, sub_jobs):
     path = tmp_path / "jobs.db"
     await _with_an_attempt(path)
     db = apsw.Connection(str(path))
@@ -33,7 +33,7 @@ async def test_a_store_of_the_first_version_opens_and_keeps_its_attempts(tmp_pat
     if not sub_jobs:
         for column in ("local", "parent"):
             db.execute(f"ALTER TABLE job DROP COLUMN {column}")
-    db.pragma("user_version", 1)
+    db.pragma("user_version", version)
     db.close()
     async with open_jobs(path) as jobs:
         (row,) = await jobs.unfinished()
