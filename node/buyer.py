@@ -45,7 +45,6 @@ class Buyer:
         self._nursery = nursery
         self._running: dict[JobId, Running] = {}
         self._starting = 0
-        self._listed = trio.Event()
         self.refusal: Callable[[], AivillageError | None] = lambda: None
 
     async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
@@ -95,7 +94,6 @@ class Buyer:
     async def _record(self, submit: Submit, parent: str) -> JobRow:
         if submit.local and submit.peer:
             raise RequestError("a local job has no peer", next_step="leave out --peer or --local")
-        await self._listed.wait()  # else a job of this run would be taken for an interrupted one
         await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
         row = JobRow(
@@ -115,9 +113,7 @@ class Buyer:
 
     async def resume(self) -> None:
         """Starts again what a stop or crash of this node interrupted."""
-        rows = await self._trade.jobs.unfinished()
-        self._listed.set()
-        for row in rows:
+        for row in await self._trade.jobs.unfinished():
             if row.parent and row.result is None:
                 reason = "the job that wanted it was interrupted"
                 await self._trade.jobs.end(row.id, "cancelled", code="CANCELLED", message=reason)

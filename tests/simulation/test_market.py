@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 
+import apsw
 import msgspec
 import pytest
 import trio
 
+from aivillage.ledger.ledger import open_ledger
 from aivillage.models.inference.generate import GenerateRequest
 from aivillage.models.mesh.noop import NoopRequest, NoopResult
 from aivillage.node.workers import WorkerSettings, open_workers
@@ -264,6 +266,20 @@ async def test_work_given_away_is_done_and_named(tmp_path):
         assert result_of(running) == expected(PROMPT, 4)
         assert running.pursuit.receipt().sellers == (seller.peer,)
         await settled(buyer, seller, 0)
+
+
+async def test_a_book_that_was_altered_fails_its_audit(tmp_path):
+    async with pair(tmp_path) as (_, buyer, seller):
+        await buyer.ask(PROMPT, tokens=4)
+        await settled(buyer, seller, price_of(PROMPT, 4))
+        await seller.stop()
+        db = apsw.Connection(str(seller.paths.ledger))
+        db.execute("DROP TRIGGER posting_kept; UPDATE posting SET amount = 2 * amount")
+        db.close()
+        async with open_ledger(seller.paths.ledger, seller.key) as book:
+            report = await book.audit()
+            assert not report.ok
+            assert report.first_error
 
 
 async def test_32_jobs_of_two_buyers_at_two_sellers_do_not_mix_and_the_books_are_exact(tmp_path):
