@@ -11,6 +11,7 @@ import trio
 
 from aivillage import __version__
 from aivillage.ledger.ledger import NodeBook
+from aivillage.node import results
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin
 from aivillage.node.discovery import Discovery
@@ -25,7 +26,14 @@ from aivillage.protocols.errors import RequestError
 from aivillage.protocols.types import Amount
 
 JOBS_LISTED: Final = 50
+JOBS_LISTED_MAX: Final = 500
 HISTORY_LISTED: Final = 100
+HISTORY_LISTED_MAX: Final = 2000
+"""Of each, what surely fits a frame; the command line reads more from the file itself."""
+PEERS_LISTED_MAX: Final = 300
+SELLERS_LISTED_MAX: Final = 1000
+TEXT_MAX: Final = 500
+"""Characters of a failure's reason in a list: a peer may have written it."""
 
 
 class Desk(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,26 +136,29 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
     async def on_jobs(self, args: dict[str, Any]) -> list[dict[str, Any]]:
-        rows = await self.jobs.latest(int(args.get("limit", JOBS_LISTED)))
+        rows = await self.jobs.latest(_limit(args, JOBS_LISTED, JOBS_LISTED_MAX))
         return [self._shown(row) for row in rows]
 
     async def on_job(self, args: dict[str, Any]) -> dict[str, Any]:
         row = await self._job(args)
         attempts = await self.jobs.attempts(row.id)
-        result = msgspec.msgpack.decode(row.result) if row.result else None
-        return self._shown(row) | {
-            "request": msgspec.msgpack.decode(row.request),
-            "result": result,
-            "attempts": [
-                {
-                    "attempt": attempt.id.hex(),
-                    "seller": attempt.seller,
-                    "price_micro_credits": attempt.price,
-                    "outcome": attempt.outcome or "running",
-                }
-                for attempt in attempts
-            ],
-        }
+        outcome = results.shown_or_why(row.operation, row.result)
+        return (
+            self._shown(row)
+            | outcome
+            | {
+                "request": msgspec.msgpack.decode(row.request),
+                "attempts": [
+                    {
+                        "attempt": attempt.id.hex(),
+                        "seller": attempt.seller,
+                        "price_micro_credits": attempt.price,
+                        "outcome": attempt.outcome or "running",
+                    }
+                    for attempt in attempts
+                ],
+            }
+        )
 
     async def on_cancel(self, args: dict[str, Any]) -> dict[str, Any]:
         row = await self._job(args)
@@ -177,7 +188,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "local": bool(row.local),
             "parent": row.parent,
             "code": row.code,
-            "message": row.message,
+            "message": row.message[:TEXT_MAX],
         }
 
     async def on_balance(self, _args: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +196,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         return dict(msgspec.to_builtins(balance))
 
     async def on_history(self, args: dict[str, Any]) -> list[dict[str, Any]]:
-        rows = await self.ledger.history(int(args.get("limit", HISTORY_LISTED)))
+        rows = await self.ledger.history(_limit(args, HISTORY_LISTED, HISTORY_LISTED_MAX))
         return [msgspec.to_builtins(row) | {"attempt": row.attempt.hex()} for row in rows]
 
     async def on_audit(self, _args: dict[str, Any]) -> dict[str, Any]:
@@ -211,3 +222,13 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     async def on_stop(self, _args: dict[str, Any]) -> dict[str, Any]:
         self.stop.set()
         return {"stopping": True}
+
+
+def _limit(args: dict[str, Any], usual: int, most: int) -> int:
+    """How many rows are asked for. Raises: RequestError: none, or more than an answer holds."""
+    limit = int(args.get("limit", usual))
+    if not 0 < limit <= most:
+        raise RequestError(
+            f"an answer holds 1 to {most:,} rows, not {limit:,}", next_step=f"--limit {most}"
+        )
+    return limit

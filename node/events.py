@@ -8,8 +8,9 @@ import logging
 import os
 import sys
 import time
-from typing import Any
+from typing import Any, Final
 
+TEXT_MAX: Final = 500
 _log = logging.getLogger("aivillage")
 
 
@@ -22,12 +23,27 @@ class Events:
             maxlen=256  # a screen or two of history for `doctor`
         )
 
-    def emit(self, name: str, *, level: int = logging.INFO, **fields: Any) -> None:
-        """Records `name`, past tense, with its fields."""
+    def emit(
+        self,
+        name: str,
+        *,
+        level: int = logging.INFO,
+        exc_info: BaseException | None = None,
+        **fields: Any,
+    ) -> None:
+        """Records `name`, past tense, with its fields; a defect also with its traceback."""
+        if exc_info is not None:
+            fields["error"] = repr(exc_info)
+        fields = {key: _cut(value) for key, value in fields.items()}
         self.counts[name] += 1
         self.recent.append((time.time(), name, fields))
         if _log.isEnabledFor(level):
-            _log.log(level, "%s %s", name, json.dumps(fields, default=str))
+            _log.log(level, "%s %s", name, json.dumps(fields, default=str), exc_info=exc_info)
+
+
+def _cut(value: Any) -> Any:
+    """A peer may have written a text: it is kept for a while, so it is not kept whole."""
+    return value[:TEXT_MAX] if isinstance(value, str) else value
 
 
 class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
