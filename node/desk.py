@@ -12,6 +12,7 @@ import trio
 from aivillage import __version__
 from aivillage.ledger.ledger import NodeBook
 from aivillage.node import results
+from aivillage.node.addresses import Addresses
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin
 from aivillage.node.discovery import Discovery
@@ -52,6 +53,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     events: Events
     stop: trio.Event
     started: float
+    addresses: Addresses
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
         """What can be asked, by name."""
@@ -74,17 +76,17 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
 
     async def on_status(self, _args: dict[str, Any]) -> dict[str, Any]:
         """One screen of truth: every figure is read now, none is remembered."""
-        refusal = self.monitor.refusal()
+        refusal = self.monitor.refusal() or self.ledger.refusing
         settings = {origin.key: origin.value for origin in self.origins}
         return {
             "peer": self.villagers.peer,
             "version": __version__,
             "state": "ready" if refusal is None else f"refusing work: {refusal.message}",
             "uptime_seconds": round(time.time() - self.started, 1),
-            "addresses": list(self.links.transport.addresses()),
+            "addresses": list(self.addresses()),
             "village": self.villagers.membership.village.hex(),
             "peers": len(self.links.all()),
-            "members": sum(self.villagers.line_of(link) is not None for link in self.links.all()),
+            "members": len(self.villagers.members()),
             "jobs_running": len(self.buyer.running()),
             "sales_running": len(self.seller.running()),
             "slots_free": self.seller.free_slots(),
@@ -107,7 +109,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
                 {
                     "peer": known.id,
                     "connected": link is not None,
-                    "member": link is not None and self.villagers.line_of(link) is not None,
+                    "member": self.villagers.is_member(known.id),
                     "rtt_ms": round(link.rtt_seconds * 1000, 2) if link else None,
                     "agent": link.hello.agent if link else "",
                     "offers": [operation.name for operation in offer.operations] if offer else [],
@@ -204,9 +206,10 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         return dict(msgspec.to_builtins(report))
 
     async def on_invite(self, args: dict[str, Any]) -> dict[str, Any]:
-        addresses = tuple(self.links.transport.addresses())
         line = args.get("line_micro_credits")
-        return {"token": self.villagers.invite(addresses, line and msgspec.convert(line, Amount))}
+        return {
+            "token": self.villagers.invite(self.addresses(), line and msgspec.convert(line, Amount))
+        }
 
     async def on_join(self, args: dict[str, Any]) -> dict[str, Any]:
         inviter = await self.villagers.join(str(args["token"]))
