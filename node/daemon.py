@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aivillage import __version__
 from aivillage.ledger.desk import Settings as LedgerSettings
 from aivillage.ledger.ledger import NodeBook, open_ledger
-from aivillage.node import identity
+from aivillage.node import identity, lock
 from aivillage.node.addresses import Addresses, addresses_of
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin, Settings
@@ -57,6 +57,7 @@ async def run(
 
     key = identity.load(paths.data_dir)
     async with AsyncExitStack() as stack:
+        stack.enter_context(lock.held(paths.data_dir))
         jobs = await stack.enter_async_context(open_jobs(paths.jobs))
         pool = LedgerSettings(stranger_pool=settings.stranger_pool_micro_credits)
         ledger = await stack.enter_async_context(open_ledger(paths.ledger, key, settings=pool))
@@ -118,7 +119,7 @@ async def open_node(
         seller.buy = buyer.buy
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         seller.acquainted = villagers.acquainted
-        Switch(links, ledger, villagers, gossiper, buyer, seller, herald)
+        switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald)
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
@@ -129,6 +130,7 @@ async def open_node(
             for service in (monitor.run, villagers.keep_in_touch, herald.run):
                 tasks.serve(service)
             yield desk
+            switch.farewell()
         nursery.cancel_scope.cancel()
 
 

@@ -71,6 +71,18 @@ class Switch:
         self._seller.on_down(link)
         self._gossiper.forget(link.peer)
 
+    def farewell(self) -> None:
+        """This node is stopping: each buyer hears it with its call, and goes on elsewhere.
+
+        It is no fault of the seller's, so nobody's rating suffers from an owner who goes to bed.
+        """
+        for sale in self._seller.running():
+            sale.steps.flush()
+            failure = messages.Failure(
+                id=sale.call.id, code="CANCELLED", message="its owner stopped this node"
+            )
+            send_or_drop(sale.link, failure)
+
     def rider(self, link: Link) -> Frame | None:
         """A receipt never travels in a write of its own while others leave."""
         blob = self._book.take_receipt(link.peer)

@@ -185,3 +185,22 @@ async def test_a_stranger_that_floods_costs_others_nothing(tmp_path):
         assert sum(isinstance(f, QuoteRequest) for f in seller.heard) <= 64 + 20 * (seconds + 2) + 3
         assert seller.desk.monitor.loop_lag_ms()["p99"] < 300
         assert stranger.peer not in {o.seller for o in buyer.desk.discovery.offers()}
+
+
+async def test_a_node_that_stops_tells_its_buyers_and_is_not_blamed(tmp_path):
+    async with open_mesh(tmp_path) as mesh:
+        first, second = await mesh.add("first"), await mesh.add("second")
+        buyer = await mesh.add("buyer", serve=False)
+        await mesh.knows(buyer, first, second)
+        for seller in (first, second):
+            seller.script.step_seconds = 0.02
+        running = await buyer.submit("hello", tokens=30)
+        await until(lambda: any(n.desk.seller.running() for n in (first, second)))
+        victim = first if first.desk.seller.running() else second
+        await until(lambda: running.pursuit.output.ids)
+        victim.leave.set()
+        await running.ended.wait()
+        assert result_of(running) == expected("hello", 30)
+        (failed,) = buyer.events("attempt_failed")
+        assert (failed["peer"], failed["code"]) == (victim.peer, "CANCELLED")
+        assert buyer.desk.discovery.record_of(victim.peer).bad == 0
