@@ -144,7 +144,7 @@ def peers(args: argparse.Namespace) -> int:
         [
             (
                 show.short(peer["peer"]),
-                "here" if peer["connected"] else show.ago(peer["last_seen_unix"]),
+                _seen(peer),
                 {True: "member", False: "stranger"}[peer["member"]] if peer["connected"] else "",
                 f"{peer['rtt_ms']} ms" if peer["connected"] else "",
                 f"{peer['units_per_second']}/s" if peer["units_per_second"] else "",
@@ -156,6 +156,12 @@ def peers(args: argparse.Namespace) -> int:
         ("peer", "seen", "who", "rtt", "speed", "jobs", "offers"),
     )
     return 0
+
+
+def _seen(peer: dict[str, Any]) -> str:
+    if peer["connected"]:
+        return "here"
+    return show.ago(peer["last_seen_unix"]) if peer["last_seen_unix"] else "heard of"
 
 
 def invite(args: argparse.Namespace) -> int:

@@ -15,16 +15,17 @@ from aivillage.node import results
 from aivillage.node.addresses import Addresses
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin
-from aivillage.node.discovery import Discovery
+from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
-from aivillage.node.jobs import JobRow, Jobs
+from aivillage.node.jobs import JobRow, Jobs, KnownPeer
 from aivillage.node.links import Links
 from aivillage.node.monitor import Monitor
 from aivillage.node.paths import Paths
 from aivillage.node.seller import Seller
 from aivillage.node.villagers import Villagers
 from aivillage.protocols.errors import RequestError
-from aivillage.protocols.types import Amount
+from aivillage.protocols.messages import Offer
+from aivillage.protocols.types import Amount, PeerId
 
 JOBS_LISTED: Final = 50
 JOBS_LISTED_MAX: Final = 500
@@ -98,29 +99,32 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         }
 
     async def on_peers(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
-        """Everybody known; those linked first."""
+        """Everybody known, met or only heard of; those linked first."""
         offers = {offer.seller: offer for offer in self.discovery.offers()}
-        found = []
-        for known in await self.jobs.known_peers():
-            link = self.links.get(known.id)
-            record = self.discovery.record_of(known.id)
-            offer = offers.get(known.id)
-            found.append(
-                {
-                    "peer": known.id,
-                    "connected": link is not None,
-                    "member": self.villagers.is_member(known.id),
-                    "rtt_ms": round(link.rtt_seconds * 1000, 2) if link else None,
-                    "agent": link.hello.agent if link else "",
-                    "offers": [operation.name for operation in offer.operations] if offer else [],
-                    "units_per_second": round(record.units_per_second, 1),
-                    "good": record.good,
-                    "bad": record.bad,
-                    "addresses": list(known.addresses),
-                    "last_seen_unix": known.seen,
-                }
-            )
-        return sorted(found, key=lambda peer: not peer["connected"])
+        met = {known.id: known for known in await self.jobs.known_peers()}
+        everybody = dict.fromkeys((*(link.peer for link in self.links.all()), *met, *offers))
+        return [
+            self._peer(peer, met.get(peer), offers.get(peer))
+            for peer in list(everybody)[:PEERS_LISTED_MAX]
+        ]
+
+    def _peer(self, peer: PeerId, known: KnownPeer | None, offer: Offer | None) -> dict[str, Any]:
+        link = self.links.get(peer)
+        record = self.discovery.records.get(peer) or Record()
+        addresses = known.addresses if known else link.hello.addresses if link else ()
+        return {
+            "peer": peer,
+            "connected": link is not None,
+            "member": self.villagers.is_member(peer),
+            "rtt_ms": round(link.rtt_seconds * 1000, 2) if link else None,
+            "agent": link.hello.agent if link else "",
+            "offers": [operation.name for operation in offer.operations] if offer else [],
+            "units_per_second": round(record.units_per_second, 1),
+            "good": record.good,
+            "bad": record.bad,
+            "addresses": list(addresses or (offer.addresses if offer else ())),
+            "last_seen_unix": known.seen if known else None,
+        }
 
     async def on_operations(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
         """Ours, with schemas, and who else offers each."""
@@ -130,7 +134,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             | {
                 "offered_by": [
                     offer.seller
-                    for offer in offers
+                    for offer in offers[:SELLERS_LISTED_MAX]
                     if any(offered.name == operation.name for offered in offer.operations)
                 ]
             }

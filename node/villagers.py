@@ -234,11 +234,11 @@ class Villagers:
         if village.membership(joined, self.peer, invite.village, now) is None:
             raise PeerError("the inviter sent no valid certificate", code="BAD_REQUEST")
         await self.membership.store(invite.village, joined)
-        linked = self._links.all()
-        self._members = {known.peer: known for known in linked if self.line_of(known) is not None}
         await self._jobs.saw_peer(link.peer, link.hello.addresses)
         # The hellos were said before we were members: say them again.
         await self._links.drop(link.peer, "joined a village")
+        linked = self._links.all()
+        self._members = {known.peer: known for known in linked if self.line_of(known) is not None}
         await self._reach(invite.addresses, invite.inviter)
         self._events.emit("village_joined", village=invite.village.hex(), inviter=invite.inviter)
         return invite.inviter

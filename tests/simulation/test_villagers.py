@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from aivillage.node import village, villagers
-from aivillage.protocols.errors import RefusedError
+from aivillage.protocols.errors import NodeError, RefusedError
 from aivillage.protocols.messages import CERTIFICATES_MAX, Gossip, QuoteRequest
 from tests.conftest import make_key, make_peer
 from tests.simulation.mesh import certificate, open_mesh, result_of, until
@@ -204,3 +204,30 @@ async def test_a_node_that_stops_tells_its_buyers_and_is_not_blamed(tmp_path):
         (failed,) = buyer.events("attempt_failed")
         assert (failed["peer"], failed["code"]) == (victim.peer, "CANCELLED")
         assert buyer.desk.discovery.record_of(victim.peer).bad == 0
+
+
+async def test_a_peer_only_heard_of_is_listed_and_a_join_is_two_lines(tmp_path, caplog):
+    async with open_mesh(tmp_path) as mesh:
+        founder = await mesh.add("founder")
+        one = await mesh.add("one", stranger=True, serve=False)
+        two = await mesh.add("two", stranger=True)
+        with caplog.at_level("INFO", "aivillage"):
+            await one.desk.villagers.join(invite(founder))
+            await trio.sleep(0.1)
+        said = [m.split()[0] for m in caplog.messages]
+        # Both nodes log here: the founder two lines, the guest two.
+        assert sorted(said) == ["member_admitted", "peer_up", "peer_up", "village_joined"]
+        await two.desk.villagers.join(invite(founder))
+        await until(lambda: one.desk.discovery.candidates("mesh.noop")[1:])
+        shown = {peer["peer"]: peer for peer in await one.desk.on_peers({})}
+        assert shown[founder.peer]["connected"]
+        assert (shown[two.peer]["connected"], shown[two.peer]["last_seen_unix"]) == (False, None)
+        assert "mesh.noop" in shown[two.peer]["offers"]
+
+
+async def test_status_says_why_the_ledger_takes_no_money(tmp_path):
+    async with open_mesh(tmp_path) as mesh:
+        node = await mesh.add("node")
+        assert (await node.desk.on_status({}))["state"] == "ready"
+        node.ledger._ledger.desk.refusing = NodeError("no room for the books", code="DISK_FULL")
+        assert "no room for the books" in (await node.desk.on_status({}))["state"]
