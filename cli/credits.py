@@ -6,7 +6,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -16,9 +16,14 @@ from aivillage.cli.node import connect, places
 from aivillage.protocols.errors import EXIT_AUDIT, EXIT_OK
 from aivillage.protocols.types import as_credits
 
+ANSWER_ROWS_MAX: Final = 2000
+"""As many as the daemon's answer holds."""
+
 
 def _ask(args: argparse.Namespace, what: str, read: Callable[[], Any], **more: Any) -> Any:
     """The daemon's answer, or that of the file: the queries behind both are the same."""
+    if more.get("limit", 1) > ANSWER_ROWS_MAX:
+        return msgspec.to_builtins(read())
     try:
         with connect(args) as client:
             return client.ask(what, **more)

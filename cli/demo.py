@@ -43,7 +43,7 @@ class Stage:
 
     def stream(self, text: str) -> None:
         if not self._quiet:
-            print(text, end="", flush=True)
+            print(show.plain(text), end="", flush=True)
 
     def seconds(self) -> float:
         return time.monotonic() - self._started

@@ -140,7 +140,7 @@ def _follow(client: Client, call: int, *, quiet: bool) -> dict[str, Any]:
 
 def _show_frame(frame: messages.Frame) -> None:
     if isinstance(frame, messages.Text):
-        print(frame.text, end="", flush=True)
+        print(show.plain(frame.text), end="", flush=True)
     elif isinstance(frame, messages.Progress):
         share = f"{frame.done:g}/{frame.total:g} " if frame.total else ""
         show.note(f"[{share}{frame.note}]")
@@ -158,12 +158,19 @@ def _show_result(answer: dict[str, Any]) -> None:
 def receipt_line(receipt: dict[str, Any]) -> str:
     """One line: who, what, how long, how much, why."""
     sellers = " then ".join(show.short(seller) for seller in receipt["sellers"]) or "nobody"
-    made = ", ".join(f"{n} {unit.replace('_', ' ')}" for unit, n in receipt["usage"].items())
+    usage = receipt["usage"].items()
+    made = ", ".join(_counted(count, unit) for unit, count in usage if count) or "nothing"
     return (
         f"[by {sellers}: {made} in {receipt['seconds']:.1f} s for "
         f"{as_credits(receipt['price_micro_credits'])} credits; {receipt['why']}; "
         f"identical: {receipt['identical']}]"
     )
+
+
+def _counted(count: int, unit: str) -> str:
+    """`1 call`, `12 output tokens`."""
+    name = unit.replace("_", " ")
+    return f"{count} {name.removesuffix('s') if count == 1 else name}"
 
 
 def jobs(args: argparse.Namespace) -> int:
@@ -178,9 +185,10 @@ def jobs(args: argparse.Namespace) -> int:
     show.pairs({name: value for name, value in found.items() if value not in (None, "")})
     for attempt in attempts:
         price = as_credits(attempt["price_micro_credits"])
-        print(f"  {show.short(attempt['seller'])}: {attempt['outcome']}, {price} credits")
+        outcome = show.one_line(attempt["outcome"])
+        print(f"  {show.short(attempt['seller'])}: {outcome}, {price} credits")
     if receipt:
-        print(receipt_line(receipt))
+        print(show.plain(receipt_line(receipt)))
     return 0
 
 

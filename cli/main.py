@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aivillage import __version__
+from aivillage.cli import show
 from aivillage.protocols import errors
 
 DESCRIPTION = "Lend your machine to people you know, and have your AI jobs run on theirs."
@@ -173,9 +174,9 @@ def _report(error: errors.AivillageError, *, as_json: bool) -> None:
         found: dict[str, Any] = {"error": error.code, "message": error.message}
         print(json.dumps(found | {"next_step": error.next_step}))
         return
-    print(f"{error.code}: {error.message}", file=sys.stderr)
+    show.note(f"{error.code}: {error.message}")
     if error.next_step:
-        print(f"  next: {error.next_step}", file=sys.stderr)
+        show.note(f"  next: {error.next_step}")
 
 
 if __name__ == "__main__":

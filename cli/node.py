@@ -10,12 +10,12 @@ from typing import Any
 from aivillage.cli import show
 from aivillage.cli.client import Client, NoDaemonError
 from aivillage.node import config as settings_file
-from aivillage.node import identity
+from aivillage.node import identity, lock
 from aivillage.node.paths import Paths, paths
 from aivillage.protocols.errors import ConfigError, NodeError, RequestError
 from aivillage.protocols.types import MICRO_CREDITS_PER_CREDIT, as_credits
 
-STOP_SECONDS = 15.0
+STOP_SECONDS = 30.0
 
 
 def places(args: argparse.Namespace) -> Paths:
@@ -82,15 +82,25 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def stop(args: argparse.Namespace) -> int:
-    """Returns when the daemon is gone."""
-    with connect(args) as client:
-        client.ask("stop")
+    """Returns when the daemon is gone.
+
+    Raises:
+        NodeError: it still runs, and for how long we waited.
+    """
+    where = places(args)
+    try:
+        with connect(args) as client:
+            client.ask("stop")
+    except NoDaemonError:
+        if not lock.is_held(where.data_dir):  # else it is stopping, or not yet up
+            raise
     deadline = time.monotonic() + STOP_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            Client(places(args).socket).__exit__(None, None, None)
-        except NodeError:
-            break  # nobody there, or it went while we asked
+    while lock.is_held(where.data_dir):
+        if time.monotonic() > deadline:
+            raise NodeError(
+                f"asked to stop, and still running after {STOP_SECONDS:g} s",
+                next_step="look at its log; `aivillage-node stop` waits again",
+            )
         time.sleep(0.05)
     if args.json:
         show.as_json({"stopped": True})
@@ -134,7 +144,7 @@ def peers(args: argparse.Namespace) -> int:
         [
             (
                 show.short(peer["peer"]),
-                "here" if peer["connected"] else show.ago(peer["last_seen_unix"]),
+                _seen(peer),
                 {True: "member", False: "stranger"}[peer["member"]] if peer["connected"] else "",
                 f"{peer['rtt_ms']} ms" if peer["connected"] else "",
                 f"{peer['units_per_second']}/s" if peer["units_per_second"] else "",
@@ -146,6 +156,12 @@ def peers(args: argparse.Namespace) -> int:
         ("peer", "seen", "who", "rtt", "speed", "jobs", "offers"),
     )
     return 0
+
+
+def _seen(peer: dict[str, Any]) -> str:
+    if peer["connected"]:
+        return "here"
+    return show.ago(peer["last_seen_unix"]) if peer["last_seen_unix"] else "heard of"
 
 
 def invite(args: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ def serve(
 
 
 def _ready_text(desk: Desk) -> None:
-    addresses = ", ".join(desk.links.transport.addresses())
+    addresses = ", ".join(desk.addresses())
     print(f"ready: node {desk.villagers.peer}", flush=True)
     print(f"peers reach it at {addresses}", flush=True)
     show.note("Ctrl-C stops it. In another terminal: aivillage-node status")

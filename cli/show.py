@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
+
+_UNSHOWN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What a terminal would obey instead of showing it, or that hides the order of the rest."""
+
+
+def plain(text: object) -> str:
+    """Text of a peer's, harmless to a terminal; lines and tabs stay."""
+    return _UNSHOWN.sub("\ufffd", str(text))
+
+
+def one_line(text: object) -> str:
+    return " ".join(plain(text).splitlines())
 
 
 def as_json(value: Any) -> None:
@@ -20,7 +35,7 @@ def _plain(value: Any) -> Any:
 
 def table(rows: Sequence[Sequence[Any]], headings: Sequence[str]) -> None:
     """Columns as wide as what is in them."""
-    cells = [list(headings), *[["" if c is None else str(c) for c in row] for row in rows]]
+    cells = [list(headings), *[["" if c is None else one_line(c) for c in row] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
     for row in cells:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
@@ -30,12 +45,12 @@ def pairs(values: dict[str, Any]) -> None:
     """`name  value`, one a line."""
     width = max((len(name) for name in values), default=0)
     for name, value in values.items():
-        print(f"{name.ljust(width)}  {value}")
+        print(f"{name.ljust(width)}  {one_line(value)}")
 
 
 def note(text: str) -> None:
     """Progress, for the person: standard error, so that answers stay clean."""
-    print(text, file=sys.stderr, flush=True)
+    print(plain(text), file=sys.stderr, flush=True)
 
 
 def ago(unix: float | None) -> str:

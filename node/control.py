@@ -14,11 +14,18 @@ from typing import Any, Final
 import msgspec
 import trio
 
+from aivillage.node import results
 from aivillage.node.buyer import Buyer, Running
 from aivillage.node.events import Events
 from aivillage.node.framing import READ_BYTES, FrameReader
 from aivillage.protocols import codec, messages
-from aivillage.protocols.errors import AivillageError, ConfigError, NodeError, PeerError
+from aivillage.protocols.errors import (
+    AivillageError,
+    ConfigError,
+    NodeError,
+    PeerError,
+    RequestError,
+)
 from aivillage.protocols.messages import Answer, Ask, Cancel, Failure, Frame, Submit
 from aivillage.protocols.types import PeerId
 
@@ -26,6 +33,10 @@ CLIENTS_MAX: Final = 32
 """A person's terminals and one gateway; more is a mistake."""
 UNSENT_MAX: Final = 4096
 """Frames for a client that does not read; its job goes on without it."""
+UNSENT_BYTES_MAX: Final = 32 << 20
+"""The same in bytes: sixteen of the largest answers, twice."""
+TEXT_MAX: Final = 4096
+"""Characters of an error: a peer may have written it."""
 
 Handler = Callable[[dict[str, Any]], Awaitable[Any]]
 
@@ -77,15 +88,18 @@ class Control:
             await self._refuse(wire)
             return
         async with self._slots, stream:
-            send, receive = trio.open_memory_channel[Frame](UNSENT_MAX)
+            send, receive = trio.open_memory_channel[bytes](UNSENT_MAX)
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._write, wire, receive)
-                    send.send_nowait(self._hello())
-                    await self._read(wire, _Client(send, nursery))
+                    client = _Client(send, nursery)
+                    nursery.start_soon(self._write, wire, receive, client)
+                    client.say(self._hello())
+                    await self._read(wire, client)
                     nursery.cancel_scope.cancel()
             except* PeerError:
                 self._events.emit("client_lost", level=10)
+            except* Exception as defects:  # a defect in one connection must not fell the daemon
+                self._events.emit("client_crashed", level=40, exc_info=defects)
 
     async def _refuse(self, wire: _SocketStream) -> None:
         self._events.emit("client_refused", level=30, clients=CLIENTS_MAX)
@@ -105,9 +119,12 @@ class Control:
                 self._events.emit("client_lost", level=10)
         await wire.close()
 
-    async def _write(self, wire: _SocketStream, frames: trio.MemoryReceiveChannel[Frame]) -> None:
-        async for frame in frames:
-            await wire.write(codec.frame(frame))
+    async def _write(
+        self, wire: _SocketStream, frames: trio.MemoryReceiveChannel[bytes], client: _Client
+    ) -> None:
+        async for framed in frames:
+            await wire.write(framed)
+            client.unsent_bytes -= len(framed)
 
     async def _read(self, wire: _SocketStream, client: _Client) -> None:
         reader = FrameReader(wire, codec.FRAME_BYTES_MAX)
@@ -134,10 +151,10 @@ class Control:
         except AivillageError as error:
             client.say(_failure(ask.id, error))
         except (KeyError, TypeError, ValueError) as error:
-            client.say(Failure(id=ask.id, code="BAD_REQUEST", message=f"{ask.what}: {error!r}"))
+            client.say(_failure(ask.id, RequestError(f"{ask.what}: {error!r}")))
         except Exception as defect:  # a defect in one answer must not fell the daemon
-            self._events.emit("ask_crashed", level=40, what=ask.what, error=repr(defect))
-            client.say(Failure(id=ask.id, code="INTERNAL", message=repr(defect)))
+            self._events.emit("ask_crashed", level=40, what=ask.what, exc_info=defect)
+            client.say(_failure(ask.id, NodeError(repr(defect))))
 
     async def _submit(self, client: _Client, submit: Submit) -> None:
         def say(frame: Frame) -> None:
@@ -158,25 +175,54 @@ class Control:
         if running.error is not None:
             client.say(_failure(submit.id, running.error))
             return
-        receipt = msgspec.to_builtins(running.pursuit.receipt())
-        result = msgspec.msgpack.decode(running.pursuit.result or b"\xc0")
-        client.say(Answer(id=submit.id, value={**job, "result": result, "receipt": receipt}))
+        try:
+            value = job | _outcome(running)
+        except AivillageError as error:
+            client.say(_failure(submit.id, error))
+        else:
+            client.say(Answer(id=submit.id, value=value))
 
 
 class _Client:
     """One connection: what it follows, and its way out."""
 
-    def __init__(self, send: trio.MemorySendChannel[Frame], nursery: trio.Nursery) -> None:
+    def __init__(self, send: trio.MemorySendChannel[bytes], nursery: trio.Nursery) -> None:
         self.jobs: dict[int, Running] = {}
         self.nursery = nursery
+        self.unsent_bytes = 0
         self._send = send
 
     def say(self, frame: Frame) -> None:
-        """Queues a frame; a client that does not read is cut off, its jobs go on."""
+        """Queues a frame; a client that does not read is cut off, its jobs go on.
+
+        An answer that cannot travel becomes a typed failure; of what a job shows on its way
+        (a peer wrote it) nothing is lost that the answer does not have.
+        """
         try:
-            self._send.send_nowait(frame)
+            framed = codec.frame(frame)
+        except RequestError as error:
+            if not isinstance(frame, Answer):
+                return
+            framed = codec.frame(_failure(frame.id, error))
+        self.unsent_bytes += len(framed)
+        try:
+            self._send.send_nowait(framed)
         except (trio.WouldBlock, trio.BrokenResourceError):
             self.nursery.cancel_scope.cancel()
+        if self.unsent_bytes > UNSENT_BYTES_MAX:
+            self.nursery.cancel_scope.cancel()
+
+
+def _outcome(running: Running) -> dict[str, Any]:
+    """What the owner sees of a job that is done.
+
+    Raises:
+        RequestError: its result is none of the operation's.
+    """
+    pursuit = running.pursuit
+    receipt = msgspec.to_builtins(pursuit.receipt())
+    result = results.shown(pursuit.row.operation, pursuit.result)
+    return {"result": result, "receipt": receipt}
 
 
 async def _unknown(_args: dict[str, Any]) -> Any:
@@ -187,7 +233,12 @@ async def _unknown(_args: dict[str, Any]) -> Any:
 
 
 def _failure(call: int, error: AivillageError) -> Failure:
-    return Failure(id=call, code=error.code, message=error.message, next_step=error.next_step)
+    """A peer may have written its text: what is no Unicode is shown, what is long is cut."""
+    message, next_step = (
+        text[:TEXT_MAX].encode(errors="backslashreplace").decode()
+        for text in (error.message, error.next_step)
+    )
+    return Failure(id=call, code=error.code, message=message, next_step=next_step)
 
 
 def _unheard(_frame: Frame) -> None:

@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aivillage import __version__
 from aivillage.ledger.desk import Settings as LedgerSettings
 from aivillage.ledger.ledger import NodeBook, open_ledger
-from aivillage.node import identity
+from aivillage.node import identity, lock
+from aivillage.node.addresses import Addresses, addresses_of
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin, Settings
 from aivillage.node.control import Control, open_control
@@ -21,6 +22,7 @@ from aivillage.node.desk import Desk
 from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
 from aivillage.node.gossip import Gossiper
+from aivillage.node.guard import Tasks
 from aivillage.node.herald import Herald
 from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.node.links import LinkLimits, open_links
@@ -55,6 +57,7 @@ async def run(
 
     key = identity.load(paths.data_dir)
     async with AsyncExitStack() as stack:
+        stack.enter_context(lock.held(paths.data_dir))
         jobs = await stack.enter_async_context(open_jobs(paths.jobs))
         pool = LedgerSettings(stranger_pool=settings.stranger_pool_micro_credits)
         ledger = await stack.enter_async_context(open_ledger(paths.ledger, key, settings=pool))
@@ -88,23 +91,26 @@ async def open_node(
     events, monitor, stop = Events(), Monitor(paths.data_dir), trio.Event()
     membership = Membership(identity.peer_of(key), jobs)
     await membership.load()
-    hello = _hello(ledger, membership, transport)
+    addresses = addresses_of(transport, settings.announce)
+    hello = _hello(ledger, membership, addresses)
     limits = LinkLimits(ping_seconds=settings.heartbeat_seconds)
     async with open_links(transport, hello, limits=limits) as links, trio.open_nursery() as nursery:
+        tasks = Tasks(nursery, events)
         villagers = Villagers(
             key=key, settings=settings, membership=membership, links=links, jobs=jobs,
-            book=ledger, events=events, nursery=nursery,
+            book=ledger, events=events, tasks=tasks,
         )  # fmt: skip
         discovery = Discovery(key)
         for known in await jobs.known_peers():
             discovery.records[known.id] = Record(known.units_per_second, known.good, known.bad)
-        gossiper = Gossiper(links.all, discovery.accept)
+        gossiper = Gossiper(links.all, villagers.is_member, discovery.accept)
+        discovery.is_neighbour = villagers.is_member
         seller = Seller(
             settings=settings, prices=PriceList(key, settings.price_percent), workers=workers,
             book=ledger, events=events, nursery=nursery,
         )  # fmt: skip
         herald = Herald(
-            discovery=discovery, gossiper=gossiper, seller=seller, links=links,
+            discovery=discovery, gossiper=gossiper, seller=seller, addresses=addresses,
             offer_seconds=settings.offer_seconds,
         )  # fmt: skip
         market = Market(links, discovery, ledger, herald.advertise)
@@ -113,17 +119,18 @@ async def open_node(
         seller.buy = buyer.buy
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         seller.acquainted = villagers.acquainted
-        Switch(links, ledger, villagers, gossiper, buyer, seller, herald.news_for)
+        switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald)
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
-            stop=stop, started=time.time(),
+            stop=stop, started=time.time(), addresses=addresses,
         )  # fmt: skip
         await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
         async with open_control(paths.socket, Control(desk.handlers(), buyer, hello, events)):
             for service in (monitor.run, villagers.keep_in_touch, herald.run):
-                nursery.start_soon(service)
+                tasks.serve(service)
             yield desk
+            switch.farewell()
         nursery.cancel_scope.cancel()
 
 
@@ -137,7 +144,7 @@ def worker_settings(settings: Settings) -> WorkerSettings:
     )
 
 
-def _hello(ledger: NodeBook, membership: Membership, transport: Transport) -> Callable[[], Hello]:
+def _hello(ledger: NodeBook, membership: Membership, addresses: Addresses) -> Callable[[], Hello]:
     """What we say first on every link: as it is at that moment."""
     return lambda: Hello(
         major=VERSION_MAJOR,
@@ -146,7 +153,7 @@ def _hello(ledger: NodeBook, membership: Membership, transport: Transport) -> Ca
         boot_epoch=ledger.epoch,
         clock_unix_ms=int(time.time() * 1000),
         certificates=membership.certificates,
-        addresses=transport.addresses(),
+        addresses=addresses(),
     )
 
 

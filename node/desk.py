@@ -11,21 +11,31 @@ import trio
 
 from aivillage import __version__
 from aivillage.ledger.ledger import NodeBook
+from aivillage.node import results
+from aivillage.node.addresses import Addresses
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin
-from aivillage.node.discovery import Discovery
+from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
-from aivillage.node.jobs import JobRow, Jobs
+from aivillage.node.jobs import JobRow, Jobs, KnownPeer
 from aivillage.node.links import Links
 from aivillage.node.monitor import Monitor
 from aivillage.node.paths import Paths
 from aivillage.node.seller import Seller
 from aivillage.node.villagers import Villagers
 from aivillage.protocols.errors import RequestError
-from aivillage.protocols.types import Amount
+from aivillage.protocols.messages import Offer
+from aivillage.protocols.types import Amount, PeerId
 
 JOBS_LISTED: Final = 50
+JOBS_LISTED_MAX: Final = 500
 HISTORY_LISTED: Final = 100
+HISTORY_LISTED_MAX: Final = 2000
+"""Of each, what surely fits a frame; the command line reads more from the file itself."""
+PEERS_LISTED_MAX: Final = 300
+SELLERS_LISTED_MAX: Final = 1000
+TEXT_MAX: Final = 500
+"""Characters of a failure's reason in a list: a peer may have written it."""
 
 
 class Desk(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +54,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     events: Events
     stop: trio.Event
     started: float
+    addresses: Addresses
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
         """What can be asked, by name."""
@@ -66,17 +77,17 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
 
     async def on_status(self, _args: dict[str, Any]) -> dict[str, Any]:
         """One screen of truth: every figure is read now, none is remembered."""
-        refusal = self.monitor.refusal()
+        refusal = self.monitor.refusal() or self.ledger.refusing
         settings = {origin.key: origin.value for origin in self.origins}
         return {
             "peer": self.villagers.peer,
             "version": __version__,
             "state": "ready" if refusal is None else f"refusing work: {refusal.message}",
             "uptime_seconds": round(time.time() - self.started, 1),
-            "addresses": list(self.links.transport.addresses()),
+            "addresses": list(self.addresses()),
             "village": self.villagers.membership.village.hex(),
             "peers": len(self.links.all()),
-            "members": sum(self.villagers.line_of(link) is not None for link in self.links.all()),
+            "members": len(self.villagers.members()),
             "jobs_running": len(self.buyer.running()),
             "sales_running": len(self.seller.running()),
             "slots_free": self.seller.free_slots(),
@@ -88,29 +99,32 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         }
 
     async def on_peers(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
-        """Everybody known; those linked first."""
+        """Everybody known, met or only heard of; those linked first."""
         offers = {offer.seller: offer for offer in self.discovery.offers()}
-        found = []
-        for known in await self.jobs.known_peers():
-            link = self.links.get(known.id)
-            record = self.discovery.record_of(known.id)
-            offer = offers.get(known.id)
-            found.append(
-                {
-                    "peer": known.id,
-                    "connected": link is not None,
-                    "member": link is not None and self.villagers.line_of(link) is not None,
-                    "rtt_ms": round(link.rtt_seconds * 1000, 2) if link else None,
-                    "agent": link.hello.agent if link else "",
-                    "offers": [operation.name for operation in offer.operations] if offer else [],
-                    "units_per_second": round(record.units_per_second, 1),
-                    "good": record.good,
-                    "bad": record.bad,
-                    "addresses": list(known.addresses),
-                    "last_seen_unix": known.seen,
-                }
-            )
-        return sorted(found, key=lambda peer: not peer["connected"])
+        met = {known.id: known for known in await self.jobs.known_peers()}
+        everybody = dict.fromkeys((*(link.peer for link in self.links.all()), *met, *offers))
+        return [
+            self._peer(peer, met.get(peer), offers.get(peer))
+            for peer in list(everybody)[:PEERS_LISTED_MAX]
+        ]
+
+    def _peer(self, peer: PeerId, known: KnownPeer | None, offer: Offer | None) -> dict[str, Any]:
+        link = self.links.get(peer)
+        record = self.discovery.records.get(peer) or Record()
+        addresses = known.addresses if known else link.hello.addresses if link else ()
+        return {
+            "peer": peer,
+            "connected": link is not None,
+            "member": self.villagers.is_member(peer),
+            "rtt_ms": round(link.rtt_seconds * 1000, 2) if link else None,
+            "agent": link.hello.agent if link else "",
+            "offers": [operation.name for operation in offer.operations] if offer else [],
+            "units_per_second": round(record.units_per_second, 1),
+            "good": record.good,
+            "bad": record.bad,
+            "addresses": list(addresses or (offer.addresses if offer else ())),
+            "last_seen_unix": known.seen if known else None,
+        }
 
     async def on_operations(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
         """Ours, with schemas, and who else offers each."""
@@ -120,7 +134,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             | {
                 "offered_by": [
                     offer.seller
-                    for offer in offers
+                    for offer in offers[:SELLERS_LISTED_MAX]
                     if any(offered.name == operation.name for offered in offer.operations)
                 ]
             }
@@ -128,26 +142,29 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
     async def on_jobs(self, args: dict[str, Any]) -> list[dict[str, Any]]:
-        rows = await self.jobs.latest(int(args.get("limit", JOBS_LISTED)))
+        rows = await self.jobs.latest(_limit(args, JOBS_LISTED, JOBS_LISTED_MAX))
         return [self._shown(row) for row in rows]
 
     async def on_job(self, args: dict[str, Any]) -> dict[str, Any]:
         row = await self._job(args)
         attempts = await self.jobs.attempts(row.id)
-        result = msgspec.msgpack.decode(row.result) if row.result else None
-        return self._shown(row) | {
-            "request": msgspec.msgpack.decode(row.request),
-            "result": result,
-            "attempts": [
-                {
-                    "attempt": attempt.id.hex(),
-                    "seller": attempt.seller,
-                    "price_micro_credits": attempt.price,
-                    "outcome": attempt.outcome or "running",
-                }
-                for attempt in attempts
-            ],
-        }
+        outcome = results.shown_or_why(row.operation, row.result)
+        return (
+            self._shown(row)
+            | outcome
+            | {
+                "request": msgspec.msgpack.decode(row.request),
+                "attempts": [
+                    {
+                        "attempt": attempt.id.hex(),
+                        "seller": attempt.seller,
+                        "price_micro_credits": attempt.price,
+                        "outcome": attempt.outcome or "running",
+                    }
+                    for attempt in attempts
+                ],
+            }
+        )
 
     async def on_cancel(self, args: dict[str, Any]) -> dict[str, Any]:
         row = await self._job(args)
@@ -177,7 +194,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "local": bool(row.local),
             "parent": row.parent,
             "code": row.code,
-            "message": row.message,
+            "message": row.message[:TEXT_MAX],
         }
 
     async def on_balance(self, _args: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +202,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         return dict(msgspec.to_builtins(balance))
 
     async def on_history(self, args: dict[str, Any]) -> list[dict[str, Any]]:
-        rows = await self.ledger.history(int(args.get("limit", HISTORY_LISTED)))
+        rows = await self.ledger.history(_limit(args, HISTORY_LISTED, HISTORY_LISTED_MAX))
         return [msgspec.to_builtins(row) | {"attempt": row.attempt.hex()} for row in rows]
 
     async def on_audit(self, _args: dict[str, Any]) -> dict[str, Any]:
@@ -193,9 +210,10 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         return dict(msgspec.to_builtins(report))
 
     async def on_invite(self, args: dict[str, Any]) -> dict[str, Any]:
-        addresses = tuple(self.links.transport.addresses())
         line = args.get("line_micro_credits")
-        return {"token": self.villagers.invite(addresses, line and msgspec.convert(line, Amount))}
+        return {
+            "token": self.villagers.invite(self.addresses(), line and msgspec.convert(line, Amount))
+        }
 
     async def on_join(self, args: dict[str, Any]) -> dict[str, Any]:
         inviter = await self.villagers.join(str(args["token"]))
@@ -211,3 +229,13 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     async def on_stop(self, _args: dict[str, Any]) -> dict[str, Any]:
         self.stop.set()
         return {"stopping": True}
+
+
+def _limit(args: dict[str, Any], usual: int, most: int) -> int:
+    """How many rows are asked for. Raises: RequestError: none, or more than an answer holds."""
+    limit = int(args.get("limit", usual))
+    if not 0 < limit <= most:
+        raise RequestError(
+            f"an answer holds 1 to {most:,} rows, not {limit:,}", next_step=f"--limit {most}"
+        )
+    return limit

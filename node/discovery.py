@@ -50,6 +50,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     offered: OfferedOperation
     free_slots: int
     record: Record
+    neighbour: bool = False
 
 
 class Discovery:
@@ -64,6 +65,7 @@ class Discovery:
         self.records: dict[PeerId, Record] = {}
         self._seq = int(time.time() * 1000)
         self._changed = trio.Event()
+        self.is_neighbour: Callable[[PeerId], bool] = lambda _peer: False
         self.on_wanted: Callable[[TaskAd], None] = lambda _ad: None
 
     def record_of(self, peer: PeerId) -> Record:
@@ -71,7 +73,10 @@ class Discovery:
 
     # ------------------------------------------------------------------ heard
     def accept(self, signer: PeerId, news: News, envelope: bytes) -> bool:
-        """Keeps news; False where it is stale, forged in the author's name, or our own."""
+        """Keeps news; False where it is stale, forged in the author's name, or our own.
+
+        Without an envelope it is a stranger's, and for our own ears.
+        """
         if isinstance(news, TaskAd):
             if signer != news.buyer or signer == self.peer:
                 return False
@@ -100,7 +105,12 @@ class Discovery:
     def envelopes(self) -> list[bytes]:
         """The live offers as their sellers signed them, for a newcomer."""
         self.offers()
-        return list(self._envelopes.values())
+        return [envelope for envelope in self._envelopes.values() if envelope]
+
+    def forget(self, peer: PeerId) -> None:
+        """Drops the offer of a stranger that left."""
+        if self._envelopes.get(peer) == b"":
+            del self._offers[peer], self._envelopes[peer]
 
     def candidates(self, operation: str) -> list[Candidate]:
         """Peers that offer `operation` and were not found unreachable just now, best first."""
@@ -111,7 +121,8 @@ class Discovery:
                 addresses=offer.addresses,
                 offered=offered,
                 free_slots=offer.free_slots,
-                record=self.record_of(offer.seller),
+                record=self.records.get(offer.seller) or Record(),
+                neighbour=self.is_neighbour(offer.seller),
             )
             for offer in self.offers()
             for offered in offer.operations
@@ -175,9 +186,9 @@ class Discovery:
         )
 
 
-def _rank(candidate: Candidate) -> tuple[float, float, int]:
-    """Fewer failures first, then measured speed, then free room."""
+def _rank(candidate: Candidate) -> tuple[float, float, bool, int]:
+    """Fewer failures first, then measured speed, then members that are linked, then free room."""
     record = candidate.record
     failures = record.bad / (record.good + record.bad + 2)
     speed = record.units_per_second or UNKNOWN_UNITS_PER_SECOND
-    return (round(failures, 1), -speed, -candidate.free_slots)
+    return (round(failures, 1), -speed, not candidate.neighbour, -candidate.free_slots)

@@ -6,10 +6,13 @@ import collections
 import json
 import logging
 import os
+import re
 import sys
 import time
-from typing import Any
+from typing import Any, Final
 
+TEXT_MAX: Final = 500
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _log = logging.getLogger("aivillage")
 
 
@@ -22,12 +25,47 @@ class Events:
             maxlen=256  # a screen or two of history for `doctor`
         )
 
-    def emit(self, name: str, *, level: int = logging.INFO, **fields: Any) -> None:
-        """Records `name`, past tense, with its fields."""
+    def emit(
+        self,
+        name: str,
+        *,
+        level: int = logging.INFO,
+        exc_info: BaseException | None = None,
+        **fields: Any,
+    ) -> None:
+        """Records `name`, past tense, with its fields; a defect also with its traceback."""
+        if exc_info is not None:
+            fields["error"] = repr(exc_info)
+        fields = {key: _cut(value) for key, value in fields.items()}
         self.counts[name] += 1
         self.recent.append((time.time(), name, fields))
         if _log.isEnabledFor(level):
-            _log.log(level, "%s %s", name, json.dumps(fields, default=str))
+            _log.log(level, "%s %s", name, json.dumps(fields, default=str), exc_info=exc_info)
+
+
+def _cut(value: Any) -> Any:
+    """A peer may have written a text: it is kept for a while, so it is not kept whole."""
+    return value[:TEXT_MAX] if isinstance(value, str) else value
+
+
+_USUAL: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+"""What every record has; whatever else is there came by `extra`."""
+
+
+class LineFormatter(logging.Formatter):
+    """`time LEVEL logger event {fields}`: one shape for events and for what modules log."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 the library's name
+        line = super().formatMessage(record)
+        extra = {key: _cut(v) for key, v in vars(record).items() if key not in _USUAL}
+        return f"{line} {json.dumps(extra, default=str)}" if extra else line
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A peer may have written a text in it: nothing in a log moves a terminal's cursor."""
+        return _CONTROL.sub("\ufffd", super().format(record))
 
 
 class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
@@ -43,9 +81,7 @@ class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
 
 def configure_logging(level: str) -> None:
     """One line an event on standard error; libraries speak up from warnings on."""
-    logging.basicConfig(
-        handlers=[_Terminal(sys.stderr)],
-        level=logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
+    handler = _Terminal(sys.stderr)
+    handler.setFormatter(LineFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     _log.setLevel(level.upper())

@@ -63,18 +63,19 @@ class FrameReader:
 
 
 class RateLimit:
-    """A token bucket of one second's depth. Who is over it waits; nothing is lost."""
+    """A token bucket, by default of one second's depth. Who is over it waits; nothing is lost."""
 
-    def __init__(self, per_second: float) -> None:
+    def __init__(self, per_second: float, burst: float = 0.0) -> None:
         self._per_second = per_second
-        self._level = per_second
+        self._burst = burst or per_second
+        self._level = self._burst
         self._at = trio.current_time()
 
     async def spend(self, count: int) -> None:
         """Takes `count`, and sleeps until the bucket is out of debt."""
         now = trio.current_time()
         earned = (now - self._at) * self._per_second
-        self._level = min(self._per_second, self._level + earned) - count
+        self._level = min(self._burst, self._level + earned) - count
         self._at = now
         if self._level < 0:
             await trio.sleep(-self._level / self._per_second)

@@ -1,7 +1,9 @@
 """Small signed news, passed from neighbour to neighbour over the links that are open anyway.
 
 A flood with a memory: each envelope is verified once, kept if it is news, and passed on to every
-other neighbour. Offers and task advertisements are the only news; both are small and expire.
+other member of the village that is linked. Offers and task advertisements are the only news; both
+are small and expire. A stranger speaks for itself only: its own offer is heard while it is linked
+and goes no further, so that nobody's thousand identities hide a real seller.
 """
 
 from __future__ import annotations
@@ -46,19 +48,23 @@ class Gossiper:
     def __init__(
         self,
         neighbours: Callable[[], Sequence[Neighbour]],
+        is_member: Callable[[PeerId], bool],
         accept: Callable[[PeerId, News, bytes], bool],
     ) -> None:
         self._neighbours = neighbours
+        self._is_member = is_member
         self._accept = accept
         self._seen: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self._budget: dict[PeerId, tuple[float, float]] = {}
         self.dropped = 0
 
     def publish(self, topic: str, envelope: bytes) -> None:
-        """Sends news of our own to all neighbours."""
+        """Sends news of our own: what we do to everybody linked, what we need to members."""
         gossip = Gossip(topic=topic, envelope=envelope)
         self._remember(gossip)
-        self._spread(gossip, without=None)
+        for neighbour in self._neighbours():
+            if topic == "offer" or self._is_member(neighbour.peer):
+                send_or_drop(neighbour, gossip)
 
     def receive(self, source: PeerId, gossip: Gossip) -> None:
         """Takes news from a neighbour.
@@ -68,6 +74,9 @@ class Gossiper:
         """
         if len(gossip.envelope) > GOSSIP_BYTES_MAX:
             raise PeerError("gossip over its limit", code="TOO_LARGE")
+        if not self._is_member(source):
+            self._hear_stranger(source, gossip)
+            return
         kind = DOMAINS.get(gossip.topic)
         if kind is None or gossip.hops > HOPS_MAX or self._has_seen(gossip):
             return  # a topic of a newer version, a loop, or nothing new
@@ -86,9 +95,18 @@ class Gossiper:
         now = int(time.time() * 1000)
         return now <= news.not_after_unix_ms <= now + LIFETIME_MS_MAX
 
-    def _spread(self, gossip: Gossip, *, without: PeerId | None) -> None:
+    def _hear_stranger(self, source: PeerId, gossip: Gossip) -> None:
+        """Its own offer, which nobody hears from us."""
+        if gossip.topic != "offer" or gossip.hops or not self._within_budget(source):
+            self.dropped += 1
+            return
+        signer, news = unseal(gossip.envelope, "offer", Offer)
+        if signer == source and self._is_current(news):
+            self._accept(signer, news, b"")
+
+    def _spread(self, gossip: Gossip, *, without: PeerId) -> None:
         for neighbour in self._neighbours():
-            if neighbour.peer != without:
+            if neighbour.peer != without and self._is_member(neighbour.peer):
                 send_or_drop(neighbour, gossip)
 
     def _has_seen(self, gossip: Gossip) -> bool:

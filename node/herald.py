@@ -7,9 +7,9 @@ from typing import Final
 
 import trio
 
+from aivillage.node.addresses import Addresses
 from aivillage.node.discovery import Discovery
 from aivillage.node.gossip import Gossiper
-from aivillage.node.links import Links
 from aivillage.node.seller import Seller
 from aivillage.protocols.messages import Gossip, TaskAd
 from aivillage.protocols.types import PeerId, Seconds
@@ -19,6 +19,8 @@ LIVES: Final = 4
 NEWS_FOR_NEWCOMER_MAX: Final = 256
 AD_SECONDS: Final = 5.0
 """Between two advertisements of one task, and how long one lives twice over."""
+EARLY_SECONDS: Final = 2.0
+"""At least, between an offer and an early one: whoever advertises much makes nobody shout."""
 ANSWER_SECONDS_MAX: Final = 0.2
 """Answers to an advertisement spread over this, so that a village does not shout at once."""
 
@@ -32,13 +34,13 @@ class Herald:
         discovery: Discovery,
         gossiper: Gossiper,
         seller: Seller,
-        links: Links,
+        addresses: Addresses,
         offer_seconds: Seconds,
     ) -> None:
         self._discovery = discovery
         self._gossiper = gossiper
         self._seller = seller
-        self._links = links
+        self._addresses = addresses
         self._offer_seconds = offer_seconds
         self._advertised: dict[str, float] = {}
         self._early = trio.Event()
@@ -49,15 +51,19 @@ class Herald:
         while True:
             self._early = trio.Event()
             self._gossiper.publish("offer", self._offer())
+            earliest = trio.current_time() + EARLY_SECONDS
             with trio.move_on_after(self._offer_seconds * random.uniform(0.8, 1.2)):
                 await self._early.wait()
+                await trio.sleep_until(earliest)
                 await trio.sleep(random.uniform(0, ANSWER_SECONDS_MAX))
 
-    def news_for(self, newcomer: PeerId) -> list[Gossip]:
-        """What a fresh neighbour should know: our offer first, then all live ones."""
-        others = self._discovery.envelopes()[:NEWS_FOR_NEWCOMER_MAX]
-        del newcomer  # it drops its own offer as old news
+    def news_for(self, *, member: bool) -> list[Gossip]:
+        """What a fresh neighbour should know: our offer first, then a member all live ones."""
+        others = self._discovery.envelopes()[:NEWS_FOR_NEWCOMER_MAX] if member else []
         return [Gossip(topic="offer", envelope=e) for e in (self._offer(), *others)]
+
+    def forget(self, stranger: PeerId) -> None:
+        self._discovery.forget(stranger)
 
     def advertise(self, operation: str) -> None:
         """Asks the village who can do `operation`; at most once in a few seconds."""
@@ -69,7 +75,7 @@ class Herald:
     def _offer(self) -> bytes:
         return self._discovery.make_offer(
             self._seller.operations(),
-            self._links.transport.addresses(),
+            self._addresses(),
             self._seller.free_slots(),
             LIVES * self._offer_seconds,
         )

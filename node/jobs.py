@@ -345,7 +345,7 @@ class Jobs:
 
     async def certificates(self, village: bytes) -> tuple[bytes, ...]:
         rows = await self._read(
-            "SELECT body FROM certificate WHERE village=? ORDER BY added DESC", village
+            "SELECT body FROM certificate WHERE village=? ORDER BY added DESC LIMIT 64", village
         )
         return tuple(row[0] for row in rows)
 

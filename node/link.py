@@ -22,10 +22,16 @@ from aivillage.protocols.messages import (
     Answer,
     Ask,
     Failure,
+    Fetch,
     Frame,
     Hello,
+    Join,
+    Ledger,
+    ListOperations,
     Ping,
     Pong,
+    QuoteRequest,
+    Standing,
     Submit,
     Text,
     Tunnel,
@@ -37,6 +43,9 @@ log = logging.getLogger("aivillage.links")
 
 NOT_FOR_PEERS: Final = (Hello, Ask, Answer, Submit, Text, Tunnel)
 """A second hello, and what only the owner's control socket may say."""
+
+QUESTIONS: Final = (QuoteRequest, Join, Standing, ListOperations, Fetch)
+"""What costs us far more than the asker."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,14 @@ class LinkLimits:
     frame_bytes_max: int = codec.FRAME_BYTES_MAX
     frames_per_second: float = 20_000
     """Six times the 3,200 tokens a second that a full batch of 32 sends, one frame each."""
+    blobs_per_second: float = 200
+    blobs_burst: float = 400
+    """Ledger blobs cost a signature's check each, 0.12 ms: two percent of a core. An honest pair
+    has some five a second, and a SYNC of a few hundred parts once."""
+    questions_per_second: float = 20
+    questions_burst: float = 64
+    """`QUESTIONS`, each with an estimate, a signature or a transaction of ours behind it. One
+    buyer has at most 64 jobs at a time, and quotes are good for a minute."""
     bytes_per_second: float = 64 << 20
     """Half of what one stream carries on a LAN."""
     write_bytes: int = 256 * 1024
@@ -104,7 +121,6 @@ class Link:
         self._queue: deque[bytes] = deque()
         self._queue_bytes = 0
         self._wake = trio.Event()
-        self._drained = trio.Event()
         self._hearing = trio.lowlevel.ParkingLot()
         self._scope = trio.CancelScope()
         self._pings: dict[int, float] = {}
@@ -134,14 +150,6 @@ class Link:
         self._enqueue(framed)
         if self._overflowing():
             self.close("the peer reads too slowly")
-            raise self._lost()
-
-    async def drained(self) -> None:
-        """Returns when the queue is below half. Raises: PeerError: PEER_LOST."""
-        await trio.lowlevel.checkpoint()
-        while not self.closed_because and not self._half_empty():
-            await self._drained.wait()
-        if self.closed_because:
             raise self._lost()
 
     async def ask(self, message: Frame, *, timeout_seconds: Seconds) -> Frame:
@@ -199,7 +207,6 @@ class Link:
         self.closed_because = reason
         self._scope.deadline = trio.current_time() + self._limits.flush_seconds
         self._wake.set()
-        self._drained.set()
         self._hearing.unpark_all()
         for asked in self._asks.values():
             asked.done.set()
@@ -260,20 +267,10 @@ class Link:
             len(self._queue) > limits.queue_frames_max or self._queue_bytes > limits.queue_bytes_max
         )
 
-    def _half_empty(self) -> bool:
-        limits = self._limits
-        return (
-            len(self._queue) <= limits.queue_frames_max // 2
-            and self._queue_bytes <= limits.queue_bytes_max // 2
-        )
-
     async def _write_loop(self) -> None:
         while True:
             while self._queue:
                 await self._stream.write(self._batch())
-                if self._half_empty():
-                    self._drained.set()
-                    self._drained = trio.Event()
             if self.closed_because:
                 self._scope.cancel()
                 return
@@ -299,11 +296,14 @@ class Link:
     async def _read_loop(self) -> None:
         frames = RateLimit(self._limits.frames_per_second)
         volume = RateLimit(self._limits.bytes_per_second)
+        dear = _DearFrames(self._limits)
         size_bytes = 1
         while size_bytes:
             count = len(self._reader.ready)
             while self._reader.ready and not self.closed_because:
-                self._take(codec.decode(self._reader.ready.popleft()))
+                frame = codec.decode(self._reader.ready.popleft())
+                self._take(frame)
+                await dear.spend(frame)
             if self.closed_because:
                 return
             await frames.spend(count)
@@ -379,6 +379,21 @@ class Link:
             code="PEER_LOST",
             next_step="connect to the peer again",
         )
+
+
+class _DearFrames:
+    """What frames that cost us much may come to: a peer that sends more of them waits its turn."""
+
+    def __init__(self, limits: LinkLimits) -> None:
+        self._blobs = RateLimit(limits.blobs_per_second, limits.blobs_burst)
+        self._questions = RateLimit(limits.questions_per_second, limits.questions_burst)
+
+    async def spend(self, frame: Frame) -> None:
+        """Returns when the next frame may be looked at."""
+        if isinstance(frame, Ledger):
+            await self._blobs.spend(max(1, len(frame.blobs)))
+        elif isinstance(frame, QUESTIONS):
+            await self._questions.spend(1)
 
 
 class _Asked:

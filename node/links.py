@@ -270,7 +270,7 @@ class Links:
             older.close("replaced by a newer stream of the same peer")
         self._live[link.peer] = link
         self._running.add(link)
-        log.info("link_opened", extra={"peer": link.peer, "dialled": link.dialled})
+        log.debug("link_opened", extra={"peer": link.peer, "dialled": link.dialled})
         try:
             self.on_up(link)
         except Exception as error:
@@ -280,7 +280,7 @@ class Links:
         if self._live.get(link.peer) is not link:
             return
         del self._live[link.peer]
-        log.info("link_closed", extra={"peer": link.peer, "reason": reason})
+        log.debug("link_closed", extra={"peer": link.peer, "reason": reason})
         try:
             self.on_down(link, reason)
         except Exception as error:

@@ -7,13 +7,13 @@ from typing import Any
 
 from aivillage.node.buyer import Buyer
 from aivillage.node.gossip import Gossiper, send_or_drop
+from aivillage.node.herald import Herald
 from aivillage.node.links import Link, Links
 from aivillage.node.seller import Seller
 from aivillage.node.villagers import Villagers
 from aivillage.protocols import messages
 from aivillage.protocols.messages import Frame
 from aivillage.protocols.ports import Book
-from aivillage.protocols.types import PeerId
 
 
 class Switch:
@@ -27,14 +27,14 @@ class Switch:
         gossiper: Gossiper,
         buyer: Buyer,
         seller: Seller,
-        news: Callable[[PeerId], list[messages.Gossip]],
+        herald: Herald,
     ) -> None:
         self._book = book
         self._villagers = villagers
         self._gossiper = gossiper
         self._buyer = buyer
         self._seller = seller
-        self._news = news
+        self._herald = herald
         self._routes: dict[type[Any], Callable[[Link, Any], None]] = {
             messages.Step: buyer.on_step,
             messages.Ledger: self._on_ledger,
@@ -61,13 +61,27 @@ class Switch:
     def on_up(self, link: Link) -> None:
         self._villagers.on_up(link)
         self._buyer.on_up(link.peer)
-        for gossip in self._news(link.peer):
+        for gossip in self._herald.news_for(member=self._villagers.is_member(link.peer)):
             send_or_drop(link, gossip)
 
     def on_down(self, link: Link, reason: str) -> None:
+        if not self._villagers.is_member(link.peer):
+            self._herald.forget(link.peer)
         self._villagers.on_down(link, reason)
         self._seller.on_down(link)
         self._gossiper.forget(link.peer)
+
+    def farewell(self) -> None:
+        """This node is stopping: each buyer hears it with its call, and goes on elsewhere.
+
+        It is no fault of the seller's, so nobody's rating suffers from an owner who goes to bed.
+        """
+        for sale in self._seller.running():
+            sale.steps.flush()
+            failure = messages.Failure(
+                id=sale.call.id, code="CANCELLED", message="its owner stopped this node"
+            )
+            send_or_drop(sale.link, failure)
 
     def rider(self, link: Link) -> Frame | None:
         """A receipt never travels in a write of its own while others leave."""

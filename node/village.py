@@ -119,6 +119,24 @@ def membership(
     return _vouched(valid, peer, village, frozenset())
 
 
+def newest(envelopes: Iterable[bytes]) -> tuple[bytes, ...]:
+    """Of each issuer's certificates for a member the one that lasts longest; as many as travel.
+
+    Whoever joined often has many; a hello with more than the limit would be refused everywhere.
+    """
+    found: dict[tuple[PeerId, PeerId], tuple[int, bytes]] = {}
+    for envelope in envelopes:
+        try:
+            _, certificate = unseal(envelope, "certificate", Certificate)
+        except PeerError:
+            continue  # it would prove nothing
+        pair = (certificate.issuer, certificate.member)
+        lasts = certificate.not_after_unix_ms
+        if pair not in found or found[pair][0] < lasts:
+            found[pair] = (lasts, envelope)
+    return tuple(envelope for _, envelope in found.values())[:CERTIFICATES_MAX]
+
+
 def _vouched(
     valid: Sequence[Certificate], member: PeerId, village: bytes, below: frozenset[PeerId]
 ) -> MicroCredits | None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import functools
+import logging
 import random
 import time
-from typing import Final
+from typing import Any, Final
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from aivillage.ledger.ledger import NodeBook
 from aivillage.node import village
 from aivillage.node.config import Settings
 from aivillage.node.events import Events
 from aivillage.node.gossip import send_or_drop
+from aivillage.node.guard import Tasks
 from aivillage.node.identity import peer_of
 from aivillage.node.jobs import Jobs
 from aivillage.node.links import Link, Links
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, PeerError, RefusedError
-from aivillage.protocols.ports import Book
+from aivillage.protocols.messages import ADDRESSES_MAX
 from aivillage.protocols.types import MicroCredits, PeerId, Seconds
 
 VILLAGE_SETTING: Final = "village"
@@ -39,7 +42,7 @@ class Membership:
     async def load(self) -> None:
         """What a former run joined."""
         self.village = await self._jobs.setting(VILLAGE_SETTING) or self.village
-        self.certificates = await self._jobs.certificates(self.village)
+        self.certificates = village.newest(await self._jobs.certificates(self.village))
 
     async def store(self, joined: bytes, certificates: tuple[bytes, ...]) -> None:
         await self._jobs.add_certificates(joined, certificates)
@@ -58,9 +61,9 @@ class Villagers:
         membership: Membership,
         links: Links,
         jobs: Jobs,
-        book: Book,
+        book: NodeBook,
         events: Events,
-        nursery: trio.Nursery,
+        tasks: Tasks,
     ) -> None:
         self.peer = peer_of(key)
         self.membership = membership
@@ -70,9 +73,11 @@ class Villagers:
         self._jobs = jobs
         self._book = book
         self._events = events
-        self._nursery = nursery
+        self._tasks = tasks
         self._not_before: dict[PeerId, tuple[float, Seconds]] = {}
+        self._dialling: set[PeerId] = set()
         self._trusting: dict[PeerId, trio.Event] = {}
+        self._members: dict[PeerId, Link] = {}
 
     def line_of(self, link: Link) -> MicroCredits | None:
         """What a neighbour may owe us; None for a stranger."""
@@ -83,6 +88,14 @@ class Villagers:
         if promised is None:
             return None
         return min(promised, self._settings.village_line_micro_credits)
+
+    def members(self) -> list[Link]:
+        """Links with people of our village."""
+        return list(self._members.values())
+
+    def is_member(self, peer: PeerId) -> bool:
+        """Whether `peer` is linked, and of our village."""
+        return peer in self._members
 
     # ------------------------------------------------------------------ links
     def on_up(self, link: Link) -> None:
@@ -95,11 +108,18 @@ class Villagers:
             functools.partial(_send_blob, link),
         )
         if line is not None:
+            self._members[link.peer] = link
             self._trusting[link.peer] = trio.Event()
-            self._nursery.start_soon(self._trust, link, line)
-        self._events.emit(
-            "peer_up", peer=link.peer, agent=link.hello.agent, member=line is not None
-        )
+            self._tasks.start_soon(self._trust, link, line)
+        elif self._book.view(link.peer).known:
+            self._tasks.start_soon(self._forsake, link.peer)
+        self._tell("peer_up", link, agent=link.hello.agent)
+
+    def _tell(self, event: str, link: Link, **fields: Any) -> None:
+        """Strangers come and go: only who looks closely wants to read of each."""
+        is_member = self.is_member(link.peer)
+        level = logging.INFO if is_member else logging.DEBUG
+        self._events.emit(event, level=level, peer=link.peer, member=is_member, **fields)
 
     async def _trust(self, link: Link, line: MicroCredits) -> None:
         try:
@@ -117,8 +137,15 @@ class Villagers:
             if trusting is not None:
                 trusting.set()
 
+    async def _forsake(self, peer: PeerId) -> None:
+        """Who belonged once and does not now may owe nothing more; what it owes, it owes."""
+        try:
+            await self._book.set_line(peer, 0, 0)
+        except AivillageError as error:
+            self._events.emit("peer_not_recorded", level=30, peer=peer, reason=str(error))
+
     def on_standing(self, link: Link, standing: messages.Standing) -> None:
-        self._nursery.start_soon(self._note_standing, link.peer, standing)
+        self._tasks.start_soon(self._note_standing, link.peer, standing)
 
     async def _note_standing(self, peer: PeerId, standing: messages.Standing) -> None:
         """A generous peer does not make us generous: our own exposure bounds what it may claim."""
@@ -138,33 +165,39 @@ class Villagers:
 
     def on_down(self, link: Link, reason: str) -> None:
         self._book.disconnected(link.peer)
-        self._events.emit("peer_down", peer=link.peer, reason=reason)
+        self._tell("peer_down", link, reason=reason)
+        self._members.pop(link.peer, None)
 
     async def keep_in_touch(self) -> None:
         """Dials known villagers that are not linked, ever more rarely where nobody answers."""
         while True:
             for known in await self._jobs.known_peers():
-                await self._dial_if_due(known.id, known.addresses)
+                self._dial_if_due(known.id, known.addresses)
             await trio.sleep(random.uniform(0.5, 1.5))
 
-    async def _dial_if_due(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
+    def _dial_if_due(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
+        """One dial of a peer at a time, however many addresses it gave us to wait for."""
         due, wait = self._not_before.get(peer, (0.0, BACKOFF_SECONDS[0]))
-        if self._links.get(peer) or trio.current_time() < due:
+        if self._links.get(peer) or peer in self._dialling or trio.current_time() < due:
             return
         self._not_before[peer] = (
             trio.current_time() + wait * random.uniform(0.5, 1.5),
             min(wait * 2, BACKOFF_SECONDS[1]),
         )
-        self._nursery.start_soon(self._dial, addresses)
+        self._dialling.add(peer)
+        self._tasks.start_soon(self._dial, peer, addresses)
 
-    async def _dial(self, addresses: tuple[str, ...]) -> None:
-        for address in addresses:
-            with trio.move_on_after(DIAL_SECONDS):
-                try:
-                    await self._links.connect(address)
-                except AivillageError:
-                    continue  # the next address; the backoff brings us back
-                return
+    async def _dial(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
+        try:
+            for address in addresses[:ADDRESSES_MAX]:
+                with trio.move_on_after(DIAL_SECONDS):
+                    try:
+                        await self._links.connect(address)
+                    except AivillageError:
+                        continue  # the next address; the backoff brings us back
+                    return
+        finally:
+            self._dialling.discard(peer)
 
     # ------------------------------------------------------------------ joining
     def invite(self, addresses: tuple[str, ...], line: MicroCredits | None) -> str:
@@ -204,6 +237,8 @@ class Villagers:
         await self._jobs.saw_peer(link.peer, link.hello.addresses)
         # The hellos were said before we were members: say them again.
         await self._links.drop(link.peer, "joined a village")
+        linked = self._links.all()
+        self._members = {known.peer: known for known in linked if self.line_of(known) is not None}
         await self._reach(invite.addresses, invite.inviter)
         self._events.emit("village_joined", village=invite.village.hex(), inviter=invite.inviter)
         return invite.inviter
@@ -231,7 +266,7 @@ class Villagers:
         raise failure
 
     def on_join(self, link: Link, request: messages.Join) -> None:
-        self._nursery.start_soon(self._admit, link, request)
+        self._tasks.start_soon(self._admit, link, request)
 
     async def _admit(self, link: Link, request: messages.Join) -> None:
         try:
@@ -250,9 +285,8 @@ class Villagers:
             send_or_drop(link, failure)
             return
         self._events.emit("member_admitted", peer=link.peer)
-        joined = messages.Joined(
-            id=request.id, certificates=(*self.membership.certificates, certificate)
-        )
+        chain = village.newest((certificate, *self.membership.certificates))
+        joined = messages.Joined(id=request.id, certificates=chain)
         send_or_drop(link, joined)
 
 

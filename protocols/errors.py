@@ -78,7 +78,7 @@ class JobError(AivillageError):
 class LedgerError(AivillageError):
     """The books do not allow it."""
 
-    codes: ClassVar[tuple[str, ...]] = ("INSUFFICIENT_CREDITS", "NOT_SYNCED")
+    codes: ClassVar[tuple[str, ...]] = ("INSUFFICIENT_CREDITS",)
 
 
 class NodeError(AivillageError):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
 
+from aivillage.protocols.envelope import ENVELOPE_BYTES_MAX
 from aivillage.protocols.pricing import UNITS_MAX, Terms
 from aivillage.protocols.types import U32, Amount, Count, Measure, MicroCredits, PeerId
 from aivillage.protocols.vouchers import BLOB_BYTES_MAX
@@ -20,9 +21,21 @@ VERSION_MAJOR: Final = 1
 VERSION_MINOR: Final = 0
 CALLS_PER_PAIR_MAX: Final = 256
 CERTIFICATES_MAX: Final = 8
+ADDRESSES_MAX: Final = 8
+ADDRESS_CHARACTERS_MAX: Final = 256
+BLOBS_MAX: Final = 16
+"""In one `Ledger` frame: each may cost a signature's check, and the loop waits for all."""
 
 LedgerBlob: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=BLOB_BYTES_MAX)]
-Certificates: TypeAlias = Annotated[tuple[bytes, ...], msgspec.Meta(max_length=CERTIFICATES_MAX)]
+Blobs: TypeAlias = Annotated[tuple[LedgerBlob, ...], msgspec.Meta(max_length=BLOBS_MAX)]
+Enveloped: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=ENVELOPE_BYTES_MAX)]
+Certificates: TypeAlias = Annotated[
+    tuple[Enveloped, ...], msgspec.Meta(max_length=CERTIFICATES_MAX)
+]
+Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
+"""Of a program, or of a kind of kernel."""
+Address: TypeAlias = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
+Addresses: TypeAlias = Annotated[tuple[Address, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
 BlobName: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 """A `Cid` on the wire."""
 Counts: TypeAlias = Annotated[dict[str, Count], msgspec.Meta(max_length=UNITS_MAX)]
@@ -38,12 +51,12 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
 
     major: Count
     minor: Count
-    agent: str
+    agent: Name
     boot_epoch: Count
     clock_unix_ms: Count
     certificates: Certificates = ()
-    kernel_classes: tuple[str, ...] = ()
-    addresses: tuple[str, ...] = ()
+    kernel_classes: Annotated[tuple[Name, ...], msgspec.Meta(max_length=16)] = ()
+    addresses: Addresses = ()
     max_frame_bytes: Count = 1 << 20
 
 
@@ -161,16 +174,16 @@ class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
 
 
 class Ledger(Message, frozen=True, kw_only=True, tag="ledger"):
-    """Ledger blobs, each at most 4 KiB, in order."""
+    """Ledger blobs, at most 16 of at most 4 KiB, in order."""
 
-    blobs: tuple[LedgerBlob, ...]
+    blobs: Blobs
 
 
 class Gossip(Message, frozen=True, kw_only=True, tag="gossip"):
     """An enveloped `Offer` or `TaskAd` on its way through the village."""
 
-    topic: str
-    envelope: bytes
+    topic: Name
+    envelope: Enveloped
     hops: Count = 0
 
 
@@ -295,7 +308,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seller: PeerId
     seq: Count
     not_after_unix_ms: Count
-    addresses: tuple[str, ...]
+    addresses: Addresses
     operations: tuple[OfferedOperation, ...]
     free_slots: Count = 0
 
@@ -307,7 +320,7 @@ class TaskAd(msgspec.Struct, frozen=True, kw_only=True):
     seq: Count
     not_after_unix_ms: Count
     operation: str
-    addresses: tuple[str, ...] = ()
+    addresses: Addresses = ()
 
 
 class Invite(msgspec.Struct, frozen=True, kw_only=True):
@@ -315,7 +328,7 @@ class Invite(msgspec.Struct, frozen=True, kw_only=True):
 
     village: bytes
     inviter: PeerId
-    addresses: tuple[str, ...]
+    addresses: Addresses
     nonce: bytes
     not_after_unix_ms: Count
     line_micro_credits: Amount

@@ -57,6 +57,8 @@ class Node:
         self.desk: Desk
         self.scope = trio.CancelScope()
         self.closed = trio.Event()
+        self.leave = trio.Event()
+        """Set, it ends the node in good order; `stop` only cancels it."""
 
     def origins(self) -> list[Origin]:
         return [Origin(key, getattr(self.settings, key), "default") for key in config.describe()]
@@ -98,13 +100,13 @@ class Node:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Runs until `stop`."""
-        self.scope, self.closed = trio.CancelScope(), trio.Event()
+        self.scope, self.closed, self.leave = trio.CancelScope(), trio.Event(), trio.Event()
         try:
             with self.scope:
                 async with self._open(network, founder) as self.desk:
                     self._wiretap()
                     task_status.started()
-                    await trio.sleep_forever()
+                    await self.leave.wait()
         finally:
             self.closed.set()
 

@@ -29,7 +29,7 @@ async def three(folder):
         first = await mesh.add("first")
         second = await mesh.add("second")
         await mesh.knows(buyer, first, second)
-        buyer.desk.discovery.records[first.peer].units_per_second = 9_000.0
+        buyer.desk.discovery.record_of(first.peer).units_per_second = 9_000.0
         yield mesh, buyer, first, second
 
 
@@ -230,7 +230,7 @@ async def test_a_verdict_that_our_own_worker_failed_to_give_is_asked_again(tmp_p
         running = await buyer.ask(PROMPT, tokens=4)
         assert result_of(running) == expected(PROMPT, 4)
         assert running.pursuit.receipt().sellers == (first.peer,)
-        assert buyer.desk.discovery.records[first.peer].bad == 0
+        assert buyer.desk.discovery.record_of(first.peer).bad == 0
 
 
 async def test_a_link_lost_while_a_job_settles_costs_nothing(tmp_path):

@@ -157,29 +157,6 @@ async def test_a_peer_that_does_not_read_is_dropped_at_the_queue_limit(two, auto
         assert a.events == ["up", "down"]
 
 
-async def test_drained_waits_for_half_the_queue(two, autojump_clock):
-    network = LoopbackNetwork()
-    limits = replace(LIMITS, queue_bytes_max=1 << 20)
-    async with two(limits=limits, network=network) as (a, b):
-        link = await a.links.connect(b.address)
-        await settle()
-        network.partition(["n0"], ["n1"])
-        body = Ledger(blobs=(bytes(4000),) * 25)
-        for _ in range(9):
-            link.send(body)
-        with trio.move_on_after(1) as scope:
-            await link.drained()
-            while True:
-                link.send(body)
-                await link.drained()
-        assert scope.cancelled_caught
-        network.heal()
-        await link.drained()
-        await settle(3)
-        assert all(frame == body for frame in b.frames)
-        assert len(b.frames) >= 9
-
-
 async def test_a_rider_joins_the_write_that_leaves_anyway(two, autojump_clock):
     async with two() as (a, b):
         link = await a.links.connect(b.address)

@@ -8,11 +8,16 @@ import trio
 from aivillage.protocols import codec
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.messages import (
+    BLOBS_MAX,
     JOB_PROTOCOL,
     Accepted,
     Ask,
     Failure,
+    Ledger,
+    ListOperations,
     Ping,
+    QuoteRequest,
+    Standing,
 )
 from tests.mesh import mesh, settle
 
@@ -112,3 +117,74 @@ async def test_a_defect_in_a_callback_costs_its_link_and_is_counted(two, caplog,
         assert b.links.counts["defects"] == 1
         assert b.links.get(a.peer) is None
         assert "link_callback_failed" in caplog.messages
+
+
+# ------------------------------------------------------------------ what costs us more than them
+
+
+@pytest.mark.parametrize(
+    ("frame", "weight", "burst", "per_second"),
+    [
+        (Ledger(blobs=(b"x",) * BLOBS_MAX), BLOBS_MAX, 400, 200),
+        (Ledger(blobs=(b"x",)), 1, 400, 200),
+        (Ledger(blobs=()), 1, 400, 200),
+        (QuoteRequest(id=1, operation="x", request=b""), 1, 64, 20),
+        (Standing(line_micro_credits=1, exposure_micro_credits=1), 1, 64, 20),
+        (ListOperations(id=1), 1, 64, 20),
+    ],
+    ids=["blobs", "one blob", "no blobs", "quotes", "standings", "lists"],
+)
+async def test_dear_frames_of_one_peer_wait_their_turn_and_those_of_others_do_not(
+    two, autojump_clock, frame, weight, burst, per_second
+):
+    async with two(count=3) as (a, b, c):
+        flood = await a.links.connect(b.address)
+        other = await c.links.connect(b.address)
+        for _ in range(2 * (burst + 4 * per_second) // weight):
+            flood.send(frame)
+        other.send(Accepted(id=77))
+        await settle(0.1)
+        assert Accepted(id=77) in b.frames
+        for seconds in (0.1, 2.1):
+            taken = weight * sum(heard == frame for heard in b.frames)
+            assert abs(taken - (burst + seconds * per_second)) <= 2 * weight + 2, seconds
+            await settle(2)
+        assert b.links.get(a.peer) is not None
+
+
+async def test_nothing_that_waited_is_lost(two, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        sent = [Ledger(blobs=(bytes([n % 256]),) * 8) for n in range(200)]
+        for frame in sent:
+            link.send(frame)
+        await settle(10)
+        assert b.frames == sent
+
+
+async def test_more_blobs_than_a_frame_may_hold_end_the_link(two, hello_of, autojump_clock):
+    async with two(count=3) as (a, b, _c):
+        stream = await raw_stream(a, b)
+        many = codec.frame(Ledger(blobs=(b"x",) * (BLOBS_MAX + 1)))
+        await stream.write(codec.frame(hello_of()) + many)
+        assert (await read_failure(stream)).code == "BAD_REQUEST"
+        assert b.frames == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"agent": "x" * 129},
+        {"addresses": ("/ip4/1.2.3.4/tcp/1",) * 9},
+        {"addresses": ("x" * 257,)},
+        {"kernel_classes": ("x",) * 17},
+        {"certificates": (bytes(8193),)},
+    ],
+    ids=str,
+)
+async def test_a_hello_that_says_too_much_is_refused(two, hello_of, autojump_clock, wrong):
+    async with two(count=3) as (a, b, _c):
+        stream = await raw_stream(a, b)
+        await stream.write(codec.frame(hello_of(**wrong)))
+        assert (await read_failure(stream)).code == "BAD_REQUEST"
+        assert b.events == []

@@ -158,3 +158,30 @@ def test_a_rating_is_a_mean_that_only_good_work_moves():
     record.rate(good=True, units_per_second=0.0)
     assert (record.good, record.bad) == (3, 1)
     assert record.units_per_second == pytest.approx(130.0)
+
+
+def test_among_sellers_never_measured_those_that_are_linked_come_first(found):
+    for by in range(2, 40):
+        hear(found, offer(by=by, slots=256))
+    hear(found, offer(by=50, slots=1))
+    found.is_neighbour = {make_peer(50)}.__contains__
+    assert order(found)[0] == make_peer(50)
+    found.records[make_peer(7)] = Record(units_per_second=900.0, good=1)
+    assert order(found)[:2] == [make_peer(7), make_peer(50)]
+
+
+def test_looking_for_sellers_remembers_none_of_them(found):
+    for by in range(2, 40):
+        hear(found, offer(by=by))
+    assert len(order(found)) == 38
+    assert found.records == {}
+
+
+def test_a_strangers_offer_ends_with_its_link_and_a_members_does_not(found):
+    found.accept(make_peer(2), offer(by=2), b"")
+    found.accept(make_peer(3), offer(by=3), b"signed")
+    assert found.envelopes() == [b"signed"]
+    assert len(order(found)) == 2
+    for by in (2, 3, 4):
+        found.forget(make_peer(by))
+    assert order(found) == [make_peer(3)]

@@ -39,10 +39,13 @@ class World:
         self.wall_ms = NOW_MS
         self.news = []
         self.wanted = True
+        self.strangers = set()
         monkeypatch.setattr(gossiping.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(gossiping.time, "time", lambda: self.wall_ms / 1000)
         self.a, self.b = Neighbour(1), Neighbour(2)
-        self.gossiper = Gossiper(lambda: [self.a, self.b], self.accept)
+        self.gossiper = Gossiper(
+            lambda: [self.a, self.b], lambda peer: peer not in self.strangers, self.accept
+        )
 
     def accept(self, signer, news, envelope):
         self.news.append((signer, news, envelope))
@@ -164,3 +167,28 @@ def test_what_is_remembered_has_a_bound(world, monkeypatch):
     for seq in range(5):
         world.receive(offer(seq))
     assert len(world.gossiper._seen) == 3
+
+
+def test_a_stranger_tells_us_nothing_and_a_member_may_bring_the_same(world):
+    news = offer()
+    world.strangers.add(world.a.peer)
+    world.receive(news)
+    assert (world.news, world.b.heard) == ([], [])
+    world.receive(news, world.b)
+    assert len(world.news) == 1
+    assert world.a.heard == []
+
+
+def test_a_strangers_own_offer_is_heard_and_goes_no_further(world):
+    world.strangers.add(world.a.peer)
+    world.receive(offer(by=1))
+    assert [(signer, envelope) for signer, _, envelope in world.news] == [(world.a.peer, b"")]
+    assert world.b.heard == []
+
+
+def test_our_offer_goes_to_everybody_and_what_we_need_to_members_only(world):
+    world.strangers.add(world.a.peer)
+    world.gossiper.publish("offer", b"o")
+    world.gossiper.publish("task", b"t")
+    assert [gossip.topic for gossip in world.a.heard] == ["offer"]
+    assert [gossip.topic for gossip in world.b.heard] == ["offer", "task"]

@@ -37,7 +37,7 @@ async def kept(jobs, *bodies, first=0, price=0):
             done.set()
 
     for seq, body in enumerate(bodies, first):
-        jobs.keep((JOB, seq, ATTEMPT), body, price + 10 * seq, durable)
+        jobs.keep((JOB, seq, ATTEMPT), body, price + 10 * seq, ("", ""), durable)
     with trio.fail_after(5):
         await done.wait()
 
@@ -91,7 +91,7 @@ async def test_output_that_comes_while_a_group_is_written_goes_in_the_next_one(
         monkeypatch.setattr(jobs, "_stored", slow)
         done = []
         for seq in range(5):
-            jobs.keep((JOB, seq, ATTEMPT), b"x", 0, lambda n=seq: done.append(n))
+            jobs.keep((JOB, seq, ATTEMPT), b"x", 0, ("", ""), lambda n=seq: done.append(n))
             await trio.sleep(0.012)
         with trio.fail_after(5):
             while len(done) < 5:
@@ -113,7 +113,7 @@ async def test_on_a_full_disk_output_waits_unaccepted(tmp_path, monkeypatch):
             return await real(work)
 
         monkeypatch.setattr(jobs, "_run", run)
-        jobs.keep((JOB, 0, ATTEMPT), b"x", 7, done.set)
+        jobs.keep((JOB, 0, ATTEMPT), b"x", 7, ("", ""), done.set)
         await trio.sleep(0.1)
         assert not full
         assert not done.is_set()

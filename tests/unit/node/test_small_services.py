@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from aivillage.node import pricelist
-from aivillage.node.events import Events
+from aivillage.node.events import Events, LineFormatter
 from aivillage.node.paths import paths
 from aivillage.node.pricelist import QUOTES_MAX, PriceList, quote_hash, read_quote
 from aivillage.node.steps import StepWriter
@@ -162,3 +162,26 @@ def test_only_the_last_events_are_kept():
     assert len(events.recent) == 256
     assert events.recent[-1][2] == {"number": 999}
     assert events.counts["tick"] == 1000
+
+
+def test_a_log_line_shows_its_fields_whoever_wrote_it():
+    record = logging.getLogger("aivillage.links").makeRecord(
+        "aivillage.links", logging.INFO, "f", 1, "link_refused", (), None,
+        extra={"peer": "12D3", "reason": "bad \x1b[2Jnews" + "x" * 10_000},
+    )  # fmt: skip
+    line = LineFormatter().format(record)
+    assert ' INFO aivillage.links link_refused {"peer": "12D3", "reason": "bad ' in line
+    assert "\x1b" not in line
+    assert len(line) < 700
+
+
+def test_a_line_without_fields_ends_with_its_message_and_a_defect_with_its_traceback():
+    try:
+        raise ValueError("\x1b[31mred")
+    except ValueError as error:
+        caught = (type(error), error, error.__traceback__)
+    record = logging.getLogger("x").makeRecord("x", 40, "f", 1, "it_broke", (), caught)
+    first, *rest = LineFormatter().format(record).splitlines()
+    assert first.endswith(" ERROR x it_broke")
+    assert rest[0].startswith("Traceback")
+    assert rest[-1] == "ValueError: \ufffd[31mred"
