@@ -86,6 +86,11 @@ class Buying:
             self.flush(partner)
         return None
 
+    def abandon(self, peer: PeerId, attempt: AttemptId, done: Done, failed: Failed) -> None:
+        """No more is paid for `attempt`: `done` once no claim on it can be either."""
+        self._desk.partner(peer).purchases.pop(attempt, None)
+        self._desk.submit(lambda db: payer.drop_intent(db, peer, attempt), lambda _: done(), failed)
+
     def flush(self, partner: Partner) -> None:
         """Signs for all that is accepted and unsigned, at most 16 attempts a voucher."""
         partner.unpaid, partner.unpaid_since = 0, None

@@ -105,6 +105,9 @@ class NodeBook:
         settle = self._ledger.buying.settle
         await self._durable(functools.partial(settle, peer, attempt, amount, out_hash))
 
+    async def abandon(self, peer: PeerId, attempt: AttemptId) -> None:
+        await self._durable(functools.partial(self._ledger.buying.abandon, peer, attempt))
+
     def owed_to(self, peer: PeerId) -> MicroCredits:
         return max(0, -self._ledger.desk.partner(peer).pair.balance)
 

@@ -47,6 +47,8 @@ _ARCHITECTURE: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 FILE_BYTES_MAX: Final = 2 << 30
 OPEN_FILES_MAX: Final = 256
+CPU_SECONDS_MAX: Final = 86_400.0
+"""For whoever sets no sensible end: a longer one does not fit the kernel's number."""
 
 
 def limit(*, memory_bytes_max: int, nice: int) -> None:
@@ -65,7 +67,8 @@ def limit_cpu(seconds: float) -> None:
     """From now on, at most this much processor time, or the kernel ends the process. 0: no end."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    soft = int(used.ru_utime + used.ru_stime + seconds) + 1 if seconds > 0 else hard
+    most = min(seconds, CPU_SECONDS_MAX)
+    soft = int(used.ru_utime + used.ru_stime + most) + 1 if seconds > 0 else hard
     resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 

@@ -38,6 +38,10 @@ from aivillage.protocols.pricing import Usage, price_of_rest
 from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId, Seconds
 
 WORK_SLACK_SECONDS: Final = 10.0
+WORK_SECONDS_MAX: Final = 600.0
+"""Of what a seller quotes, no more than this and no more than our own estimate is waited for."""
+PROGRESS_SECONDS_MAX: Final = 300.0
+"""Signs of life put the deadline off for so long at most; then work must come, or it is over."""
 DRAIN_SECONDS: Final = 1.0
 """A cancelled seller has this long to say that it stopped; what it delivered until then is paid."""
 
@@ -49,7 +53,6 @@ class Output(msgspec.Struct):
     ids: list[int] = []
     text: list[str] = []
     read_bytes: int = 0
-    stored: int = 0
 
     def add_piece(self, piece: Piece) -> bytes:
         body = pack(piece)
@@ -61,7 +64,10 @@ class Output(msgspec.Struct):
 
 
 class Attempt:
-    """Drives one call of at most `most` usage; `say` shows it to the person."""
+    """Drives one call of at most `most` usage; `say` shows it to the person.
+
+    `expected` is our own estimate of how long it takes.
+    """
 
     def __init__(
         self,
@@ -72,6 +78,7 @@ class Attempt:
         output: Output,
         done: Usage,
         most: Usage,
+        expected: Seconds,
         book: Book,
         jobs: Jobs,
         say: Callable[[Frame], None],
@@ -86,6 +93,8 @@ class Attempt:
         self.out_hash = bytes(32)
         self.kernel = ("", "")
         self.started = time.monotonic()
+        self.expected: Seconds = min(choice.quote.seconds, expected, WORK_SECONDS_MAX)
+        self._is_started = False
         self._acknowledged = acknowledged
         self._number = 0
         self._book = book
@@ -99,12 +108,23 @@ class Attempt:
         self._all_stored = trio.Event()
         self._scope = trio.CancelScope()
         self._fault: PeerError | None = None
-        self._patience: Seconds = WORK_SLACK_SECONDS + 3 * choice.quote.seconds
-        self._deadline = trio.current_time() + self._patience
+        self._patience: Seconds = WORK_SLACK_SECONDS + 3 * self.expected
+        self._worked_at = trio.current_time()
+        self._deadline = self._worked_at + self._patience
 
     @property
     def seller(self) -> PeerId:
         return self.choice.link.peer
+
+    @property
+    def delivered_something(self) -> bool:
+        """Whether any output of this job came from this attempt, paid or given away."""
+        return self._number > 0
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it works for longer than both sides thought that it would."""
+        return time.monotonic() - self.started > self.expected
 
     def on_step(self, item: StepItem) -> None:
         """One item off the wire; called by the link's reader, so it only checks and stores."""
@@ -172,6 +192,10 @@ class Attempt:
             raise PeerError("the bill is above the quoted ceiling", code="BAD_REQUEST")
         self.amount, self.out_hash = amount, finished.out_hash
 
+    def hash_with(self, body: bytes) -> bytes:
+        """The running hash of what was accepted and then `body`."""
+        return running_hash(self.out_hash, self.attempt, self._number, body)
+
     # ------------------------------------------------------------------ waiting
     async def _acknowledge(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
         wait = min(max(2 + 20 * self.choice.link.rtt_seconds, 2), 30)
@@ -184,29 +208,36 @@ class Attempt:
         raise PeerError(f"no acknowledgement within {wait:.1f} s", code="PEER_LOST")
 
     async def _follow(self, inbox: trio.MemoryReceiveChannel[Frame]) -> Finished:
-        """Frames until the last one; each sign of work renews the deadline."""
-        self._beat()
+        """Frames until the last one; each sign of life renews the deadline, if work comes too."""
+        self._beat(worked=True)
         while True:
             frame = None
             with trio.CancelScope(deadline=self._deadline):
                 frame = await _next(inbox)
             if frame is not None:
-                self._beat()
+                self._beat(worked=isinstance(frame, Part))
                 if isinstance(frame, Finished):
                     return frame
                 self._on_frame(frame)
             elif trio.current_time() >= self._deadline:  # steps may have moved it meanwhile
                 raise PeerError(f"silent for {self._patience:.0f} s", code="PEER_LOST")
 
-    def _beat(self) -> None:
-        self._deadline = trio.current_time() + self._patience
+    def _beat(self, *, worked: bool) -> None:
+        now = trio.current_time()
+        if worked:
+            self._worked_at = now
+        self._deadline = min(now, self._worked_at + PROGRESS_SECONDS_MAX) + self._patience
 
     def _on_frame(self, frame: Frame) -> None:
         if isinstance(frame, Progress):
             self._say(frame)
         elif isinstance(frame, Started):
+            if self._is_started:
+                return  # said again: neither the engine nor its speed changes
+            self._is_started = True
             self.kernel = (frame.kernel_class, frame.identical)
-            self.started = time.monotonic()  # a peer's speed is that of its warm engine
+            if not self._number:
+                self.started = time.monotonic()  # a peer's speed is that of its warm engine
         elif isinstance(frame, Part):
             if frame.seq != len(self.output.bodies):
                 raise PeerError("parts out of order", code="BAD_REQUEST")
@@ -235,12 +266,12 @@ class Attempt:
             return  # nothing to store, nothing to pay, and no sign of work
         body = output.add_piece(Piece(item.token_ids, item.text, item.read_bytes))
         self._keep(body, price_of_rest(self.choice.quote.terms, usage, self.done))
-        self._beat()
+        self._beat(worked=True)
         if item.text:
             self._say(messages.Text(id=0, text=item.text))
 
     def _fold(self, body: bytes, hash8: bytes) -> None:
-        self.out_hash = running_hash(self.out_hash, self.attempt, self._number, body)
+        self.out_hash = self.hash_with(body)
         self._number += 1
         if self.out_hash[:8] != hash8:
             raise PeerError("the running hash does not fit what came", code="BAD_REQUEST")
@@ -253,9 +284,11 @@ class Attempt:
         def durable() -> None:
             self._unstored -= 1
             self.amount = max(self.amount, amount)
-            self._book.accept(self.seller, self.attempt, self.amount, out_hash)
-            if not self._unstored:
-                self._all_stored.set()
+            try:
+                self._book.accept(self.seller, self.attempt, self.amount, out_hash)
+            finally:
+                if not self._unstored:
+                    self._all_stored.set()
 
         place = self.job, len(self.output.bodies) - 1, self.attempt
         self._jobs.keep(place, body, amount, self.kernel, durable)

@@ -200,7 +200,13 @@ class Buyer:
             running.error = None  # whatever came late: it is done, and paid
         elif running.cancelled:
             running.error = JobError("cancelled by its owner", code="CANCELLED")
-        await self._close(running)
+        try:
+            await self._close(running)
+        except Exception as defect:  # the next start of this node ends the job
+            self._trade.events.emit("end_crashed", level=40, job=row.id, error=repr(defect))
+        finally:
+            self._running.pop(row.id, None)
+            running.ended.set()
 
     async def _close(self, running: Running) -> None:
         pursuit, error = running.pursuit, running.error
@@ -219,8 +225,6 @@ class Buyer:
             micro_credits=pursuit.spent,
             code=error.code if error else "",
         )
-        del self._running[pursuit.row.id]
-        running.ended.set()
 
     async def _store_end(self, pursuit: Pursuit | LocalJob, error: AivillageError | None) -> None:
         receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None

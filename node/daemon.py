@@ -119,6 +119,7 @@ async def open_node(
         seller.buy = buyer.buy
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         seller.acquainted = villagers.acquainted
+        seller.allowances.is_member = lambda link: villagers.line_of(link) is not None
         switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald)
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,

@@ -267,8 +267,11 @@ class Jobs:
             group, self._pending = self._pending, []
             while not await self._stored([row for row, _ in group]):  # noqa: ASYNC110
                 await trio.sleep(FULL_DISK_SECONDS)
-            for _, durable in group:
-                durable()
+            for row, durable in group:
+                try:
+                    durable()
+                except Exception:  # one job's books must not keep the others' output waiting
+                    _log.exception("output_not_counted job=%s", row.job)
 
     async def _stored(self, rows: list[_Kept]) -> bool:
         """Output and its price together, so that a restart knows what it has spent."""

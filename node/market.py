@@ -35,6 +35,8 @@ SEEK_SECONDS: Final = 10.0
 OTHERS_SECONDS: Final = 0.25
 """Once one seller answered, the others asked have this long to be the better one."""
 QUOTE_MARGIN_MS: Final = 2_000
+REFUSALS: Final = frozenset({"INSUFFICIENT_CREDITS", "OWNER_LIMIT"})
+"""Of a seller that is there: to wait for others' offers would only hide what it said."""
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +47,13 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
     done: Usage
     budget: MicroCredits
+    seconds: Seconds = 0.0
+    """Our own estimate."""
     peer: str = ""
+
+    def names(self, peer: PeerId) -> bool:
+        """Whether the owner named this peer, by its id or the end of it."""
+        return bool(self.peer) and peer.endswith(self.peer)
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +97,9 @@ class Market:
         """
         reasons: dict[PeerId, AivillageError] = {}
         tried: set[PeerId] = set()
+        for offer in self._discovery.offers():
+            if need.names(offer.seller):  # its owner knows better than our last failure
+                self._discovery.reachable(offer.seller)
         with trio.move_on_after(SEEK_SECONDS):
             while True:
                 # Taken before we look, so that an offer that comes meanwhile is not missed.
@@ -102,7 +113,9 @@ class Market:
                 if asked:
                     tried |= {candidate.peer for candidate in asked}
                     continue
-                if any(error.code != "PEER_LOST" for error in reasons.values()):
+                if any(error.code != "PEER_LOST" for error in reasons.values()) or any(
+                    error.code in REFUSALS for error in excluded.values()
+                ):
                     break  # somebody is there and said no: waiting changes nothing
                 self._advertise(need.operation)
                 await news.wait()
@@ -113,7 +126,7 @@ class Market:
         found = self._discovery.candidates(need.operation)
         if not need.peer:
             return found
-        return [c for c in found if c.peer == need.peer or c.peer.endswith(need.peer)]
+        return [c for c in found if need.names(c.peer)]
 
     async def _best(
         self, need: Need, candidates: list[Candidate], reasons: dict[PeerId, AivillageError]
@@ -230,6 +243,7 @@ class Market:
         reasons: Mapping[PeerId, AivillageError],
     ) -> AivillageError:
         told = [error for error in reasons.values() if error.code != "PEER_LOST"]
+        told += [error for error in excluded.values() if error.code in REFUSALS]
         if told:
             return told[0]
         both = (*excluded.items(), *reasons.items())

@@ -75,14 +75,17 @@ class WorkerPool:
     async def stop_idle(self, longer_than_seconds: float = -1.0) -> None:
         """Ends the workers that nobody has used for that long; without it, all idle ones."""
         now = trio.current_time()
-        for workers in self._idle.values():
-            for worker in [w for w in workers if now - w.idle_since > longer_than_seconds]:
-                workers.remove(worker)
-                await worker.stop()
+        ended: list[WorkerProcess] = []
+        for key, workers in list(self._idle.items()):
+            old = [w for w in workers if now - w.idle_since > longer_than_seconds]
+            ended += old
+            # All before the first await: calls take from these lists while a worker ends.
+            self._idle[key] = [w for w in workers if w not in old]
+        for worker in ended:
+            await worker.stop()
 
     async def _take(self, key: str) -> WorkerProcess:
-        mine = self._idle.get(key, [])
-        while mine:
+        while mine := self._idle.get(key):
             worker = mine.pop()
             if not worker.dead:
                 return worker

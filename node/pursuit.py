@@ -40,12 +40,16 @@ from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 ATTEMPTS_MAX: Final = 8
 BUSY_MAX: Final = 8
 """Half a minute of asking again, ever more slowly."""
+CREDIT_WAITS_SECONDS: Final = (0.5, 1.0, 2.0)
+"""Where all that can do it want to be paid first, what we signed may be on its way."""
 DEADLINE_SECONDS: Final = 600.0
 SETTLE_SECONDS: Final = 5.0
 BLAMED: Final = frozenset(
-    {"rejected", "PEER_LOST", "BAD_REQUEST", "JOB_FAILED", "DEADLINE", "INTERNAL"}
+    {"rejected", "late", "PEER_LOST", "BAD_REQUEST", "JOB_FAILED", "DEADLINE", "INTERNAL"}
 )
 """Ends of an attempt that count against the seller; an honest refusal does not."""
+REJECTED: Final = frozenset({"rejected", "doubtful"})
+"""Ends after a failed verdict."""
 
 Say = Callable[[Frame], None]
 
@@ -81,6 +85,10 @@ class RejectedError(PeerError):
     """The verdict on a result failed: no final voucher, and nothing of it is kept."""
 
 
+class DoubtfulError(RejectedError):
+    """It failed on what more than one seller made: nobody knows whose part is wrong."""
+
+
 class Pursuit:
     """A job on its way. `say` shows it to whoever follows; nobody has to."""
 
@@ -100,6 +108,7 @@ class Pursuit:
         self._why = ""
         self._attempts = 0
         self._busy = 0
+        self._credit_waits = 0
         self._started = time.monotonic()
 
     async def restore(self) -> None:
@@ -108,7 +117,7 @@ class Pursuit:
         for attempt in await jobs.attempts(row.id):
             self._attempts += attempt.outcome != "BUSY"
             self.spent += attempt.price
-            if attempt.price or attempt.outcome == "done":
+            if attempt.price or attempt.kernel or attempt.outcome == "done":
                 self._sellers.append(attempt.seller)
                 self._kernels.add((attempt.kernel, attempt.identical))
             if not attempt.outcome:
@@ -122,6 +131,7 @@ class Pursuit:
                 self.output.add_piece(unpack(Piece, body))
             else:
                 self.output.bodies.append(body)
+        self._forget_reading()
 
     async def run(self) -> None:
         """To a settled result.
@@ -132,10 +142,12 @@ class Pursuit:
         self.move("seek")
         while self.result is None:
             need = await self._need()
-            choice = await self._trade.market.choose(need, self.excluded)
+            choice = await self._choose(need)
+            if choice is None:
+                continue
             self.move("call")
             try:
-                await self._try(choice, need.usage)
+                await self._try(choice, need)
             except AivillageError as error:
                 if self.result is not None:
                     return  # whatever failed came after the verdict
@@ -165,21 +177,59 @@ class Pursuit:
     # ------------------------------------------------------------------ stages
     async def _need(self) -> Need:
         row = self.row
-        estimate, _ = await self._trade.workers.estimate(row.operation, row.request)
+        estimate, seconds = await self._trade.workers.estimate(row.operation, row.request)
         return Need(
             operation=row.operation,
             request=row.request,
             usage=estimate,
             done=self._meter(self.output),
             budget=row.ceiling - self.spent,
+            seconds=seconds,
             peer=row.peer,
         )
+
+    async def _choose(self, need: Need) -> Choice | None:
+        """The best seller; None: look again, since something was done about the refusals.
+
+        Raises:
+            AivillageError: nobody does it.
+        """
+        try:
+            return await self._trade.market.choose(need, self.excluded)
+        except AivillageError as error:
+            if self.output.ids and self._readmit("OWNER_LIMIT"):
+                await self._begin_anew()  # whoever reads no more for nothing is paid for all of it
+                return None
+            owing = self._readmit("INSUFFICIENT_CREDITS") or error.code == "INSUFFICIENT_CREDITS"
+            if not owing or self._credit_waits >= len(CREDIT_WAITS_SECONDS):
+                raise
+            self.say(messages.Progress(id=0, done=0, note="waiting for credit"))
+            await trio.sleep(CREDIT_WAITS_SECONDS[self._credit_waits])
+            self._credit_waits += 1
+            return None
+
+    def _readmit(self, code: str) -> bool:
+        """Lets in again who refused for this reason; whether anybody did."""
+        kept = {peer: error for peer, error in self.excluded.items() if error.code != code}
+        found, self.excluded = len(kept) < len(self.excluded), kept
+        return found
+
+    async def _begin_anew(self) -> None:
+        """Nothing is had any more; what was paid for it is spent."""
+        self.output = Output()
+        self._kernels.clear()
+        await self._trade.jobs.forget_delivered(self.row.id)
+
+    def _forget_reading(self) -> None:
+        """A seller that gave no token may not have read either: the next one is paid for it."""
+        if not self.output.ids:
+            self.output.read_bytes = 0
 
     def _meter(self, output: Output) -> Usage:
         """Usage of what the job has so far; a module's parts are priced with its result."""
         return usage(output.read_bytes, len(output.ids)) if self._is_engine else {}
 
-    async def _try(self, choice: Choice, most: Usage) -> None:
+    async def _try(self, choice: Choice, need: Need) -> None:
         """One attempt, to a checked result.
 
         Raises:
@@ -191,7 +241,8 @@ class Pursuit:
             choice=choice,
             output=self.output,
             done=self._meter(self.output),
-            most=most,
+            most=need.usage,
+            expected=need.seconds,
             book=self._trade.book,
             jobs=self._trade.jobs,
             say=self.say,
@@ -203,10 +254,10 @@ class Pursuit:
         outcome = "stopped"
         try:
             finished = await attempt.run(call)
-            await self._conclude(attempt, finished)
+            await self._conclude(attempt, finished, continued=bool(call.delivered))
             outcome = "done"
         except AivillageError as error:
-            outcome = "rejected" if isinstance(error, RejectedError) else error.code
+            outcome = _outcome_of(error)
             raise
         finally:
             if self.result is not None:
@@ -216,8 +267,14 @@ class Pursuit:
                     call.id, stopped=outcome == "stopped", finished=outcome == "done"
                 )
             del self._trade.attempts[choice.link, call.id]
+            if outcome == "stopped" and self._overtook(attempt):
+                outcome = "late"
             with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
                 await self._leave(attempt, outcome)
+
+    def _overtook(self, attempt: Attempt) -> bool:
+        """Whether the job's deadline passed while the seller took longer than it had said."""
+        return self.state == "working" and self.seconds_left() <= 0 and attempt.is_late
 
     def _call(self, attempt: Attempt) -> Call:
         row = self.row
@@ -242,19 +299,22 @@ class Pursuit:
             return ()
         return (pack(Piece(tuple(output.ids), "".join(output.text), output.read_bytes)),)
 
-    async def _conclude(self, attempt: Attempt, finished: Finished) -> None:
+    async def _conclude(self, attempt: Attempt, finished: Finished, *, continued: bool) -> None:
         """Only a result that passes its check is settled.
 
         Raises:
             RejectedError: it did not pass.
+            DoubtfulError: nor did it, and it goes on from what another seller made.
         """
         self.move("finished")
         row, workers = self.row, self._trade.workers
         try:
             self._require_same(attempt, finished)
-            await self._require_ok(finished.result)
+            await self._require_ok(finished.result, continued=continued)
             counted = await workers.meter(row.operation, row.request, finished.result)
             attempt.bill(counted, finished)
+        except RejectedError:
+            raise
         except (PeerError, RequestError) as error:
             raise RejectedError(error.message, code="BAD_REQUEST") from error
         # One step without an await: no cancel or deadline comes between verdict and result.
@@ -265,8 +325,8 @@ class Pursuit:
                 row.id, self.state, finished.result, attempt.attempt, attempt.amount
             )
 
-    async def _require_ok(self, result: bytes) -> None:
-        """Raises: PeerError: the verdict is no."""
+    async def _require_ok(self, result: bytes, *, continued: bool) -> None:
+        """Raises: RejectedError: the verdict is no."""
         row = self.row
         try:
             verdict = await self._trade.workers.check(row.operation, row.request, result)
@@ -274,13 +334,16 @@ class Pursuit:
             self._trade.events.emit("check_failed", level=30, job=row.id, reason=str(error))
             verdict = await self._trade.workers.check(row.operation, row.request, result)
         if not verdict.ok:
-            raise PeerError(f"the result is wrong: {verdict.reason}", code="BAD_REQUEST")
+            kind = DoubtfulError if continued else RejectedError
+            raise kind(f"the result is wrong: {verdict.reason}", code="BAD_REQUEST")
 
     def _require_same(self, attempt: Attempt, finished: Finished) -> None:
         """The last word must be about what was accepted, piece by piece."""
         if finished.attempt != attempt.attempt:
             raise PeerError("the result names another attempt", code="BAD_REQUEST")
         if not self._is_engine:
+            if finished.out_hash != attempt.hash_with(finished.result):
+                raise PeerError("the result's hash is not that of what came", code="BAD_REQUEST")
             return
         result = unpack(GenerateResult, finished.result)
         if result.token_ids != tuple(self.output.ids) or finished.out_hash != attempt.out_hash:
@@ -290,29 +353,34 @@ class Pursuit:
         """Ends an attempt: a final item for what was accepted, except after a failed verdict."""
         self._attempts += outcome != "BUSY"
         self.spent += attempt.amount
-        if attempt.amount or outcome == "done":
+        if attempt.delivered_something or outcome == "done":
             self._sellers.append(attempt.seller)
             self._kernels.add(attempt.kernel)
         self._why = attempt.choice.why
-        if outcome != "rejected" or not attempt.amount:
-            await self._settle(attempt)  # of nothing: the intent is dropped
-        if outcome == "rejected":
-            self.output = Output()  # what a liar delivered is no base to go on from
-            await self._trade.jobs.forget_delivered(self.row.id)
+        await self._pay(attempt, owed=outcome not in REJECTED)
+        if outcome in REJECTED:
+            await self._begin_anew()  # what a liar delivered is no base to go on from
+        elif outcome != "done":
+            self._forget_reading()
         # Last, since a full disk keeps these waiting until the caller's patience ends.
         await self._trade.jobs.end_attempt(attempt.attempt, attempt.amount, outcome)
         if outcome == "done" or outcome in BLAMED:
             await self._rate(attempt, outcome)
 
-    async def _settle(self, attempt: Attempt) -> None:
-        """A book that cannot be written loses nothing: the seller claims it at the next SYNC."""
+    async def _pay(self, attempt: Attempt, *, owed: bool) -> None:
+        """The final item, or after a failed verdict the end of what could be claimed.
+
+        A book that cannot be written loses nothing: the seller claims it at the next SYNC.
+        """
+        book, peer = self._trade.book, attempt.seller
         try:
-            await self._trade.book.settle(
-                attempt.seller, attempt.attempt, attempt.amount, attempt.out_hash
-            )
+            if owed:
+                await book.settle(peer, attempt.attempt, attempt.amount, attempt.out_hash)
+            else:
+                await book.abandon(peer, attempt.attempt)
         except AivillageError as error:
             self._trade.events.emit(
-                "settle_failed", level=40, job=self.row.id, peer=attempt.seller, reason=str(error)
+                "settle_failed", level=40, job=self.row.id, peer=peer, reason=str(error)
             )
 
     async def _rate(self, attempt: Attempt, outcome: str) -> None:
@@ -338,6 +406,11 @@ class Pursuit:
         )
         if self._attempts >= ATTEMPTS_MAX or self._busy >= BUSY_MAX:
             raise error
+        if isinstance(error, DoubtfulError):
+            return  # it may be the one that was right
+        if error.code == "TOO_LARGE" and self._delivered():
+            await self._begin_anew()  # what is had does not fit a call: done again, it need not
+            return
         if error.code in {"BUSY", "QUOTE_EXPIRED"}:
             self._busy += 1
             await trio.sleep(min(0.1 * 2**self._busy, 10.0) if error.code == "BUSY" else 0)
@@ -354,3 +427,9 @@ class Pursuit:
     def move(self, event: JobEvent) -> None:
         """In memory: a restarted job begins anew, whatever it was doing."""
         self.state = step(self.state, event)
+
+
+def _outcome_of(error: AivillageError) -> str:
+    if isinstance(error, RejectedError):
+        return "doubtful" if isinstance(error, DoubtfulError) else "rejected"
+    return error.code

@@ -20,6 +20,7 @@ from aivillage.models.inference.generate import (
     prompt_bytes,
 )
 from aivillage.models.inference.generate import usage as units
+from aivillage.node.allowances import Allowances
 from aivillage.node.config import Settings
 from aivillage.node.engines import EngineClient, EngineSession
 from aivillage.node.events import Events
@@ -45,13 +46,17 @@ from aivillage.protocols.job import running_hash, token_bytes
 from aivillage.protocols.messages import Call, OperationInfo, QuoteRequest, StepItem
 from aivillage.protocols.ports import Book, PartEvent, ProgressEvent, ResultEvent
 from aivillage.protocols.pricing import Terms, Usage, dearest_unit, price, price_of_rest
-from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 
 ATTEMPTS_REMEMBERED: Final = 65_536
 """Against replayed calls; an attempt id is 16 random bytes of the buyer's."""
 DEADLINE_SECONDS_MAX: Final = 3600.0
 LOOKAHEAD_UNITS: Final = 32
 """The engine may compute one prompt slice ahead of what may be delivered."""
+ROOM_SECONDS: Final = 15.0
+"""A buyer that has not paid for this long while we wait for room gets no more; its slot is free."""
+ROOM_CHECK_SECONDS: Final = 1.0
+"""How long we rely on being told of room."""
 BEAT_SECONDS: Final = 2.0
 """A sign of life while nothing can be delivered yet: a model loads, a prompt is read."""
 
@@ -105,6 +110,7 @@ class Seller:
         self._sales: dict[tuple[Link, int], Sale] = {}  # ids begin anew on every link
         self._steps: dict[PeerId, StepWriter] = {}
         self._attempts: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+        self.allowances = Allowances(settings, book)
         self.refusal: Callable[[], AivillageError | None] = lambda: None
         self.acquainted: Callable[[PeerId], Awaitable[None]] = _at_once
         """Returns once the owner's word on a peer that just came is in the book."""
@@ -167,6 +173,9 @@ class Seller:
             operation = self._sold(request.operation)
             usage, seconds = await self._workers.estimate(request.operation, request.request)
             await self.acquainted(link.peer)
+            if not registry.is_served_by_engine(request.operation):
+                most = price(self._prices.terms(operation), usage)
+                self.allowances.require_deliverable(link, most)
             reply = messages.QuoteReply(
                 id=request.id,
                 quote=self._prices.quote(operation, dict(usage), seconds),
@@ -201,10 +210,9 @@ class Seller:
             raise RequestError("an attempt has a fresh 16-byte id, a call a free one")
         if call.attempt in self._attempts:
             raise PeerError("this attempt was called before", code="REPLAYED")
-        if len(self._sales) >= self._settings.slots:
-            raise RefusedError("all slots are taken", code="BUSY", next_step="try another peer")
         quote = self._prices.find(call.quote_hash, call.operation)
-        self._require_credit(link.peer, dearest_unit(quote.terms))
+        self.allowances.require_credit(link.peer, dearest_unit(quote.terms))
+        self.allowances.take_slot(link.peer, [sale.peer for sale in self._sales.values()])
         self._attempts[call.attempt] = None
         if len(self._attempts) > ATTEMPTS_REMEMBERED:
             self._attempts.popitem(last=False)
@@ -220,18 +228,10 @@ class Seller:
             started=time.monotonic(),
         )
 
-    def _require_credit(self, peer: PeerId, dearest: MicroCredits) -> None:
-        if self._book.headroom(peer) < dearest:
-            raise LedgerError(
-                "you owe this node as much as its owner allows",
-                code="INSUFFICIENT_CREDITS",
-                next_step="earn with it, or ask its owner for a longer line",
-            )
-
     # ------------------------------------------------------------------ work
     async def _serve(self, sale: Sale) -> None:
         """One attempt, from acknowledged to its typed end."""
-        seconds = min(max(sale.call.deadline_seconds, 1.0), DEADLINE_SECONDS_MAX)
+        seconds = _deadline(sale.call)
         error: AivillageError | None = None
         with sale.scope:
             try:
@@ -250,8 +250,11 @@ class Seller:
 
     def _end(self, sale: Sale, error: AivillageError | None) -> None:
         del self._sales[sale.link, sale.call.id]
-        self._book.end_sale(sale.peer, sale.attempt)
-        sale.steps.flush()
+        try:
+            self._book.end_sale(sale.peer, sale.attempt)
+            sale.steps.flush()
+        except Exception as defect:  # its buyer hears of the end all the same
+            self._events.emit("sale_end_crashed", level=40, peer=sale.peer, error=repr(defect))
         self._events.emit(
             "sale_ended",
             peer=sale.peer,
@@ -275,32 +278,35 @@ class Seller:
 
         Raises:
             RequestError: PRICE_ABOVE_CEILING, the buyer would not pay it.
+            LedgerError: INSUFFICIENT_CREDITS, it did not pay for what it has.
         """
         if amount > sale.call.ceiling_micro_credits:
             raise RequestError("the next unit is above the ceiling", code="PRICE_ABOVE_CEILING")
+        end = trio.current_time() + ROOM_SECONDS
         while not self._book.deliver(sale.peer, sale.attempt, amount, out_hash):
+            if trio.current_time() >= end:
+                raise LedgerError(
+                    f"no payment made room for more within {ROOM_SECONDS:.0f} s",
+                    next_step="it comes back as vouchers arrive, or is healed; try again later",
+                )
             self._book.want_room(sale.peer, amount - sale.amount)
-            await self._book.room_changed(sale.peer)
+            with trio.move_on_after(ROOM_CHECK_SECONDS) as patience:
+                await self._book.room_changed(sale.peer)
+            if patience.cancelled_caught:  # not silence: the buyer would take us for lost
+                note = "waiting for payment"
+                send_or_drop(sale.link, messages.Progress(id=sale.call.id, done=0, note=note))
         sale.amount = amount
 
     async def _generate(self, sale: Sale) -> None:
         """Streams an engine session, unit by unit, as far as pay allows."""
         call = sale.call
-        engine = await self._loaded(sale)
-        info = engine.info
-        send_or_drop(
-            sale.link,
-            messages.Started(id=call.id, kernel_class=info.kernel_class, identical=info.identical),
-        )
         delivered = [unpack(Piece, body) for body in call.delivered]
         ids = [token for piece in delivered for token in piece.token_ids]
         text = ["".join(piece.text for piece in delivered)]
         asked_bytes = prompt_bytes(unpack(GenerateRequest, call.request))
         had = units(asked_bytes, len(ids)) if ids else {}
-        # What the buyer says that it had counts only as far as it shows it.
-        done = {unit: min(count, had.get(unit, count)) for unit, count in call.done.items()}
-        if not ids:
-            done.pop("output_tokens", None)
+        done = self._waived(sale, had)
+        engine = await self._loaded(sale)
         async with engine.open_session(call.request, tuple(ids)) as session:
             self._allow(sale, session, sum(had.values()))
             async for frame in session:
@@ -329,12 +335,28 @@ class Seller:
                     return
         raise JobError("the engine stopped before the end", code="JOB_FAILED")
 
+    def _waived(self, sale: Sale, had: Usage) -> Usage:
+        """What the buyer has paid elsewhere, it says: only what it shows tokens of, within bounds.
+
+        Raises:
+            RefusedError: OWNER_LIMIT, we read enough for this peer that nobody pays us for.
+        """
+        done = {unit: min(sale.call.done.get(unit, 0), count) for unit, count in had.items()}
+        self.allowances.take_reading(sale.link, price(sale.terms, done))
+        return done
+
     async def _loaded(self, sale: Sale) -> EngineClient:
         """The engine, loaded; the buyer gets a sign of life every two seconds until then."""
         load = functools.partial(
             self._workers.engine, unpack(GenerateRequest, sale.call.request).model
         )
-        return await self._beating(sale, "loading the model", load)
+        engine = await self._beating(sale, "loading the model", load)
+        info = engine.info
+        started = messages.Started(
+            id=sale.call.id, kernel_class=info.kernel_class, identical=info.identical
+        )
+        send_or_drop(sale.link, started)
+        return engine
 
     async def _beating(self, sale: Sale, note: str, work: Callable[[], Awaitable[T]]) -> T:
         """What `work` gives or raises, with signs of life for the buyer meanwhile."""
@@ -366,12 +388,15 @@ class Seller:
         """A module's call: parts as they come; the result when its price may be delivered."""
         call = sale.call
         estimate, _ = await self._workers.estimate(call.operation, call.request)
+        most = price(sale.terms, estimate)
+        self.allowances.require_deliverable(sale.link, most)
+        self.allowances.require_credit(sale.peer, most)
         async with self._workers.run(
             call.operation,
             call.request,
             delivered=call.delivered,
-            deadline_seconds=call.deadline_seconds,
-            on_call=self._sub_jobs(sale, price(sale.terms, estimate)),
+            deadline_seconds=_deadline(call),
+            on_call=self._sub_jobs(sale, most),
         ) as events:
             async for event in events:
                 if isinstance(event, ProgressEvent):
@@ -397,7 +422,7 @@ class Seller:
             self.buy,
             parent=sale.attempt.hex(),
             ceiling=min(sale.call.ceiling_micro_credits, earns),
-            deadline_seconds=min(sale.call.deadline_seconds, DEADLINE_SECONDS_MAX),
+            deadline_seconds=_deadline(sale.call),
         )
 
         async def call(operation: str, request: bytes, budget: int) -> bytes:
@@ -436,6 +461,10 @@ class Seller:
                 id=call_id, code=error.code, message=error.message, next_step=error.next_step
             ),
         )
+
+
+def _deadline(call: Call) -> Seconds:
+    return min(max(call.deadline_seconds, 1.0), DEADLINE_SECONDS_MAX)
 
 
 async def _at_once(_peer: PeerId) -> None:

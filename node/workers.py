@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 
 DESCRIPTION_BYTES_MAX: Final = 1 << 15
 """A list of 20 operations still fits one frame between peers."""
+SHORT_CALLS_AT_ONCE: Final = 2
+"""In workers of their own, so that no paid run of an hour delays the verdict on a job of ours."""
+ENGINE_SLOTS_MAX: Final = 8
+"""A step of the engine has rows for no more sessions; the node's other slots are for modules."""
 OUR_OWN: Final = "built-in"
 """Pool key of built-in modules: they share workers."""
 
@@ -60,6 +64,7 @@ class Workers:
         self._scratch_folder = scratch_folder
         self._ids = itertools.count(1)
         self._pool = WorkerPool(self._start, settings.module_workers_max)
+        self._short = WorkerPool(self._start, SHORT_CALLS_AT_ONCE)
         self._engines: dict[str, EngineClient] = {}
         self._loading = trio.Lock()
         self._infos: dict[str, OperationInfo] = {}
@@ -118,7 +123,7 @@ class Workers:
         command = say.Estimate(
             id=next(self._ids), operation=operation, request=request, machine=self._machine
         )
-        async with self._worker(operation) as worker:
+        async with self._worker(self._short, operation) as worker:
             estimated = await ask(worker, command, say.Estimated)
         if not 0 <= estimated.seconds < math.inf:
             raise JobError(f"{operation} estimates {estimated.seconds} seconds")
@@ -132,7 +137,7 @@ class Workers:
                 module.meter(unpack(module.Request, request), unpack(module.Result, result))
             )
         command = say.Meter(id=next(self._ids), operation=operation, request=request, result=result)
-        async with self._worker(operation) as worker:
+        async with self._worker(self._short, operation) as worker:
             return (await ask(worker, command, say.Metered)).usage
 
     async def check(self, operation: str, request: bytes, result: bytes) -> Verdict:
@@ -142,7 +147,7 @@ class Workers:
         """
         self.describe(operation)
         command = say.Check(id=next(self._ids), operation=operation, request=request, result=result)
-        async with self._worker(operation) as worker:
+        async with self._worker(self._short, operation) as worker:
             return (await ask(worker, command, say.Checked)).verdict
 
     # ------------------------------------------------------------------ long ones
@@ -165,7 +170,7 @@ class Workers:
             JobError: JOB_FAILED, DEADLINE, CANCELLED; while iterating.
         """
         self.describe(operation)
-        async with self._worker(operation) as worker:
+        async with self._worker(self._pool, operation) as worker:
             command = say.Run(
                 id=next(self._ids),
                 operation=operation,
@@ -209,7 +214,8 @@ class Workers:
     async def _load(self, model: str) -> EngineClient:
         worker = await self._start()
         try:
-            client = await load_engine(worker, model, self._settings.engine_slots)
+            slots = min(self._settings.engine_slots, ENGINE_SLOTS_MAX)
+            client = await load_engine(worker, model, slots)
         except BaseException:
             await worker.stop()
             raise
@@ -222,10 +228,10 @@ class Workers:
         return worker
 
     @asynccontextmanager
-    async def _worker(self, operation: str) -> AsyncIterator[WorkerProcess]:
+    async def _worker(self, pool: WorkerPool, operation: str) -> AsyncIterator[WorkerProcess]:
         """A worker fit to run `operation`."""
         is_ours = operation in registry.BUILT_IN
-        async with self._pool.worker(OUR_OWN if is_ours else operation) as worker:
+        async with pool.worker(OUR_OWN if is_ours else operation) as worker:
             if not is_ours and not worker.fences.sandboxed and not self._settings.dev_mode:
                 raise RequestError(
                     f"{operation} comes from another package and this machine cannot fence it in: "
@@ -256,7 +262,7 @@ class Workers:
         if not is_enabled:  # nobody asked for it, so not a line of it runs
             return OperationInfo(name=entry.operation)
         command = say.Describe(id=next(self._ids), operation=entry.operation)
-        async with self._worker(entry.operation) as worker:
+        async with self._worker(self._short, entry.operation) as worker:
             described_info = (await ask(worker, command, say.Described)).info
         return _vetted(described_info, entry)
 
@@ -270,16 +276,24 @@ class Workers:
         limit_seconds = self._settings.idle_exit_seconds
         while True:
             await trio.sleep(limit_seconds / 10)
-            await self._pool.stop_idle(limit_seconds)
-            for model, client in list(self._engines.items()):
-                if client.dead or client.idle_seconds() > limit_seconds:
-                    del self._engines[model]
-                    await client.stop()
+            try:
+                await self._end_idle(limit_seconds)
+            except Exception:  # the node goes on; the next round tries again
+                log.exception("workers_not_ended")
+
+    async def _end_idle(self, limit_seconds: float) -> None:
+        for pool in (self._pool, self._short):
+            await pool.stop_idle(limit_seconds)
+        for model, client in list(self._engines.items()):
+            if client.dead or client.idle_seconds() > limit_seconds:
+                self._engines.pop(model, None)
+                await client.stop()
 
     async def stop(self) -> None:
         """Ends every worker that is not in a call."""
-        await self._pool.stop_idle()
-        for client in self._engines.values():
+        for pool in (self._pool, self._short):
+            await pool.stop_idle()
+        for client in list(self._engines.values()):
             await client.stop()
 
 

@@ -139,6 +139,10 @@ class Book(Protocol):
         """The final item: returns when the voucher that carries it is durable here."""
         ...
 
+    async def abandon(self, peer: PeerId, attempt: AttemptId) -> None:
+        """No more is paid for an attempt, nor claimed after a restart; what was signed stays."""
+        ...
+
     def owed_to(self, peer: PeerId) -> MicroCredits:
         """What I owe `peer`, signed."""
         ...

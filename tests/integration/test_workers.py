@@ -155,6 +155,20 @@ async def test_idle_workers_end(tmp_path):
         assert len(await ran(workers, "mesh.noop", pack())) == 1
 
 
+async def test_runs_that_hold_all_workers_do_not_delay_a_verdict(tmp_path):
+    request = pack(note="x")
+    result = msgspec.msgpack.encode(NoopResult(note="x"))
+    async with opened(tmp_path) as workers, trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(
+                lambda: ran(workers, "mesh.noop", pack(sleep_seconds=60), deadline_seconds=1e300)
+            )
+        await trio.sleep(2)
+        with trio.fail_after(15):
+            assert (await workers.check("mesh.noop", request, result)).ok
+        nursery.cancel_scope.cancel()
+
+
 async def test_runs_beyond_the_pool_wait_their_turn(tmp_path):
     done = []
 

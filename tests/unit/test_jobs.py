@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import apsw
 import pytest
+import trio
 
 from aivillage.node.jobs import APPLICATION_ID, SCHEMA_VERSION, JobRow, open_jobs
-from aivillage.protocols.errors import ConfigError
+from aivillage.protocols.errors import ConfigError, LedgerError
 from aivillage.protocols.types import AttemptId, JobId, PeerId
 
 JOB = JobId("ab" * 16)
@@ -57,7 +58,6 @@ async def test_a_store_of_a_newer_version_is_refused_and_left_alone(tmp_path):
 
 
 async def test_an_interrupted_attempt_keeps_its_price_and_its_kernel(tmp_path):
-    import trio
 
     path = tmp_path / "jobs.db"
     await _with_an_attempt(path)
@@ -70,3 +70,19 @@ async def test_an_interrupted_attempt_keeps_its_price_and_its_kernel(tmp_path):
         (attempt,) = await jobs.attempts(JOB)
     assert attempt.price == 9
     assert (attempt.kernel, attempt.identical) == ("cpu", "guaranteed")
+
+
+async def test_a_piece_whose_books_fail_does_not_keep_the_others_waiting(tmp_path):
+    path = tmp_path / "jobs.db"
+    await _with_an_attempt(path)
+    async with open_jobs(path) as jobs:
+        stored = trio.Event()
+
+        def fails():
+            raise LedgerError("above the ceiling")
+
+        jobs.keep((JOB, 0, ATTEMPT), b"x", 1, ("", ""), fails)
+        jobs.keep((JOB, 1, ATTEMPT), b"y", 2, ("", ""), stored.set)
+        with trio.fail_after(3):
+            await stored.wait()
+        assert await jobs.delivered(JOB) == [b"x", b"y"]
