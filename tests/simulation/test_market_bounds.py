@@ -68,7 +68,7 @@ async def test_a_seller_that_went_on_from_a_lie_is_not_blamed_for_it(tmp_path):
         first.script.key, first.script.die_after = "another model", 5
         running = await buyer.ask(PROMPT, tokens=12)
         assert result_of(running) == expected(PROMPT, 12)
-        record = buyer.desk.discovery.records[second.peer]
+        record = buyer.desk.discovery.record_of(second.peer)
         assert (record.good, record.bad) == (1, 0)
         assert second.script.made == 7 + 12
 
@@ -101,7 +101,7 @@ async def test_signs_of_life_without_work_do_not_hold_a_job_for_ever(tmp_path, m
 async def test_a_second_start_makes_no_seller_faster(tmp_path):
     async with three(tmp_path) as (_, buyer, first, _second):
         first.script.step_seconds = 0.05
-        del buyer.desk.discovery.records[first.peer]
+        del buyer.desk.discovery.record_of(first.peer)
 
         def again(frame):
             if isinstance(frame, Finished):
@@ -111,7 +111,7 @@ async def test_a_second_start_makes_no_seller_faster(tmp_path):
         first.tamper = again
         running = await buyer.ask(PROMPT, tokens=8, peer=first.peer)
         assert running.pursuit.receipt().identical == "guaranteed"
-        assert buyer.desk.discovery.records[first.peer].units_per_second < 100
+        assert buyer.desk.discovery.record_of(first.peer).units_per_second < 100
 
 
 async def test_a_seller_that_works_past_the_jobs_deadline_is_rated_for_it(tmp_path):
@@ -121,7 +121,7 @@ async def test_a_seller_that_works_past_the_jobs_deadline_is_rated_for_it(tmp_pa
         running = await paused_job(buyer, first, deadline=1.0)
         await running.ended.wait()
         assert running.error.code == "DEADLINE"
-        assert buyer.desk.discovery.records[first.peer].bad == 1
+        assert buyer.desk.discovery.record_of(first.peer).bad == 1
         await settled(buyer, first, price_of(PROMPT, 5))
 
 
@@ -203,7 +203,7 @@ async def test_who_does_not_pay_holds_a_slot_for_seconds_only(tmp_path, monkeypa
             running = await buyer.ask("free lunch", tokens=200)
             assert running.error.code == "INSUFFICIENT_CREDITS"
             assert seller.desk.seller.free_slots() == seller.settings.slots
-            assert buyer.desk.discovery.records[seller.peer].bad == 0  # an honest refusal
+            assert buyer.desk.discovery.record_of(seller.peer).bad == 0  # an honest refusal
 
 
 async def test_room_that_nobody_told_of_is_found(tmp_path):

@@ -87,7 +87,7 @@ async def test_an_engine_that_dies_costs_only_what_it_delivered(tmp_path):
         running = await buyer.ask(PROMPT, tokens=12)
         assert result_of(running) == expected(PROMPT, 12)
         assert running.pursuit.spent == price_of(PROMPT, 12)
-        assert buyer.desk.discovery.records[first.peer].bad == 1
+        assert buyer.desk.discovery.record_of(first.peer).bad == 1
         await settled(buyer, first, price_of(PROMPT, 5))
         await settled(buyer, second, 7 * PRICE)
 

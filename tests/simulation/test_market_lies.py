@@ -47,7 +47,7 @@ async def rejected(buyer, first, second, *, tokens=12):
     """Runs a job at a liar: it comes out right, elsewhere, and the liar is marked."""
     running = await buyer.ask(PROMPT, tokens=tokens)
     assert result_of(running) == expected(PROMPT, tokens)
-    assert buyer.desk.discovery.records[first.peer].bad == 1
+    assert buyer.desk.discovery.record_of(first.peer).bad == 1
     assert buyer.events("attempt_failed")[0]["peer"] == first.peer
     assert running.pursuit.receipt().sellers[-1] == second.peer
     return running
@@ -159,7 +159,7 @@ async def test_tokens_beyond_the_request_are_neither_kept_nor_paid(tmp_path):
         running = await buyer.ask(PROMPT, tokens=6)
         assert result_of(running) == expected(PROMPT, 6)
         assert running.pursuit.spent == price_of(PROMPT, 6)
-        assert buyer.desk.discovery.records[first.peer].bad == 1
+        assert buyer.desk.discovery.record_of(first.peer).bad == 1
         assert second.script.made == 0  # all that was asked for was there, and paid
         await settled(buyer, first, price_of(PROMPT, 6))
         assert buyer.ledger.view(second.peer).owed_by_me == 0
