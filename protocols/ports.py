@@ -139,6 +139,13 @@ class Book(Protocol):
         """The final item: returns when the voucher that carries it is durable here."""
         ...
 
+    async def abandon(self, peer: PeerId, attempt: AttemptId) -> None:
+        """A rejected attempt: signs no more for it, returns once no claim on it can be paid.
+
+        What was signed, or handed to the writer to be signed, before the call stays signed.
+        """
+        ...
+
     def owed_to(self, peer: PeerId) -> MicroCredits:
         """What I owe `peer`, signed."""
         ...
