@@ -101,7 +101,7 @@ async def test_signs_of_life_without_work_do_not_hold_a_job_for_ever(tmp_path, m
 async def test_a_second_start_makes_no_seller_faster(tmp_path):
     async with three(tmp_path) as (_, buyer, first, _second):
         first.script.step_seconds = 0.05
-        del buyer.desk.discovery.record_of(first.peer)
+        del buyer.desk.discovery.records[first.peer]
 
         def again(frame):
             if isinstance(frame, Finished):
