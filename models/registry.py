@@ -80,7 +80,7 @@ def entry(operation: str) -> Entry:
         raise RequestError(
             f"no operation is called {operation!r}",
             code="UNKNOWN_OPERATION",
-            next_step="`aivillage-node modules` lists what there is",
+            next_step="`aivillage-node operations` lists what there is",
         )
     return known
 
