@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -39,6 +41,9 @@ from aivillage.node.workers import Workers, WorkerSettings, open_workers
 from aivillage.protocols.messages import VERSION_MAJOR, VERSION_MINOR, Hello
 from aivillage.protocols.ports import Transport
 
+ENGINE_SLOTS_MAX: Final = 8
+"""What an engine holds; further sessions hear BUSY, other operations use the owner's `slots`."""
+
 
 async def run(
     settings: Settings,
@@ -56,6 +61,7 @@ async def run(
     from aivillage.node.transport.libp2p import open_libp2p
 
     key = identity.load(paths.data_dir)
+    os.umask(0o077)  # whatever this node writes is its owner's: books, jobs, blobs
     async with AsyncExitStack() as stack:
         stack.enter_context(lock.held(paths.data_dir))
         jobs = await stack.enter_async_context(open_jobs(paths.jobs))
@@ -140,7 +146,7 @@ def worker_settings(settings: Settings) -> WorkerSettings:
         enabled=settings.enable,
         dev_mode=settings.dev_mode,
         idle_exit_seconds=settings.worker_idle_seconds,
-        engine_slots=settings.slots,
+        engine_slots=min(settings.slots, ENGINE_SLOTS_MAX),
         limits=WorkerLimits(memory_bytes_max=settings.worker_memory_mb << 20),
     )
 

@@ -73,6 +73,8 @@ def test_two_commands_lead_from_nothing_to_a_paid_answer(yard):
     settled([ann, bob], 10)
     assert bob.read("balance")["net"] == -10
     assert ann.read("balance")["net"] == 10
+    for path in ann.data_dir.rglob("*"):
+        assert not path.is_file() or not path.stat().st_mode & 0o077, path
 
 
 @pytest.mark.parametrize("words", READS, ids=" ".join)

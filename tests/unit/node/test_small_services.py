@@ -6,7 +6,8 @@ import logging
 import pytest
 import trio
 
-from aivillage.node import pricelist
+from aivillage.node import daemon, pricelist
+from aivillage.node.config import Settings
 from aivillage.node.events import Events, LineFormatter
 from aivillage.node.paths import paths
 from aivillage.node.pricelist import QUOTES_MAX, PriceList, quote_hash, read_quote
@@ -185,3 +186,8 @@ def test_a_line_without_fields_ends_with_its_message_and_a_defect_with_its_trace
     assert first.endswith(" ERROR x it_broke")
     assert rest[0].startswith("Traceback")
     assert rest[-1] == "ValueError: \ufffd[31mred"
+
+
+def test_more_slots_than_an_engine_holds_are_for_other_work():
+    assert daemon.worker_settings(Settings(slots=256)).engine_slots == daemon.ENGINE_SLOTS_MAX
+    assert daemon.worker_settings(Settings(slots=3)).engine_slots == 3
