@@ -21,7 +21,7 @@ replace = msgspec.structs.replace
 # ------------------------------------------------------------------ what a buyer can lose
 
 
-@pytest.mark.parametrize("forged", [b"\1" * 33, b"\1" * 32], ids=["no hash", "another hash"])
+@pytest.mark.parametrize("forged", [b"\1" * 33, b"\1" * 32], ids=["no-hash", "another-hash"])
 async def test_a_hash_of_a_modules_result_that_is_not_ours_is_not_signed(tmp_path, forged):
     async with three(tmp_path) as (_, buyer, first, second):
         first.tamper = lambda f: (replace(f, out_hash=forged),) if isinstance(f, Finished) else (f,)
