@@ -19,6 +19,7 @@ from aivillage.protocols.vouchers import (
     Item,
     Receipt,
     Voucher,
+    check_item,
     check_receipt,
     encode,
 )
@@ -44,8 +45,10 @@ class Buying:
         """Nothing is paid for an attempt that this boot does not know or that has ended.
 
         Raises:
-            LedgerError: INSUFFICIENT_CREDITS, `amount` is above the attempt's ceiling.
+            LedgerError: INSUFFICIENT_CREDITS, `amount` is above the attempt's ceiling;
+                BAD_REQUEST, `attempt` is not 16 bytes or `out_hash` not 32.
         """
+        check_item(attempt, out_hash)
         partner = self._desk.partner(peer)
         purchase = partner.purchases.get(attempt)
         if purchase is None or purchase.closing or amount <= purchase.accepted:
@@ -87,8 +90,14 @@ class Buying:
         return None
 
     def abandon(self, peer: PeerId, attempt: AttemptId, done: Done, failed: Failed) -> None:
-        """No more is paid for `attempt`: `done` once no claim on it can be either."""
-        self._desk.partner(peer).purchases.pop(attempt, None)
+        """Signs nothing more for `attempt`; `done` once no claim on it can be paid either."""
+        partner = self._desk.partner(peer)
+        purchase = partner.purchases.pop(attempt, None)
+        if purchase is not None:
+            partner.unpaid = max(0, partner.unpaid - (purchase.accepted - purchase.submitted))
+            gone = LedgerError("the attempt was abandoned", code="CANCELLED")
+            for _, settle_failed in purchase.waiters:
+                settle_failed(gone)
         self._desk.submit(lambda db: payer.drop_intent(db, peer, attempt), lambda _: done(), failed)
 
     def flush(self, partner: Partner) -> None:
@@ -145,7 +154,9 @@ class Buying:
         """Nothing was signed: what was accepted stays due, and an attempt may be settled again."""
         partner.signing -= 1
         partner.unpaid_since = self._desk.now()
-        for purchase in batch.values():
+        for attempt, purchase in batch.items():
+            if partner.purchases.get(attempt) is not purchase:
+                continue  # abandoned meanwhile
             partner.unpaid += purchase.submitted - purchase.signed
             purchase.submitted = purchase.signed
             purchase.closing = purchase.closing_submitted = False

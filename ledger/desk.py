@@ -116,6 +116,7 @@ class Partner:
     wanted: MicroCredits = 0
     reserving: bool = False
     releasing: bool = False
+    retry_at: Seconds = 0.0
     unpaid: MicroCredits = 0
     unpaid_since: Seconds | None = None
     signing: int = 0

@@ -32,6 +32,7 @@ from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 
 T = TypeVar("T")
 TICK_SECONDS: Final = 0.05
+_PRIVATE: Final = 0o600
 log = logging.getLogger(__name__)
 
 
@@ -106,6 +107,7 @@ class NodeBook:
         await self._durable(functools.partial(settle, peer, attempt, amount, out_hash))
 
     async def abandon(self, peer: PeerId, attempt: AttemptId) -> None:
+        """A cancelled call may not have begun; one that waits goes on."""
         await self._durable(functools.partial(self._ledger.buying.abandon, peer, attempt))
 
     def owed_to(self, peer: PeerId) -> MicroCredits:
@@ -210,10 +212,20 @@ def _read_file(path: Path, query: Query[T]) -> T:
         db.close()
 
 
+def _keep_private(path: Path) -> None:
+    """The owner alone may read it; SQLite gives its side files the mode of the database."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _PRIVATE))
+    for suffix in ("", "-wal", "-shm"):
+        file = path.with_name(path.name + suffix)
+        if file.exists():
+            file.chmod(_PRIVATE)
+
+
 def _open_file(path: Path, signer: Ed25519Signer, clock: Clock) -> apsw.Connection:
     try:
+        _keep_private(path)
         db = apsw.Connection(str(path))
-    except apsw.CantOpenError as error:
+    except (OSError, apsw.CantOpenError) as error:
         raise ConfigError(f"cannot open {path}: {error}", next_step="check the folder") from None
     try:
         db.set_busy_timeout(5000)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import apsw
 import msgspec
@@ -57,15 +57,23 @@ def book_voucher(
     return Booked(body.lane, ReceiptRow(body.n, digest(voucher.body), attest), items)
 
 
+_STORED: Final = "SELECT body, signature, cum FROM voucher_in WHERE peer = ? AND lane = ?"
+_BEFORE: Final = f"{_STORED} AND n < ? ORDER BY n DESC LIMIT 1"
+_AFTER: Final = f"{_STORED} AND n > ? ORDER BY n LIMIT 1"
+
+
 def _rival(db: apsw.Connection, peer: PeerId, body: VoucherBody) -> tuple[bytes, bytes] | None:
-    """A stored voucher of the lane that `body` contradicts: cum never falls as n rises."""
-    row = one(
-        db,
-        "SELECT body, signature FROM voucher_in WHERE peer = ?1 AND lane = ?2"
-        " AND ((n < ?3 AND cum > ?4) OR (n > ?3 AND cum < ?4)) LIMIT 1",
-        (peer, body.lane, body.n, body.cum),
-    )
-    return (row[0], row[1]) if row else None
+    """A stored voucher of the lane that `body` contradicts: cum never falls as n rises.
+
+    It holds for those that are stored, so the two neighbours speak for all.
+    """
+    place = (peer, body.lane, body.n)
+    before, after = one(db, _BEFORE, place), one(db, _AFTER, place)
+    if before and before[2] > body.cum:
+        return (before[0], before[1])
+    if after and after[2] < body.cum:
+        return (after[0], after[1])
+    return None
 
 
 def _book(

@@ -22,6 +22,7 @@ from aivillage.protocols.vouchers import (
     ReceiptBody,
     Voucher,
     VoucherBody,
+    check_item,
     digest,
     root_of,
     voucher_prefixed,
@@ -54,7 +55,13 @@ def drop_intent(db: apsw.Connection, peer: PeerId, attempt: AttemptId) -> None:
 def make_voucher(
     db: apsw.Connection, wallet: Wallet, peer: PeerId, wanted: Sequence[Item], at_ms: int
 ) -> Voucher | None:
-    """Signs for what `wanted` adds to what was signed before; None when it adds nothing."""
+    """Signs for what `wanted` adds to what was signed before; None when it adds nothing.
+
+    Raises:
+        LedgerError: BAD_REQUEST, an item that nobody could read; nothing is stored.
+    """
+    for item in wanted:
+        check_item(item.id, item.out_hash)
     increases = [(item, _increase(db, wallet.lane, peer, item)) for item in wanted]
     fresh = [(item, increase) for item, increase in increases if increase is not None]
     if not fresh:

@@ -27,6 +27,7 @@ from aivillage.protocols.vouchers import (
 )
 
 _ENDED_MAX = 256  # unpaid ended sales a peer, kept to attest late vouchers and to claim
+_RETRY_SECONDS = 1.0  # after a reservation that could not be stored
 
 
 class Selling:
@@ -54,9 +55,12 @@ class Selling:
             left = min(left, pool - self._strangers())
         return max(0, left)
 
-    def _strangers(self) -> MicroCredits:
+    def _strangers(self, besides: PeerId | None = None) -> MicroCredits:
         pairs = [p.pair for p in self._desk.partners.values() if not p.pair.known]
-        return sum(max(0, p.reserved - p.paid) + max(0, p.balance) for p in pairs)
+        shares = (
+            max(0, p.reserved - p.paid) + max(0, p.balance) for p in pairs if p.peer != besides
+        )
+        return sum(shares)
 
     def want_room(self, peer: PeerId, amount: MicroCredits) -> None:
         partner, pool = self._desk.partner(peer), self._desk.settings.stranger_pool
@@ -66,7 +70,10 @@ class Selling:
             partner.wanted = max(partner.wanted, amount) if partner.reserving else 0
             return
         partner.wanted = amount
-        most = exposure.ceiling(pair, pool, 0)
+        if self._desk.now() < partner.retry_at:
+            return  # `tick` tries again: a disk that is full must not be asked in a loop
+        share = 0 if pair.known else self._strangers(besides=peer)
+        most = exposure.ceiling(pair, pool, share)
         if most >= partner.delivered + amount and most > pair.reserved:
             self._reserve(partner)
 
@@ -84,6 +91,8 @@ class Selling:
 
         def failed(error: AivillageError) -> None:
             partner.reserving = False
+            partner.retry_at = self._desk.now() + _RETRY_SECONDS
+            self._desk.on_room(peer)
 
         self._desk.submit(
             lambda db: exposure.reserve(db, peer, delivered, unit, pool), reserved, failed
@@ -188,6 +197,10 @@ class Selling:
         if partner.link is not None and now - partner.receipts_since >= settings.receipt_seconds:
             while blob := self.take_receipt(partner):
                 partner.link.send(blob)
+        if partner.retry_at and now >= partner.retry_at:
+            partner.retry_at = 0.0
+            if partner.wanted:
+                self.want_room(partner.pair.peer, partner.wanted)
         idle = not any(sale.open for sale in partner.sales.values())
         if idle and now - partner.idle_since >= settings.heal_seconds:
             partner.idle_since = now
@@ -213,6 +226,7 @@ class Selling:
 
         def failed(error: AivillageError) -> None:
             partner.releasing = False
+            self._desk.on_room(peer)
 
         self._desk.submit(job, healed, failed)
 

@@ -15,7 +15,16 @@ from aivillage.ledger import payee, payer
 from aivillage.ledger.books import Pair, ensure_peer, one, read_pair, rows
 from aivillage.ledger.exposure import RHO
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
-from aivillage.protocols.vouchers import ARREARS, ITEMS_MAX, JOB, Claim, Item, LaneState, Voucher
+from aivillage.protocols.vouchers import (
+    ARREARS,
+    HASH_BYTES,
+    ITEMS_MAX,
+    JOB,
+    Claim,
+    Item,
+    LaneState,
+    Voucher,
+)
 
 VOUCHERS_MAX: Final = 4096
 """In one answer; the asking side asks again for the rest."""
@@ -153,6 +162,7 @@ def pay_claims(
     at_ms: int,
 ) -> list[Voucher]:
     """Signs for claims on work that this buyer asked for and forgot, within a budget."""
+    ensure_peer(db, peer)  # the budget below is counted in its row
     items = []
     for claim in claims:
         amount = 0 if claim.id in running else justified(db, peer, claim)
@@ -180,7 +190,7 @@ def justified(db: apsw.Connection, peer: PeerId, claim: Claim) -> MicroCredits:
             (peer, claim.id),
         )
     )
-    if intent is None or ARREARS in paid:
+    if intent is None or ARREARS in paid or len(claim.out_hash) != HASH_BYTES:
         return 0
     return min(claim.amount, int(intent[0])) - int(paid.get(JOB, 0))
 

@@ -140,7 +140,10 @@ class Book(Protocol):
         ...
 
     async def abandon(self, peer: PeerId, attempt: AttemptId) -> None:
-        """No more is paid for an attempt, nor claimed after a restart; what was signed stays."""
+        """A rejected attempt: signs no more for it, returns once no claim on it can be paid.
+
+        What was signed, or handed to the writer to be signed, before the call stays signed.
+        """
         ...
 
     def owed_to(self, peer: PeerId) -> MicroCredits:

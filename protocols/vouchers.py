@@ -14,12 +14,14 @@ from typing import Annotated, Final, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta
 
-from aivillage.protocols.errors import PeerError
+from aivillage.protocols.errors import LedgerError, PeerError
 from aivillage.protocols.types import AMOUNT_MAX, Amount
 
 BLOB_BYTES_MAX: Final = 4096
 """The codec holds a frame to it too; whatever comes another way is measured here."""
 ITEMS_MAX: Final = 16
+ID_BYTES: Final = 16
+HASH_BYTES: Final = 32
 RECEIPT_ROWS_MAX: Final = 32
 CLAIMS_MAX: Final = 64
 PARTS_MAX: Final = 4096
@@ -297,6 +299,19 @@ def check_equivocation(proof: Equivocation, verify: Verify) -> VoucherBody:
     if not all(verify(proof.payer, voucher_prefixed(s.body), s.signature) for s in pair):
         raise bad("has an unsigned proof")
     return first
+
+
+def check_item(id_: bytes, out_hash: bytes) -> None:
+    """What nobody could decode must not be signed: a signature cannot be taken back.
+
+    Raises:
+        LedgerError: BAD_REQUEST, an id is not 16 bytes, or an output hash not 32.
+    """
+    if len(id_) != ID_BYTES or len(out_hash) != HASH_BYTES:
+        raise LedgerError(
+            f"an id of {len(id_)} bytes with a hash of {len(out_hash)} cannot be signed",
+            code="BAD_REQUEST",
+        )
 
 
 def _groups(elements: Iterable[tuple[int, T]]) -> list[list[tuple[int, T]]]:

@@ -54,7 +54,7 @@ def _claims(world: World, peer: Node) -> tuple[Claim, ...]:
     """For work that was asked for (all of the ceiling), and for some that never was."""
     asked = peer.db.execute("SELECT attempt, quote_hash FROM intent LIMIT 3").fetchall()
     invented = [(world.rng.randbytes(16), bytes(32))]
-    return tuple(Claim(attempt, quote, 1_000, b"lie") for attempt, quote in asked + invented)
+    return tuple(Claim(attempt, quote, 1_000, bytes(32)) for attempt, quote in asked + invented)
 
 
 def _resigned(node: Node, voucher: Voucher, cum_change: int, item_change: int) -> Voucher:

@@ -3,14 +3,16 @@
 import os
 from contextlib import asynccontextmanager
 
+import apsw
 import pytest
 import trio
+import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aivillage.ledger import reader
+from aivillage.ledger import exposure, reader
 from aivillage.ledger.desk import Settings
 from aivillage.ledger.ledger import open_ledger
-from aivillage.protocols.errors import ConfigError, NodeError, PeerError
+from aivillage.protocols.errors import ConfigError, LedgerError, NodeError, PeerError
 from aivillage.protocols.types import AttemptId, peer_id
 
 A, B = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
@@ -176,3 +178,93 @@ async def test_reads_with_and_without_a_daemon_are_the_same(tmp_path):
             assert await trio.to_thread.run_sync(reader.read_balance, path) == await book.balance()
             assert await trio.to_thread.run_sync(reader.read_history, path) == await book.history()
             assert await trio.to_thread.run_sync(reader.read_audit, path) == await book.audit()
+
+
+async def test_an_abandoned_attempt_is_never_signed_for_and_never_claimed(tmp_path):
+    attempt = AttemptId(os.urandom(16))
+    async with pair(tmp_path) as (a, _):
+        a.intend(SELLER, attempt, QUOTE, 500)
+        a.accept(SELLER, attempt, 300, OUT)
+        await a.abandon(SELLER, attempt)
+        await a.settle(SELLER, attempt, 500, OUT)
+        await trio.sleep(0.4)
+        assert a.owed_to(SELLER) == 0
+        assert a._ledger.desk.partner(SELLER).unpaid == 0
+    db = apsw.Connection(str(tmp_path / "a.db"))
+    assert db.execute("SELECT count(*) FROM intent").fetchall() == [(0,)]
+    db.close()
+    async with open_ledger(tmp_path / "a.db", A) as a:
+        assert a.owed_to(SELLER) == 0
+
+
+async def test_who_waits_for_an_abandoned_attempt_is_told(tmp_path):
+    async with pair(tmp_path) as (a, _), trio.open_nursery() as nursery:
+        attempt, errors = AttemptId(os.urandom(16)), []
+
+        async def settle():
+            try:
+                await a.settle(SELLER, attempt, 300, OUT)
+            except LedgerError as error:
+                errors.append(error.code)
+
+        a.intend(SELLER, attempt, QUOTE, 500)
+        a._ledger.desk.partner(SELLER).signing = 1  # another voucher is on its way
+        nursery.start_soon(settle)
+        await trio.testing.wait_all_tasks_blocked()
+        a._ledger.desk.partner(SELLER).signing = 0
+        await a.abandon(SELLER, attempt)
+        await trio.sleep(0.4)
+        assert errors == ["CANCELLED"]
+        assert a.owed_to(SELLER) == 0
+
+
+async def test_a_hash_that_cannot_be_signed_is_refused_at_once(tmp_path):
+    async with pair(tmp_path) as (a, _):
+        attempt = AttemptId(os.urandom(16))
+        a.intend(SELLER, attempt, QUOTE, 500)
+        for wrong in (b"o" * 33, b""):
+            with pytest.raises(LedgerError):
+                a.accept(SELLER, attempt, 300, wrong)
+            with pytest.raises(LedgerError):
+                await a.settle(SELLER, attempt, 300, wrong)
+        await a.settle(SELLER, attempt, 300, OUT)
+        assert a.owed_to(SELLER) == 300
+
+
+async def test_strangers_at_the_end_of_the_pool_do_not_make_the_loop_busy(tmp_path):
+    others = [peer_id(bytes([n]) * 32) for n in (7, 8)]
+    async with open_ledger(tmp_path / "b.db", B, settings=Settings(stranger_pool=500)) as b:
+        submitted, submit = [], b._ledger.desk.submit
+        b._ledger.desk.submit = lambda *args: (submitted.append(args), submit(*args))
+        b.want_room(others[0], 400)
+        await b.room_changed(others[0])
+        assert len(submitted) == 1
+        b.want_room(others[1], 400)
+        assert len(submitted) == 1
+
+
+async def test_a_reservation_that_fails_wakes_who_waits_and_is_tried_again(tmp_path, monkeypatch):
+    calls, reserve = [], exposure.reserve
+
+    def fails_once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise NodeError("no")
+        return reserve(*args)
+
+    monkeypatch.setattr(exposure, "reserve", fails_once)
+    async with pair(tmp_path) as (_, b):
+        b.want_room(BUYER, 100)
+        with trio.fail_after(5):
+            await b.room_changed(BUYER)
+        assert b.room(BUYER) == 0
+        b.want_room(BUYER, 100)
+        assert not b._ledger.desk.partner(BUYER).reserving  # not at once: no busy loop
+        await until(lambda: b.room(BUYER) >= 100)
+
+
+async def test_only_the_owner_can_read_the_book(tmp_path):
+    (tmp_path / "a.db").touch(mode=0o644)
+    async with open_ledger(tmp_path / "a.db", A):
+        modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(["a.db", "a.db-wal", "a.db-shm"], 0o600)

@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.ledger import books, exposure, payee, payer, sync
 from aivillage.ledger.signing import Ed25519Signer
-from aivillage.protocols.errors import ConfigError
+from aivillage.protocols.errors import ConfigError, LedgerError
 from aivillage.protocols.types import peer_id
 from aivillage.protocols.vouchers import (
     ARREARS,
@@ -48,7 +48,7 @@ def seller():
 
 
 def item(number, amount, final=False, kind=JOB):
-    return Item(kind, bytes([number]) * 16, b"q", amount, b"o", final)
+    return Item(kind, bytes([number]) * 16, b"q", amount, b"o" * 32, final)
 
 
 def sign(buyer, *items):
@@ -226,7 +226,7 @@ def test_late_money_takes_the_place_of_what_was_written_off(seller):
 
 
 def claim(number, amount):
-    return Claim(bytes([number]) * 16, b"q", amount, b"o")
+    return Claim(bytes([number]) * 16, b"q", amount, b"o" * 32)
 
 
 def pay(buyer, *claims, running=()):
@@ -250,7 +250,7 @@ def test_claims_for_unknown_running_or_ended_work_are_not_paid(buyer):
     sign(buyer, item(1, 30, final=True))
     assert pay(buyer, claim(1, 90), claim(3, 50)) == 0
     assert pay(buyer, claim(2, 90), running=[bytes([2]) * 16]) == 0
-    other_quote = Claim(bytes([2]) * 16, b"z", 90, b"o")
+    other_quote = Claim(bytes([2]) * 16, b"z", 90, b"o" * 32)
     assert pay(buyer, other_quote) == 0
 
 
@@ -342,3 +342,52 @@ def test_an_entry_that_does_not_balance_is_refused(buyer):
         books.post(buyer, cause, [books.Leg("peer", None, 5), books.Leg("spent", b"", -4)], NOW)
     with pytest.raises(apsw.ConstraintError), buyer:
         buyer.execute("INSERT INTO posting VALUES (7, 0, 'peer', NULL, 5)")
+
+
+# what a review found
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Item(JOB, bytes(16), b"q", 5, b"o" * 33, False),
+        Item(JOB, bytes(16), b"q", 5, b"", False),
+        Item(JOB, bytes(15), b"q", 5, b"o" * 32, False),
+    ],
+)
+def test_what_nobody_could_read_is_not_signed(buyer, wrong):
+    with pytest.raises(LedgerError) as refusal:
+        sign(buyer, item(1, 5), wrong)
+    assert refusal.value.code == "BAD_REQUEST"
+    assert books.rows(buyer, "SELECT n FROM voucher_out") == []
+
+
+def test_the_budget_for_claims_counts_from_the_first_one(buyer):
+    for number in range(10):
+        payer.intend(buyer, SELLER, bytes([number]) * 16, b"q", 20_000)
+    assert sum(pay(buyer, claim(number, 20_000)) for number in range(10)) <= 20_000 + 20_000 // 16
+
+
+def test_a_claim_with_a_hash_of_another_size_is_not_paid(buyer):
+    payer.intend(buyer, SELLER, bytes(16), b"q", 100)
+    assert pay(buyer, Claim(bytes(16), b"q", 50, b"short")) == 0
+
+
+def steps_of(db, action):
+    """How many times SQLite looked up while it worked: time, without a clock."""
+    count = [0]
+
+    def progress():
+        count[0] += 1
+        return False
+
+    db.set_progress_handler(progress, 1)
+    action()
+    db.set_progress_handler(None)
+    return count[0]
+
+
+def test_booking_a_voucher_costs_the_same_on_a_long_lane(seller):
+    vouchers = [forged(n, n, item(n % 200, n // 200 + 1)) for n in range(1, 601)]
+    costs = [steps_of(seller, lambda v=voucher: take(seller, v)) for voucher in vouchers]
+    assert costs[-1] < 2 * costs[5]
