@@ -282,20 +282,34 @@ class Seller:
         """
         if amount > sale.call.ceiling_micro_credits:
             raise RequestError("the next unit is above the ceiling", code="PRICE_ABOVE_CEILING")
+        await self._wait_for_room(
+            sale,
+            amount - sale.amount,
+            lambda: self._book.deliver(sale.peer, sale.attempt, amount, out_hash),
+        )
+        sale.amount = amount
+
+    async def _wait_for_room(
+        self, sale: Sale, amount: MicroCredits, fits: Callable[[], bool]
+    ) -> None:
+        """Returns once `fits`; the buyer hears meanwhile that we wait for it.
+
+        Raises:
+            LedgerError: INSUFFICIENT_CREDITS, it did not pay for what it has.
+        """
         end = trio.current_time() + ROOM_SECONDS
-        while not self._book.deliver(sale.peer, sale.attempt, amount, out_hash):
+        while not fits():
             if trio.current_time() >= end:
                 raise LedgerError(
                     f"no payment made room for more within {ROOM_SECONDS:.0f} s",
                     next_step="it comes back as vouchers arrive, or is healed; try again later",
                 )
-            self._book.want_room(sale.peer, amount - sale.amount)
+            self._book.want_room(sale.peer, amount)
             with trio.move_on_after(ROOM_CHECK_SECONDS) as patience:
                 await self._book.room_changed(sale.peer)
             if patience.cancelled_caught:  # not silence: the buyer would take us for lost
                 note = "waiting for payment"
                 send_or_drop(sale.link, messages.Progress(id=sale.call.id, done=0, note=note))
-        sale.amount = amount
 
     async def _generate(self, sale: Sale) -> None:
         """Streams an engine session, unit by unit, as far as pay allows."""
@@ -306,6 +320,8 @@ class Seller:
         asked_bytes = prompt_bytes(unpack(GenerateRequest, call.request))
         had = units(asked_bytes, len(ids)) if ids else {}
         done = self._waived(sale, had)
+        unit = dearest_unit(sale.terms)
+        await self._wait_for_room(sale, unit, lambda: self._book.room(sale.peer) >= unit)
         engine = await self._loaded(sale)
         async with engine.open_session(call.request, tuple(ids)) as session:
             self._allow(sale, session, sum(had.values()))
@@ -391,6 +407,8 @@ class Seller:
         most = price(sale.terms, estimate)
         self.allowances.require_deliverable(sale.link, most)
         self.allowances.require_credit(sale.peer, most)
+        # Before the work: who does not pay would have one run after the other, and its parts.
+        await self._wait_for_room(sale, most, lambda: self._book.room(sale.peer) >= most)
         async with self._workers.run(
             call.operation,
             call.request,

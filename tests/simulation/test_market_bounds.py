@@ -21,7 +21,7 @@ replace = msgspec.structs.replace
 # ------------------------------------------------------------------ what a buyer can lose
 
 
-@pytest.mark.parametrize("forged", [b"\1" * 33, b"\1" * 32], ids=["no hash", "another hash"])
+@pytest.mark.parametrize("forged", [b"\1" * 33, b"\1" * 32], ids=["no-hash", "another-hash"])
 async def test_a_hash_of_a_modules_result_that_is_not_ours_is_not_signed(tmp_path, forged):
     async with three(tmp_path) as (_, buyer, first, second):
         first.tamper = lambda f: (replace(f, out_hash=forged),) if isinstance(f, Finished) else (f,)
@@ -188,9 +188,10 @@ async def test_a_module_dearer_than_the_exposure_is_refused_before_any_work(tmp_
         assert running.error.next_step
         cheap = pack(NoopRequest(parts=1))
         assert (await buyer.ask(operation="mesh.noop", request=cheap)).error is None
-        running = await buyer.ask(operation="mesh.noop", request=dear)  # at the quote for the other
+        said = []  # this one goes out at the quote for the other
+        running = await buyer.ask(operation="mesh.noop", request=dear, say=said.append)
         assert running.error.code == "OWNER_LIMIT"
-        assert not any(isinstance(f, messages.Part) and f.seq > 1 for f in buyer.heard)
+        assert not any(isinstance(frame, messages.Part) for frame in said)
         assert seller.script.open_sessions == 0
 
 
@@ -204,6 +205,20 @@ async def test_who_does_not_pay_holds_a_slot_for_seconds_only(tmp_path, monkeypa
             assert running.error.code == "INSUFFICIENT_CREDITS"
             assert seller.desk.seller.free_slots() == seller.settings.slots
             assert buyer.desk.discovery.record_of(seller.peer).bad == 0  # an honest refusal
+
+
+async def test_who_does_not_pay_gets_no_module_run_beyond_its_exposure(tmp_path, monkeypatch):
+    monkeypatch.setattr("aivillage.node.seller.ROOM_SECONDS", 0.5)
+    monkeypatch.setattr("aivillage.node.pursuit.CREDIT_WAITS_SECONDS", ())
+    async with pair(tmp_path, village_exposure_micro_credits=50) as (_, buyer, seller):
+        await until(lambda: buyer.ledger.view(seller.peer).synced)
+        request = pack(NoopRequest(note="x", parts=4))
+        with without(buyer, messages.Ledger):
+            assert (await buyer.ask(operation="mesh.noop", request=request)).error is None
+            said = []
+            running = await buyer.ask(operation="mesh.noop", request=request, say=said.append)
+            assert running.error.code == "INSUFFICIENT_CREDITS"
+            assert not any(isinstance(frame, messages.Part) for frame in said)
 
 
 async def test_room_that_nobody_told_of_is_found(tmp_path):

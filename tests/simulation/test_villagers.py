@@ -86,8 +86,9 @@ async def test_a_restarted_member_finds_its_village_again_by_itself(tmp_path):
         assert result_of(await guest.ask("again", tokens=2)) == expected("again", 2)
 
 
-async def test_a_quote_at_the_first_moment_of_a_link_knows_the_members_line(tmp_path):
+async def test_a_quote_at_the_first_moment_of_a_link_knows_the_members_line(tmp_path, monkeypatch):
     """The book learns of a member in a transaction; a question that is faster waits for it."""
+    monkeypatch.setattr("aivillage.node.pursuit.CREDIT_WAITS_SECONDS", ())
     async with open_mesh(tmp_path) as mesh:
         seller = await mesh.add("seller")
         buyer = await mesh.add("buyer", serve=False)
