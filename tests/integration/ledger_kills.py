@@ -79,7 +79,7 @@ async def serve(name: str, folder: Path, port: int) -> None:
     """One boot of one side, for as long as it lives. The seller listens, the buyer dials."""
     async with open_ledger(folder / f"{name}.db", KEYS[name]) as book:
         await book.set_line(IDS[OTHER[name]], LINE, EXPOSURE)
-        await book.set_received_exposure(IDS[OTHER[name]], EXPOSURE)
+        await book.set_received(IDS[OTHER[name]], LINE, EXPOSURE)
         (folder / f"{name}.ready").write_text(str(os.getpid()))
         if name == "seller":
             await trio.serve_tcp(partial(meet, book, name, folder), port, host="127.0.0.1")
