@@ -20,6 +20,8 @@ from aivillage.protocols.vouchers import digest, lane_of
 APPLICATION_ID: Final = 0x41495642  # "AIVB"
 SCHEMA_VERSION: Final = 1
 NO_ENTRY: Final = bytes(32)
+EVIDENCE_MAX: Final = 16
+"""Proofs kept against one payer: the first would do."""
 RECEIVED_EXPOSURE: Final = 20_000
 """What a seller is taken to grant before it says so; the schema's default too."""
 
@@ -174,6 +176,7 @@ def keep_evidence(
     """`place`: lane, n. `bodies`: first body, first signature, second body, second signature."""
     db.execute(
         "INSERT INTO evidence(payer, lane, n, first_body, first_signature, second_body,"
-        " second_signature, at_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-        (payer, *place, *bodies, at),
+        " second_signature, at_ms) SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8"
+        " WHERE (SELECT count(*) FROM evidence WHERE payer = ?1) < ?9 ON CONFLICT DO NOTHING",
+        (payer, *place, *bodies, at, EVIDENCE_MAX),
     )

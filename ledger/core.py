@@ -7,6 +7,7 @@ the runner as a transaction, and bytes leave only from the callback that follows
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import apsw
 import msgspec
@@ -14,11 +15,24 @@ import msgspec
 from aivillage.ledger import exposure, sync
 from aivillage.ledger.books import Pair, keep_evidence
 from aivillage.ledger.buying import Buying
-from aivillage.ledger.desk import Clock, Desk, Done, Failed, Link, Partner, Runner, Send, Settings
+from aivillage.ledger.desk import (
+    Clock,
+    Desk,
+    Done,
+    Failed,
+    Link,
+    Partner,
+    Question,
+    Runner,
+    Send,
+    Settings,
+)
 from aivillage.ledger.selling import Selling
 from aivillage.ledger.signing import Signer
 from aivillage.protocols.types import MicroCredits, PeerId, peer_id
 from aivillage.protocols.vouchers import (
+    PARTS_MAX,
+    STRANGER_PARTS_MAX,
     Equivocation,
     LaneState,
     Message,
@@ -26,6 +40,7 @@ from aivillage.protocols.vouchers import (
     SyncReply,
     SyncRequest,
     Voucher,
+    bad,
     check_equivocation,
     check_voucher,
     decode,
@@ -33,6 +48,7 @@ from aivillage.protocols.vouchers import (
     pack_request,
 )
 
+ROUND_SECONDS: Final = 1.0
 _PairJob = Callable[[apsw.Connection], Pair]
 
 
@@ -135,8 +151,11 @@ class Ledger:
             self.selling.lose_sales(partner, epoch)
 
     def _on_equivocation(self, proof: Equivocation) -> None:
-        body = check_equivocation(proof, self.desk.signer.verify)
         payer, at_ms = peer_id(proof.payer), self.desk.clock.unix_ms()
+        accused = self.desk.partners.get(payer)
+        if accused is None or not (accused.pair.known or accused.pair.paid):
+            return  # keys are free: proofs about strangers would fill the disk
+        body = check_equivocation(proof, self.desk.signer.verify)
         first, second = proof.first, proof.second
         bodies = (first.body, first.signature, second.body, second.signature)
         self.desk.submit(
@@ -163,6 +182,8 @@ class Ledger:
     def _on_request(self, partner: Partner, link: Link, epoch: int, message: SyncRequest) -> None:
         if message.round <= link.answered_round:
             return
+        if message.parts > (PARTS_MAX if partner.pair.known else STRANGER_PARTS_MAX):
+            raise bad("has a SYNC of too many parts")
         if any(part.round != message.round for part in link.request.values()):
             link.request.clear()
         link.request[message.part] = message
@@ -175,12 +196,21 @@ class Ledger:
         }
         link.request.clear()
         link.answered_round = message.round
-        peer = partner.pair.peer
+        link.question = Question(epoch, message.round, lanes)
+        self._answer_if_due(partner, link)
+
+    def _answer_if_due(self, partner: Partner, link: Link) -> None:
+        """One round a second: what comes sooner waits, and the newest takes its place."""
+        question, now = link.question, self.desk.now()
+        if question is None or now < link.answer_at:
+            return
+        link.question, link.answer_at = None, now + ROUND_SECONDS
+        peer, epoch, lanes = partner.pair.peer, question.epoch, question.lanes
 
         def ready(answer: sync.Answer) -> None:
             partner.pair = answer.pair
             if partner.link is link:
-                self._answer(partner, link, (epoch, message.round), answer)
+                self._answer(partner, link, (epoch, question.round), answer)
 
         self.desk.submit(lambda db: sync.answer(db, peer, epoch, lanes), ready)
 
@@ -240,6 +270,8 @@ class Ledger:
             self.buying.tick(partner)
             self.selling.tick(partner)
             link = partner.link
+            if link is not None:
+                self._answer_if_due(partner, link)
             if link is not None and not link.synced and now - link.asked_at >= wait:
                 self._ask(partner, link)
 

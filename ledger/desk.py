@@ -19,7 +19,7 @@ from aivillage.ledger.payer import Wallet
 from aivillage.ledger.signing import Signer
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds, peer_id, public_key
-from aivillage.protocols.vouchers import ReceiptRow, SyncReply, SyncRequest
+from aivillage.protocols.vouchers import LaneState, ReceiptRow, SyncReply, SyncRequest
 
 T = TypeVar("T")
 Done = Callable[[], None]
@@ -52,6 +52,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     receipt_seconds: Seconds = 1.0
     resend_seconds: Seconds = 5.0
     resend_seconds_max: Seconds = 60.0
+    release_seconds: Seconds = 5.0
+    """After the last sale an unused reservation is given back: what a crash would leave."""
     heal_seconds: Seconds = 60.0
 
 
@@ -85,6 +87,15 @@ class Purchase:
     waiters: list[tuple[Done, Failed]] = field(default_factory=list)
 
 
+@dataclass(slots=True, frozen=True)
+class Question:
+    """A whole SYNC_REQ that waits for its answer."""
+
+    epoch: int
+    round: int
+    lanes: dict[tuple[bool, bytes], LaneState]
+
+
 @dataclass(slots=True)
 class Link:
     """One connection; frames and SYNC die with it."""
@@ -94,6 +105,8 @@ class Link:
     round: int = 0
     asked_at: Seconds = 0.0
     answered_round: int = 0
+    answer_at: Seconds = 0.0
+    question: Question | None = None
     synced: bool = False
     request: dict[int, SyncRequest] = field(default_factory=dict)
     reply: dict[int, SyncReply] = field(default_factory=dict)
@@ -123,7 +136,7 @@ class Partner:
     unconfirmed: int = 0
     resend_at: Seconds = 0.0
     resend_wait: Seconds = 0.0
-    idle_since: Seconds = 0.0
+    heal_at: Seconds = 0.0
 
 
 class Desk:

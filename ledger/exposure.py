@@ -81,7 +81,6 @@ def reserve(
     pool: MicroCredits,
 ) -> Pair:
     """Raises `reserved` so that one more `unit` fits, and a step ahead, if the rules allow."""
-    ensure_peer(db, peer)
     pair = read_pair(db, peer)
     share = 0 if pair.known else strangers_share(db, peer)
     most = ceiling(pair, pool, share)
@@ -89,6 +88,7 @@ def reserve(
     wanted = min(delivered + step, most)
     if wanted < delivered + unit or wanted <= pair.reserved:
         return pair
+    ensure_peer(db, peer)
     db.execute("UPDATE peer SET reserved = ? WHERE peer = ?", (wanted, peer))
     return pair._replace(reserved=wanted)
 

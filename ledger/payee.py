@@ -53,6 +53,8 @@ def book_voucher(
         proof = (rival[0], rival[1], voucher.body, voucher.signature)
         keep_evidence(db, peer, (body.lane, body.n), proof, at_ms)
         return Booked(body.lane, None)
+    if _says_nothing(db, peer, body, voucher):
+        return Booked(body.lane, None)
     items = _book(db, peer, body, voucher, (cause, attest, at_ms))
     return Booked(body.lane, ReceiptRow(body.n, digest(voucher.body), attest), items)
 
@@ -74,6 +76,33 @@ def _rival(db: apsw.Connection, peer: PeerId, body: VoucherBody) -> tuple[bytes,
     if after and after[2] < body.cum:
         return (after[0], after[1])
     return None
+
+
+def _says_nothing(db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher) -> bool:
+    """A stranger's voucher without money, news of an attempt or an end: it would only fill disk.
+
+    An honest payer signs none, and what a later voucher made worthless needs no receipt.
+    """
+    if one(db, "SELECT 1 FROM peer WHERE peer = ? AND known = 1", (peer,)):
+        return False
+    place = (peer, body.lane)
+    cum, attr = one(db, "SELECT cum, attr FROM lane_in WHERE peer = ? AND lane = ?", place) or (
+        0,
+        0,
+    )
+    if body.cum > cum:
+        return False
+    for item in voucher.items:
+        row = one(db, _ITEM, (peer, item.kind, item.id))
+        amount, final = (row[1], row[2]) if row else (0, True)
+        if (item.amount > amount and attr < cum) or (item.final and not final):
+            return False
+    return True
+
+
+_ITEM: Final = (
+    "SELECT lane, amount, final FROM item WHERE mine = 0 AND peer = ? AND kind = ? AND id = ?"
+)
 
 
 def _book(

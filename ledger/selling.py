@@ -126,14 +126,14 @@ class Selling:
         ended = [key for key, other in partner.sales.items() if not other.open]
         for key in ended[:-_ENDED_MAX]:
             del partner.sales[key]
-        partner.idle_since = self._desk.now()
+        partner.heal_at = self._desk.now() + self._desk.settings.release_seconds
 
     def lose_sales(self, partner: Partner, epoch: int) -> None:
         """The buyer restarted: what it asked for before is ended and will be claimed."""
         for sale in partner.sales.values():
             if sale.epoch < epoch:
                 sale.open, sale.lost = False, True
-        partner.idle_since = self._desk.now()
+        partner.heal_at = self._desk.now() + self._desk.settings.release_seconds
 
     def claims(self, partner: Partner) -> list[Claim]:
         lost = [
@@ -202,8 +202,8 @@ class Selling:
             if partner.wanted:
                 self.want_room(partner.pair.peer, partner.wanted)
         idle = not any(sale.open for sale in partner.sales.values())
-        if idle and now - partner.idle_since >= settings.heal_seconds:
-            partner.idle_since = now
+        if idle and now >= partner.heal_at:
+            partner.heal_at = now + settings.heal_seconds
             self.heal(partner)
 
     def heal(self, partner: Partner) -> None:

@@ -14,7 +14,7 @@ import apsw
 from aivillage.ledger import payee, payer
 from aivillage.ledger.books import Pair, ensure_peer, one, read_pair, rows
 from aivillage.ledger.exposure import RHO
-from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
+from aivillage.protocols.types import AMOUNT_MAX, AttemptId, MicroCredits, PeerId
 from aivillage.protocols.vouchers import (
     ARREARS,
     HASH_BYTES,
@@ -64,7 +64,7 @@ def answer(
     db: apsw.Connection, peer: PeerId, epoch: int, lanes: Mapping[tuple[bool, bytes], LaneState]
 ) -> Answer:
     """What `peer` in its boot `epoch` lacks; the epoch is durable when the answer leaves."""
-    ensure_peer(db, peer)
+    # No row for a stranger without one: with no money in play there is nothing to fence.
     db.execute("UPDATE peer SET epoch = max(epoch, ?) WHERE peer = ?", (epoch, peer))
     yours = _forgotten(db, peer, lanes)
     mine = _unseen(db, peer, lanes, VOUCHERS_MAX + 1 - len(yours))
@@ -105,14 +105,21 @@ def _unseen(
     found: list[Voucher] = []
     for (lane,) in rows(db, "SELECT lane FROM lane_out WHERE peer = ?", (peer,)):
         state = lanes.get((False, lane))
-        for n in payer.telling(db, peer, lane):
-            if len(found) < limit and not (state and _holds(state.held, n)):
-                found.append(payer.voucher_at(db, peer, lane, n))
+        for hole in _holes(state.held if state else ()):
+            if len(found) < limit:
+                seen = payer.telling(db, peer, lane, hole, limit - len(found))
+                found += [payer.voucher_at(db, peer, lane, n) for n in seen]
     return found
 
 
-def _holds(runs: Sequence[int], n: int) -> bool:
-    return any(first <= n <= last for first, last in zip(runs[::2], runs[1::2], strict=False))
+def _holes(runs: Sequence[int]) -> list[tuple[int, int]]:
+    """Between the runs that a peer says it holds, whatever it says."""
+    holes, start = [], 1
+    for first, last in sorted(zip(runs[::2], runs[1::2], strict=False)):
+        if start < first:
+            holes.append((start, min(first - 1, AMOUNT_MAX)))
+        start = max(start, last + 1)
+    return [*holes, (start, AMOUNT_MAX)] if start <= AMOUNT_MAX else holes
 
 
 class Reply(NamedTuple):

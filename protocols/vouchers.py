@@ -24,6 +24,8 @@ ID_BYTES: Final = 16
 HASH_BYTES: Final = 32
 RECEIPT_ROWS_MAX: Final = 32
 CLAIMS_MAX: Final = 64
+STRANGER_PARTS_MAX: Final = 16
+"""Of what a peer without a line asks: 60 KiB of lanes."""
 PARTS_MAX: Final = 4096
 """16 MiB of SYNC at most; what does not fit follows in the next round."""
 

@@ -2,8 +2,11 @@
 
 import pytest
 
+from aivillage.ledger import books
+from aivillage.protocols.errors import PeerError
+from aivillage.protocols.vouchers import SyncRequest, encode
 from tests.simulation import invariants, ledger_sim
-from tests.simulation.world import CEILING, EXPOSURE, CrashError, World, out_hash
+from tests.simulation.world import CEILING, EXPOSURE, STEP_SECONDS, CrashError, World, out_hash
 
 
 class Scene:
@@ -175,3 +178,42 @@ def test_both_killed_leaves_the_loss_inside_the_exposure(scene):
     scene.world.crash(scene.seller)
     scene.end()
     assert scene.owed() == [0, 0]
+
+
+def test_an_idle_seller_soon_gives_back_what_it_did_not_use():
+    """So that a crash between two sales leaves nothing to heal."""
+    scene = Scene()
+    scene.deliver(5)
+    scene.accept()
+    scene.sign()
+    scene.seller.ledger.selling.end_sale(scene.buyer.id, scene.attempt)
+    for _ in range(int(6 / STEP_SECONDS)):
+        scene.world.advance()
+    pair = books.read_pair(scene.seller.db, scene.buyer.id)
+    assert pair.reserved == pair.paid == 5
+
+
+def request(scene, number, parts=1):
+    blob = encode(scene.buyer.ledger.desk.epoch, SyncRequest(number, 0, parts))
+    scene.seller.ledger.receive(scene.buyer.id, blob)
+
+
+def test_one_round_of_sync_a_second_is_answered():
+    scene = Scene()
+    scene.flush()
+    for number in range(100, 200):
+        request(scene, number)
+    assert len(scene.seller.runner.queue) <= 1
+    scene.world.now += 1
+    scene.seller.ledger.tick()
+    assert len(scene.seller.runner.queue) <= 2
+
+
+def test_a_stranger_may_not_fill_memory_with_parts():
+    scene = Scene()
+    partner = scene.seller.ledger.desk.partner(scene.buyer.id)
+    request(scene, 100, 17)
+    partner.pair = partner.pair._replace(known=False)
+    with pytest.raises(PeerError):
+        request(scene, 101, 17)
+    assert not partner.link.request or 100 in {p.round for p in partner.link.request.values()}

@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aivillage.ledger import books, exposure, payee, payer, sync
 from aivillage.ledger.signing import Ed25519Signer
 from aivillage.protocols.errors import ConfigError, LedgerError
-from aivillage.protocols.types import peer_id
+from aivillage.protocols.types import AMOUNT_MAX, peer_id
 from aivillage.protocols.vouchers import (
     ARREARS,
     JOB,
@@ -111,7 +111,7 @@ def test_only_telling_vouchers_are_sent_again(buyer):
     for amount in (1, 2, 3):
         sign(buyer, item(1, amount))
     sign(buyer, item(2, 1, final=True))
-    assert payer.telling(buyer, SELLER, WALLET.lane) == [3, 4]
+    assert payer.telling(buyer, SELLER, WALLET.lane, (1, 9), 9) == [3, 4]
     assert [body_of(v).n for v in payer.unreceipted(buyer, SELLER, 9)] == [3, 4]
 
 
@@ -391,3 +391,71 @@ def test_booking_a_voucher_costs_the_same_on_a_long_lane(seller):
     vouchers = [forged(n, n, item(n % 200, n // 200 + 1)) for n in range(1, 601)]
     costs = [steps_of(seller, lambda v=voucher: take(seller, v)) for voucher in vouchers]
     assert costs[-1] < 2 * costs[5]
+
+
+STRANGER = peer_id(bytes(range(32)))
+
+
+def test_a_strangers_vouchers_without_money_or_news_are_not_kept():
+    db = book(B)
+    first, end = forged(1, 5, item(1, 5)), forged(2, 5, item(1, 5, final=True))
+    assert take(db, first).receipt
+    assert take(db, end).receipt  # an end is news
+    for n in range(3, 20):
+        empty = forged(n, 5, item(1, 5, final=True), item(n, 0), item(n + 50, 7))
+        assert take(db, empty).receipt is None
+    assert books.one(db, "SELECT count(*) FROM voucher_in") == (2,)
+    assert books.one(db, "SELECT count(*) FROM item") == (1,)
+
+
+def test_an_epoch_alone_is_no_reason_for_a_row(seller):
+    sync.answer(seller, STRANGER, 7, {})
+    reserve(seller, 0, 10, STRANGER, pool=0)
+    assert books.one(seller, "SELECT count(*) FROM peer") == (1,)
+
+
+def test_proofs_against_one_payer_are_few(seller):
+    for n in range(1, 41):
+        take(seller, forged(n, n, item(1, n)))
+        take(seller, forged(n, n + 1, item(1, n)))
+    assert books.one(seller, "SELECT count(*) FROM evidence") == (books.EVIDENCE_MAX,)
+
+
+def test_showing_nothing_new_costs_the_same_on_a_long_lane(buyer):
+    def ask():
+        n = books.one(buyer, "SELECT n FROM lane_out")[0]
+        held = {(False, WALLET.lane): LaneState(False, WALLET.lane, n, (1, n))}
+        return steps_of(buyer, lambda: sync._unseen(buyer, SELLER, held, 100))
+
+    costs = []
+    for size in (10, 210):
+        for number in range(size):
+            sign(
+                buyer,
+                Item(
+                    JOB,
+                    size.to_bytes(8, "big") + number.to_bytes(8, "big"),
+                    b"q",
+                    5,
+                    bytes(32),
+                    True,
+                ),
+            )
+        costs.append(ask())
+    assert costs[1] < 2 * costs[0]
+
+
+@pytest.mark.parametrize(
+    ("runs", "holes"),
+    [
+        ((), [(1, AMOUNT_MAX)]),
+        ((5, 5, 1, 2), [(3, 4), (6, AMOUNT_MAX)]),
+        ((1, 1 << 63), []),
+        ((-9, -3, 7, 2, 3), [(1, 6), (3, AMOUNT_MAX)]),
+    ],
+)
+def test_holes_between_runs_whatever_a_peer_says(runs, holes):
+    if runs[:1] == (-9,):
+        assert all(first <= last for first, last in sync._holes(runs))
+    else:
+        assert sync._holes(runs) == holes
