@@ -21,7 +21,7 @@ def serve(
 ) -> int:
     """Runs until stopped. Raises: AivillageError: it could not start, or lost its ledger."""
     configure_logging("debug" if settings.dev_mode else settings.log_level)
-    ready = _ready_json if as_json else _ready_text
+    ready = functools.partial(_ready_json if as_json else _ready_text, dev_mode=settings.dev_mode)
     try:
         trio.run(functools.partial(daemon.run, settings, origins, where, ready, join=join))
     except* AivillageError as group:
@@ -29,15 +29,17 @@ def serve(
     return 0
 
 
-def _ready_text(desk: Desk) -> None:
+def _ready_text(desk: Desk, *, dev_mode: bool) -> None:
     addresses = ", ".join(desk.addresses())
     print(f"ready: node {desk.villagers.peer}", flush=True)
     print(f"peers reach it at {addresses}", flush=True)
+    if dev_mode:
+        print("DEVELOPMENT MODE: unfenced modules run, logs tell all", flush=True)
     show.note("Ctrl-C stops it. In another terminal: aivillage-node status")
 
 
-def _ready_json(desk: Desk) -> None:
-    show.as_json({"ready": True, "peer": desk.villagers.peer})
+def _ready_json(desk: Desk, *, dev_mode: bool) -> None:
+    show.as_json({"ready": True, "peer": desk.villagers.peer, "dev_mode": dev_mode})
     sys.stdout.flush()
 
 

@@ -392,7 +392,7 @@ DAEMON = """
             request = msgspec.msgpack.encode({"prompt": "hello"})
             await workers.estimate("inference.generate", request)
             await workers.check("mesh.noop", msgspec.msgpack.encode({}), b"")
-            pid = next(iter(workers._pool._idle.values()))[0].pid
+            pid = next(iter(workers._short._idle.values()))[0].pid
             heavy = {"torch", "gguf", "tokenizers", "numpy"} & set(sys.modules)
             print(pid, sorted(heavy), flush=True)
             await trio.sleep_forever()
@@ -403,15 +403,14 @@ DAEMON = """
 
 def test_workers_die_with_a_killed_daemon_that_never_imported_torch(tmp_path):
     code = textwrap.dedent(DAEMON)
-    daemon = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    pid, heavy = daemon.stdout.readline().split(maxsplit=1)
-    assert heavy.strip() == "[]"
-    os.kill(int(pid), 0)
-    daemon.kill()
-    daemon.wait()
-    daemon.stdout.close()
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as daemon:
+        try:
+            pid, heavy = daemon.stdout.readline().split(maxsplit=1)
+            assert heavy.strip() == "[]"
+            os.kill(int(pid), 0)
+        finally:
+            daemon.kill()
     for _ in range(100):
         try:
             os.kill(int(pid), 0)
