@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 import socket
@@ -60,3 +61,15 @@ def test_the_results_file_names_every_test_with_outcome_and_seconds(tmp_path):
         "test_left_out": "skipped",
     }
     assert all(r["seconds"] >= 0 for r in results)
+
+
+KEPT = sorted((pathlib.Path(__file__).parent.parent / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_kept_figures_are_of_todays_script_and_hold_their_bars(path):
+    """After an edit of the script: run it with --save."""
+    kept = json.loads(path.read_text())
+    script = path.parent.parent / f"{path.stem}.py"
+    assert kept["script_sha256"] == hashlib.sha256(script.read_bytes()).hexdigest()
+    assert all(kept[key] for key in kept if key.endswith("_ok"))
