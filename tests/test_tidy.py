@@ -212,10 +212,6 @@ def _named_modules() -> set[str]:
     return named
 
 
-@pytest.mark.skipif(
-    "def build_parser" not in text_of(pathlib.Path("cli/main.py")),
-    reason="the command line, from which everything is reached, is not here",
-)
 def test_no_module_is_dead():
     named = _named_modules()
     assert not [
