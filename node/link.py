@@ -107,7 +107,6 @@ class Link:
         self.peer: PeerId = stream.peer
         self.hello = hello
         self.dialled = dialled
-        self.opened_at = trio.current_time()
         self.rtt_seconds: Seconds = 0.0
         self.heard_count = 0
         self.closed_because = ""

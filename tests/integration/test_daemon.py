@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from aivillage.node import identity, village
-from tests.house import ROOT
 from tests.integration.daemons import Daemon, DaemonError, Done, Yard, paused, settled, wait_for
 
 pytestmark = pytest.mark.slow
@@ -28,7 +27,7 @@ READS = [
     ("config",),
     ("config", "show", "--origin"),
     ("paths",),
-    *([("doctor",)] if (ROOT / "cli" / "doctor.py").exists() else []),
+    ("doctor",),
 ]
 NEEDS_NO_DAEMON = {"balance", "history", "audit", "config", "paths", "doctor"}
 
