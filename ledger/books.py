@@ -6,19 +6,19 @@ transaction that the caller opens and commits. They take the time, randomness an
 
 from __future__ import annotations
 
-import importlib.resources
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import apsw
 import msgspec
 
-from aivillage.protocols.errors import ConfigError
-from aivillage.protocols.types import MicroCredits, PeerId
+from aivillage.ledger.migrations import migrate, schema
+from aivillage.protocols.errors import ConfigError, RequestError
+from aivillage.protocols.types import MicroCredits, PeerId, peer_id, public_key
 from aivillage.protocols.vouchers import digest, lane_of
 
 APPLICATION_ID: Final = 0x41495642  # "AIVB"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 NO_ENTRY: Final = bytes(32)
 EVIDENCE_MAX: Final = 16
 """Proofs kept against one payer: the first would do."""
@@ -27,7 +27,12 @@ RECEIVED_EXPOSURE: Final = 20_000
 
 
 class Leg(NamedTuple):
-    """One posting. Accounts: peer (what it owes me), earned, spent, unlabelled."""
+    """One posting; `attempt` is the id of the item: an attempt, a transfer or a gift.
+
+    Accounts: peer (what it owes me), earned and spent (work), routed (transfers on their way:
+    sent and not yet returned, or the reverse), gift, unlabelled (no item explains it), doubtful
+    (the part of peer that I no longer count on) and writeoff (what that cost me).
+    """
 
     account: str
     attempt: bytes | None
@@ -35,7 +40,10 @@ class Leg(NamedTuple):
 
 
 class Cause(NamedTuple):
-    """The voucher that moves the money, and whether it came back in SYNC."""
+    """The voucher that moves the money, and whether it came back in SYNC.
+
+    A correction of my own has no lane, and its body is a memo.
+    """
 
     peer: PeerId
     lane: bytes
@@ -45,23 +53,38 @@ class Cause(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The durable counters of this node and one peer."""
+    """The durable counters of this node and one peer.
+
+    `routed`: what transfers that are under way may still make it owe me.
+    """
 
     peer: PeerId
-    known: bool
-    line: MicroCredits
-    exposure: MicroCredits
-    received_exposure: MicroCredits
-    epoch: int
-    reserved: MicroCredits
-    paid: MicroCredits
-    written_off: MicroCredits
-    arrears: MicroCredits
-    balance: MicroCredits
+    known: bool = False
+    line: MicroCredits = 0
+    exposure: MicroCredits = 0
+    received_line: MicroCredits = 0
+    received_exposure: MicroCredits = RECEIVED_EXPOSURE
+    epoch: int = 0
+    reserved: MicroCredits = 0
+    paid: MicroCredits = 0
+    written_off: MicroCredits = 0
+    arrears: MicroCredits = 0
+    balance: MicroCredits = 0
+    routed: MicroCredits = 0
+    blocked: bool = False
+    shared: bool = False
+    unsynced: bool = False
+    owner: str | None = None
 
-    @classmethod
-    def of_stranger(cls, peer: PeerId) -> Pair:
-        return cls(peer, False, 0, 0, RECEIVED_EXPOSURE, 0, 0, 0, 0, 0, 0)
+    @property
+    def unsigned(self) -> MicroCredits:
+        """Delivered or reserved, and neither paid nor written off."""
+        return max(0, self.reserved - self.paid - self.written_off)
+
+    @property
+    def owed(self) -> MicroCredits:
+        """All that it owes me, or may come to owe without a further yes of mine."""
+        return self.balance + self.routed + self.unsigned
 
 
 def one(db: apsw.Connection, sql: str, bindings: tuple[Any, ...] = ()) -> tuple[Any, ...] | None:
@@ -82,22 +105,23 @@ def configure(db: apsw.Connection) -> None:
 
 
 def prepare(db: apsw.Connection, public_key: bytes, at_ms: int) -> None:
-    """Makes an empty file a book of `public_key`, or checks that it is one.
+    """Makes an empty file a book of `public_key`, or checks that it is one, and up to date.
 
     Raises:
         ConfigError: CONFIG, the file is no book, a newer book, or somebody else's book.
     """
-    application = one(db, "PRAGMA application_id")
-    version = one(db, "PRAGMA user_version")
-    tables = one(db, "SELECT count(*) FROM sqlite_schema")
-    if tables == (0,):
+    if one(db, "SELECT count(*) FROM sqlite_schema") == (0,):
         return _create(db, public_key, at_ms)
-    if application != (APPLICATION_ID,) or version != (SCHEMA_VERSION,):
+    version = one(db, "PRAGMA user_version")
+    if one(db, "PRAGMA application_id") == (APPLICATION_ID,) and version is not None:
+        migrate(db, version[0], SCHEMA_VERSION, at_ms)
+        version = one(db, "PRAGMA user_version")
+    if one(db, "PRAGMA application_id") != (APPLICATION_ID,) or version != (SCHEMA_VERSION,):
         raise ConfigError(
             "the ledger file is not a book of this version",
             next_step="start with the version that wrote it, or name another data folder",
         )
-    if one(db, "SELECT public_key FROM identity") != (public_key,):
+    if own_keys(db)[0] != public_key:
         raise ConfigError(
             "the ledger belongs to another key",
             next_step="put the identity.key back that this ledger.db was written with",
@@ -106,12 +130,54 @@ def prepare(db: apsw.Connection, public_key: bytes, at_ms: int) -> None:
 
 
 def _create(db: apsw.Connection, public_key: bytes, at_ms: int) -> None:
-    schema = importlib.resources.files("aivillage.ledger").joinpath("schema.sql").read_text("utf-8")
     with db:
-        db.execute(schema)
-        db.execute("INSERT INTO identity VALUES (1, ?, ?)", (public_key, at_ms))
+        db.execute(schema())
+        db.execute("INSERT INTO identity VALUES (1, ?, ?, NULL)", (public_key, at_ms))
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def own_keys(db: apsw.Connection) -> tuple[bytes, ...]:
+    """The keys that this book ever had, the one in force first."""
+    return tuple(key for (key,) in rows(db, "SELECT public_key FROM identity ORDER BY n DESC"))
+
+
+def peer_names(db: apsw.Connection) -> dict[PeerId, PeerId]:
+    """Later names of peers that changed their key -> the name under which the book has them."""
+    return dict(rows(db, "SELECT key_peer, peer FROM peer_key ORDER BY n"))
+
+
+def key_of(db: apsw.Connection, peer: PeerId) -> bytes:
+    """The key in force of a peer in the book."""
+    row = one(db, "SELECT key_peer FROM peer_key WHERE peer = ? ORDER BY n DESC LIMIT 1", (peer,))
+    return public_key(row[0] if row else peer)
+
+
+def name_of(db: apsw.Connection, key: bytes) -> PeerId:
+    """The name under which the book has the peer with this key."""
+    name = peer_id(key)
+    row = one(db, "SELECT peer FROM peer_key WHERE key_peer = ?", (name,))
+    return row[0] if row else name
+
+
+def succeed(db: apsw.Connection, peer: PeerId, key_peer: PeerId, proof: bytes, at_ms: int) -> bool:
+    """`peer` goes by `key_peer` too; False where that was known.
+
+    Raises:
+        RequestError: BAD_REQUEST, the new key is one that the book has as somebody else.
+    """
+    known = one(db, "SELECT peer FROM peer_key WHERE key_peer = ?", (key_peer,))
+    if known is not None and known[0] == peer:
+        return False
+    if known is not None or one(db, "SELECT 1 FROM peer WHERE peer = ?", (key_peer,)):
+        raise RequestError(f"{key_peer} is somebody of its own in this book")
+    ensure_peer(db, peer)
+    db.execute(
+        "INSERT INTO peer_key SELECT ?, ?, coalesce(max(n), 1) + 1, ?, ? FROM peer_key"
+        " WHERE peer = ?",
+        (key_peer, peer, at_ms, proof, peer),
+    )
+    return True
 
 
 def start_boot(db: apsw.Connection, at_ms: int, random_bytes: bytes) -> tuple[int, bytes]:
@@ -124,10 +190,15 @@ def start_boot(db: apsw.Connection, at_ms: int, random_bytes: bytes) -> tuple[in
     return epoch, lane
 
 
-_PAIR: Final = (
-    "SELECT peer, known, line, exposure, received_exposure, epoch, reserved, paid, written_off,"
-    " arrears, coalesce(amount, 0) FROM peer LEFT JOIN bal USING (peer)"
-)
+_PAIR: Final = """
+  SELECT peer, known, line, exposure, received_line, received_exposure, epoch, reserved, paid,
+    written_off, arrears, coalesce(amount, 0),
+    coalesce((SELECT sum(amount) FROM route_hop WHERE peer = peer.peer), 0)
+      + coalesce((SELECT sum(amount) FROM transfer
+        WHERE next = peer.peer AND state = 'forwarded'), 0),
+    blocked, shared, unsynced, owner
+  FROM peer LEFT JOIN bal USING (peer)
+"""
 
 
 def ensure_peer(db: apsw.Connection, peer: PeerId) -> None:
@@ -136,16 +207,12 @@ def ensure_peer(db: apsw.Connection, peer: PeerId) -> None:
 
 def read_pair(db: apsw.Connection, peer: PeerId) -> Pair:
     """The counters with `peer`; a stranger's are zero."""
-    row = one(db, f"{_PAIR} WHERE peer = ?", (peer,))
-    return _pair(row) if row else Pair.of_stranger(peer)
+    row = one(db, f"{_PAIR} WHERE peer.peer = ?", (peer,))
+    return Pair(*row) if row else Pair(peer)
 
 
 def read_pairs(db: apsw.Connection) -> list[Pair]:
-    return [_pair(row) for row in db.execute(_PAIR)]
-
-
-def _pair(row: tuple[Any, ...]) -> Pair:
-    return Pair(row[0], bool(row[1]), *row[2:])
+    return [Pair(*row) for row in db.execute(_PAIR)]
 
 
 def entry_hash(seq: int, head: tuple[Any, ...], legs: Iterable[Leg], prev: bytes) -> bytes:
@@ -168,6 +235,16 @@ def post(db: apsw.Connection, cause: Cause, legs: Iterable[Leg], at_ms: int) -> 
         "INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (seq, *head, prev, entry_hash(seq, head, kept, prev)),
     )
+
+
+def correct(
+    db: apsw.Connection, peer: PeerId, kind: str, reason: str, legs: Sequence[Leg], at_ms: int
+) -> None:
+    """A compensating entry: nothing that was written changes, and it says why it was made."""
+    seq = (one(db, "SELECT coalesce(max(seq), 0) + 1 FROM entry") or (1,))[0]
+    memo = msgspec.msgpack.encode((seq, kind, peer, reason))
+    db.execute("INSERT INTO memo VALUES (?, ?)", (digest(memo), memo))
+    post(db, Cause(peer, b"", 0, memo, kind), legs, at_ms)
 
 
 def keep_evidence(

@@ -11,19 +11,29 @@ import apsw
 from aivillage.ledger import payer
 from aivillage.ledger.books import Pair
 from aivillage.ledger.desk import Desk, Done, Failed, Partner, Purchase, paired
-from aivillage.protocols.errors import AivillageError, LedgerError
+from aivillage.ledger.signing import verified_receipt
+from aivillage.protocols.errors import (
+    AivillageError,
+    LedgerError,
+    RefusedError,
+    RequestError,
+)
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
 from aivillage.protocols.vouchers import (
+    GIFT,
+    HASH_BYTES,
     ITEMS_MAX,
     JOB,
+    ROUTE_MINOR,
     Item,
     Receipt,
     Voucher,
     check_item,
-    check_receipt,
     encode,
 )
 
+_NOTHING = bytes(HASH_BYTES)
+"""The running hash before anything came."""
 _RESEND_MAX = 64  # vouchers in one go; the rest waits for the next
 
 
@@ -34,9 +44,11 @@ class Buying:
     def intend(
         self, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
     ) -> None:
-        self._desk.partner(peer).purchases[attempt] = Purchase(quote_hash, ceiling)
+        partner = self._desk.partner(peer)
+        partner.purchases[attempt] = Purchase(quote_hash, ceiling)
+        name, at_ms = partner.pair.peer, self._desk.clock.unix_ms()
         self._desk.submit(
-            lambda db: payer.intend(db, peer, attempt, quote_hash, ceiling), lambda _: None
+            lambda db: payer.intend(db, name, attempt, quote_hash, ceiling, at_ms), lambda _: None
         )
 
     def accept(
@@ -71,15 +83,21 @@ class Buying:
         done: Done,
         failed: Failed,
     ) -> None:
-        """`done` once the final item is durable, or at once where nothing is to be signed."""
+        """`done` once the final item is durable, or at once where nothing is to be signed.
+
+        What was done for nothing (its ceiling was 0) is signed for too: the books tell who helped.
+        """
         partner = self._desk.partner(peer)
         self.accept(peer, attempt, amount, out_hash)
         purchase = partner.purchases.get(attempt)
         if purchase is None:
             return done()
-        if purchase.accepted == 0:
+        if purchase.ceiling == 0 and out_hash != _NOTHING:
+            purchase.out_hash = out_hash
+        elif purchase.accepted == 0:
             del partner.purchases[attempt]
-            self._desk.submit(lambda db: payer.drop_intent(db, peer, attempt), lambda _: None)
+            name = partner.pair.peer
+            self._desk.submit(lambda db: payer.drop_intent(db, name, attempt), lambda _: None)
             return done()
         purchase.closing = True
         purchase.waiters.append((done, failed))
@@ -98,7 +116,42 @@ class Buying:
             gone = LedgerError("the attempt was abandoned", code="CANCELLED")
             for _, settle_failed in purchase.waiters:
                 settle_failed(gone)
-        self._desk.submit(lambda db: payer.drop_intent(db, peer, attempt), lambda _: done(), failed)
+        name = partner.pair.peer
+        self._desk.submit(lambda db: payer.drop_intent(db, name, attempt), lambda _: done(), failed)
+
+    def give(
+        self, peer: PeerId, amount: MicroCredits, gift: bytes, done: Done, failed: Failed
+    ) -> None:
+        """A present: both books move, and nobody worked for it. `gift`: 16 bytes, its id.
+
+        Fails with RequestError: the peer does not know presents, or `amount` is none.
+        """
+        partner = self._desk.partner(peer)
+        if partner.link is None or partner.link.minor < ROUTE_MINOR:
+            return failed(
+                RefusedError(
+                    f"{peer[-8:]} is not here, or its version does not know gifts",
+                    code="NO_PEER",
+                    next_step="try again when `aivillage-node peers` shows it connected",
+                )
+            )
+        if amount < 1:
+            return failed(RequestError("a gift is at least one micro-credit"))
+        name, wallet, at_ms = partner.pair.peer, self._desk.wallet, self._desk.clock.unix_ms()
+        item = Item(GIFT, gift, b"", amount, _NOTHING, True)
+
+        def given(result: tuple[Voucher | None, Pair]) -> None:
+            self._desk.keep(result[1])
+            if result[0] is not None:
+                self.send(partner, [result[0]])
+            done()
+
+        self._desk.submit(
+            paired(lambda db: payer.make_voucher(db, wallet, name, [item], at_ms), name),
+            given,
+            failed,
+        )
+        return None
 
     def flush(self, partner: Partner) -> None:
         """Signs for all that is accepted and unsigned, at most 16 attempts a voucher."""
@@ -133,7 +186,7 @@ class Buying:
         self, partner: Partner, items: list[Item], voucher: Voucher | None, pair: Pair
     ) -> None:
         partner.signing -= 1
-        partner.pair = pair
+        self._desk.keep(pair)
         if voucher is not None:
             self.send(partner, [voucher])
         for item in items:
@@ -182,7 +235,7 @@ class Buying:
     def on_receipt(self, partner: Partner, receipt: Receipt) -> None:
         """Raises: PeerError: the receipt is forged."""
         peer, signer = partner.pair.peer, self._desk.signer
-        body = check_receipt(receipt, signer.public_key, partner.key, signer.verify)
+        body = verified_receipt(receipt, self._desk.keys, partner.keys, signer.verify)
 
         self._desk.submit(
             lambda db: payer.note_receipt(db, peer, body, receipt),

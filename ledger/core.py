@@ -12,8 +12,8 @@ from typing import Final
 import apsw
 import msgspec
 
-from aivillage.ledger import exposure, sync
-from aivillage.ledger.books import Pair, keep_evidence
+from aivillage.ledger import corrections, exposure, sync, transfers
+from aivillage.ledger.books import Pair, keep_evidence, succeed
 from aivillage.ledger.buying import Buying
 from aivillage.ledger.desk import (
     Clock,
@@ -27,9 +27,10 @@ from aivillage.ledger.desk import (
     Send,
     Settings,
 )
+from aivillage.ledger.routing import Routing
 from aivillage.ledger.selling import Selling
-from aivillage.ledger.signing import Signer
-from aivillage.protocols.types import MicroCredits, PeerId, peer_id
+from aivillage.ledger.signing import Signer, verified_voucher
+from aivillage.protocols.types import MicroCredits, PeerId, Seconds, peer_id
 from aivillage.protocols.vouchers import (
     PARTS_MAX,
     STRANGER_PARTS_MAX,
@@ -42,14 +43,13 @@ from aivillage.protocols.vouchers import (
     Voucher,
     bad,
     check_equivocation,
-    check_voucher,
     decode,
     pack_reply,
     pack_request,
 )
 
 ROUND_SECONDS: Final = 1.0
-_PairJob = Callable[[apsw.Connection], Pair]
+_PairJob = Callable[[apsw.Connection, PeerId], Pair]
 
 
 class PartnerView(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,14 +59,19 @@ class PartnerView(msgspec.Struct, frozen=True, kw_only=True):
     known: bool
     line: MicroCredits
     exposure: MicroCredits
+    received_line: MicroCredits
     owed_to_me: MicroCredits
     owed_by_me: MicroCredits
     delivered: MicroCredits
     paid: MicroCredits
     written_off: MicroCredits
+    routed: MicroCredits
     room: MicroCredits
     connected: bool
     synced: bool
+    blocked: bool
+    shared: bool
+    owner: str
 
 
 class Ledger:
@@ -84,36 +89,73 @@ class Ledger:
         """Starts a boot: `db` is this book's, prepared, and `runner` does not run on it yet."""
         self.desk = Desk(db, signer, settings, clock, random_bytes, runner)
         self.buying = Buying(self.desk)
-        self.selling = Selling(self.desk)
+        self.routing = Routing(self.desk, self.buying, waiting=bool(transfers.pending(db)))
+        self.selling = Selling(self.desk, self.routing)
+        self._upkeep_at: Seconds = self.desk.now() + settings.heal_seconds
 
     # policy
 
-    def set_line(
-        self, peer: PeerId, amounts: tuple[MicroCredits, MicroCredits], done: Done, failed: Failed
+    def certify(
+        self,
+        peer: PeerId,
+        amounts: tuple[MicroCredits, MicroCredits],
+        owner: str | None,
+        done: Done,
+        failed: Failed,
     ) -> None:
-        """`amounts`: line and exposure."""
+        """`amounts`: line and exposure by the village; `owner`: whose device it is."""
         at_ms = self.desk.clock.unix_ms()
-        self._change(peer, lambda db: exposure.set_line(db, peer, *amounts, at_ms), done, failed)
+        self._change(
+            peer,
+            lambda db, name: exposure.certify(db, name, *amounts, at_ms, owner=owner),
+            done,
+            failed,
+        )
+
+    def decree(self, peer: PeerId, word: exposure.Word, done: Done, failed: Failed) -> None:
+        """The owner's own word on a peer."""
+        at_ms = self.desk.clock.unix_ms()
+        self._change(peer, lambda db, name: exposure.decree(db, name, word, at_ms), done, failed)
+
+    def forgive_gap(self, peer: PeerId, done: Done, failed: Failed) -> None:
+        """Gives up what was delivered to `peer` and never signed for."""
+        self._change(peer, exposure.forgive_gap, done, failed)
+
+    def succeed(
+        self, peer: PeerId, key_peer: PeerId, proof: bytes, done: Done, failed: Failed
+    ) -> None:
+        """`peer` goes by another key from now on; the former key signed `proof`, as was checked."""
+        name, at_ms = self.desk.name(peer), self.desk.clock.unix_ms()
+
+        def succeeded(is_new: bool) -> None:
+            if is_new:
+                self.desk.succeed(name, key_peer)
+            done()
+
+        self.desk.submit(lambda db: succeed(db, name, key_peer, proof, at_ms), succeeded, failed)
 
     def set_received(
         self, peer: PeerId, amounts: tuple[MicroCredits, MicroCredits], done: Done, failed: Failed
     ) -> None:
         """`amounts`: the line and exposure that `peer` grants."""
-        self._change(peer, lambda db: exposure.set_received(db, peer, *amounts), done, failed)
+        self._change(peer, lambda db, name: exposure.set_received(db, name, *amounts), done, failed)
 
     def _change(self, peer: PeerId, job: _PairJob, done: Done, failed: Failed) -> None:
+        name = self.desk.name(peer)
+
         def changed(pair: Pair) -> None:
-            self.desk.partner(peer).pair = pair
-            self.desk.on_room(peer)
+            self.desk.keep(pair)
+            self.desk.on_room(name)
             done()
 
-        self.desk.submit(job, changed, failed)
+        self.desk.submit(lambda db: job(db, name), changed, failed)
 
     # links
 
-    def connected(self, peer: PeerId, peer_epoch: int, send: Send) -> None:
+    def connected(self, peer: PeerId, peer_epoch: int, send: Send, minor: int = 0) -> None:
+        """`minor`: the version that its hello says."""
         partner = self.desk.partner(peer)
-        partner.link = Link(send, peer_epoch)
+        partner.link = Link(send, peer_epoch, minor)
         self._see_epoch(partner, peer_epoch)
         self._ask(partner, partner.link)
 
@@ -152,14 +194,14 @@ class Ledger:
 
     def _on_equivocation(self, proof: Equivocation) -> None:
         payer, at_ms = peer_id(proof.payer), self.desk.clock.unix_ms()
-        accused = self.desk.partners.get(payer)
-        if accused is None or not (accused.pair.known or accused.pair.paid):
+        accused = self.desk.pair(payer)
+        if not (accused.known or accused.paid):
             return  # keys are free: proofs about strangers would fill the disk
         body = check_equivocation(proof, self.desk.signer.verify)
         first, second = proof.first, proof.second
         bodies = (first.body, first.signature, second.body, second.signature)
         self.desk.submit(
-            lambda db: keep_evidence(db, payer, (body.lane, body.n), bodies, at_ms),
+            lambda db: keep_evidence(db, accused.peer, (body.lane, body.n), bodies, at_ms),
             lambda _: None,
         )
 
@@ -208,7 +250,7 @@ class Ledger:
         peer, epoch, lanes = partner.pair.peer, question.epoch, question.lanes
 
         def ready(answer: sync.Answer) -> None:
-            partner.pair = answer.pair
+            self.desk.keep(answer.pair)
             if partner.link is link:
                 self._answer(partner, link, (epoch, question.round), answer)
 
@@ -231,7 +273,7 @@ class Ledger:
         signer = self.desk.signer
         attests = [self.selling.check(partner, voucher) for voucher in message.mine]
         for voucher in message.yours:
-            check_voucher(voucher, signer.public_key, partner.key, signer.verify)
+            verified_voucher(voucher, self.desk.keys, partner.keys, signer.verify)
         link.reply[message.part] = message
         link.attests[message.part] = attests
         if len(link.reply) == message.parts:
@@ -258,6 +300,7 @@ class Ledger:
                 self._ask(partner, link)
             else:
                 link.synced = True
+                self.desk.met.add(peer)
 
         self.desk.submit(job, done)
 
@@ -275,28 +318,54 @@ class Ledger:
             if link is not None and not link.synced and now - link.asked_at >= wait:
                 self._ask(partner, link)
 
+        self.routing.tick()
+        self.desk.forget_idle()
+        if now >= self._upkeep_at:
+            self._upkeep_at = now + self.desk.settings.heal_seconds
+            self._upkeep()
+
+    def _upkeep(self) -> None:
+        """What the owner forgives by the day."""
+        settings, at_ms = self.desk.settings, self.desk.clock.unix_ms()
+
+        def kept(relieved: MicroCredits) -> None:
+            self.desk.relieved = relieved
+
+        def job(db: apsw.Connection) -> MicroCredits:
+            corrections.write_back(db, at_ms)
+            if settings.debt_expiry_days:
+                corrections.expire(db, settings.debt_expiry_days, at_ms)
+            return exposure.relieve_pool(db, settings.pool_day, at_ms) if settings.pool_day else 0
+
+        self.desk.submit(job, kept)
+
     def wind_down(self) -> None:
         """Signs for what was accepted and gives back unused reservations, before a clean stop."""
-        for partner in self.desk.partners.values():
+        for partner in list(self.desk.partners.values()):
             self.buying.flush(partner)
             self.selling.heal(partner)
 
     def view(self, peer: PeerId) -> PartnerView:
-        partner, pool = self.desk.partner(peer), self.desk.settings.stranger_pool
-        pair = partner.pair
+        name, pool = self.desk.name(peer), self.desk.settings.stranger_pool
+        partner, pair = self.desk.partners.get(name), self.desk.pair(peer)
         return PartnerView(
             peer=peer,
-            known=pair.known,
+            known=bool(pair.known),
             line=exposure.line_of(pair, pool),
             exposure=exposure.exposure_of(pair, pool),
+            received_line=pair.received_line,
             owed_to_me=max(0, pair.balance),
             owed_by_me=max(0, -pair.balance),
-            delivered=partner.delivered,
+            delivered=partner.delivered if partner else pair.reserved,
             paid=pair.paid,
             written_off=pair.written_off,
-            room=self.selling.room(peer),
-            connected=partner.link is not None,
-            synced=partner.link is not None and partner.link.synced,
+            routed=pair.routed,
+            room=self.selling.room(peer) if partner else 0,
+            connected=partner is not None and partner.link is not None,
+            synced=partner is not None and partner.link is not None and partner.link.synced,
+            blocked=bool(pair.blocked),
+            shared=bool(pair.shared),
+            owner=pair.owner or "",
         )
 
 

@@ -7,14 +7,22 @@ executes transactions and calls back once they are durable.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import apsw
 import msgspec
 
-from aivillage.ledger.books import Pair, read_pair, read_pairs, start_boot
+from aivillage.ledger import exposure
+from aivillage.ledger.books import (
+    Pair,
+    own_keys,
+    peer_names,
+    read_pair,
+    read_pairs,
+    start_boot,
+)
 from aivillage.ledger.payer import Wallet
 from aivillage.ledger.signing import Signer
 from aivillage.protocols.errors import AivillageError
@@ -55,6 +63,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     release_seconds: Seconds = 5.0
     """After the last sale an unused reservation is given back: what a crash would leave."""
     heal_seconds: Seconds = 60.0
+    idle_seconds: Seconds = 60.0
+    """A peer that is away and owes no answer leaves memory; its counters stay."""
+    route_seconds: Seconds = 120.0
+    """How long a transfer may wait on its way before it goes back."""
+    pool_day: MicroCredits = 0
+    """What strangers together are forgiven a day of what they took and did not pay."""
+    debt_expiry_days: int = 0
+    """A debt that has not moved for so long is written off; 0: never."""
 
 
 @dataclass(slots=True)
@@ -102,6 +118,7 @@ class Link:
 
     send: Send
     epoch: int
+    minor: int = 0
     round: int = 0
     asked_at: Seconds = 0.0
     answered_round: int = 0
@@ -118,7 +135,8 @@ class Partner:
     """One peer, in memory. `pair` mirrors the durable counters as last committed."""
 
     pair: Pair
-    key: bytes
+    keys: tuple[bytes, ...]
+    """The one in force first."""
     delivered: MicroCredits
     epoch: int
     link: Link | None = None
@@ -137,6 +155,22 @@ class Partner:
     resend_at: Seconds = 0.0
     resend_wait: Seconds = 0.0
     heal_at: Seconds = 0.0
+    used_at: Seconds = 0.0
+
+    @property
+    def key(self) -> bytes:
+        return self.keys[0]
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is under way with it, and nothing would be forgotten with it."""
+        busy = self.link or self.sales or self.purchases or self.receipts or self.wanted
+        waits = self.reserving or self.releasing or self.signing or self.unpaid_since is not None
+        return not busy and not waits and self.delivered >= self.pair.reserved
+
+
+_STRANGERS = ""
+"""Their group; every other is the devices of one owner, under its id."""
 
 
 class Desk:
@@ -157,26 +191,110 @@ class Desk:
         self.settings = settings
         self.clock = clock
         self.signer = signer
-        self.me: PeerId = peer_id(signer.public_key)
+        self.keys = own_keys(db)
+        self.me: PeerId = peer_id(self.keys[-1])
         self.wallet = Wallet(signer, lane)
         self.refusing: AivillageError | None = None
         self.on_room: Callable[[PeerId], None] = lambda peer: None
         self.on_error: Failed = lambda error: None
         self.partners: dict[PeerId, Partner] = {}
+        """Those who are here, or with whom something is under way."""
+        self.met: set[PeerId] = set()
+        """Those who synced since this boot began."""
+        self.relieved: MicroCredits = exposure.relieved(db)
         self._runner = runner
+        self._names = peer_names(db)
+        self._keys: dict[PeerId, tuple[bytes, ...]] = {}
+        for name, peer in self._names.items():
+            self._keys[peer] = (public_key(name), *self._keys.get(peer, (public_key(peer),)))
+        self._away: dict[PeerId, Pair] = {}
+        self._shares: dict[str, dict[PeerId, MicroCredits]] = {}
         for pair in read_pairs(db):
-            self.partners[pair.peer] = self._partner(pair)
+            self._away[pair.peer] = pair
+            self._count_share(pair)
+
+    def name(self, peer: PeerId) -> PeerId:
+        """The name under which the book has `peer`: the first key that it had."""
+        return self._names.get(peer, peer)
 
     def partner(self, peer: PeerId) -> Partner:
+        peer = self._names.get(peer, peer)
         known = self.partners.get(peer)
         if known is None:
-            pair = Pair.of_stranger(peer)
+            pair = self._away.pop(peer, None) or Pair(peer)
             known = self.partners[peer] = self._partner(pair)
+        known.used_at = self.now()
         return known
 
     def _partner(self, pair: Pair) -> Partner:
         # A crash counts all that was reserved as delivered.
-        return Partner(pair, public_key(pair.peer), delivered=pair.reserved, epoch=pair.epoch)
+        keys = self._keys.get(pair.peer) or (public_key(pair.peer),)
+        return Partner(pair, keys, delivered=pair.reserved, epoch=pair.epoch)
+
+    def pair(self, peer: PeerId) -> Pair:
+        """The counters as last committed, without making a partner of everybody asked about."""
+        peer = self._names.get(peer, peer)
+        partner = self.partners.get(peer)
+        return partner.pair if partner else self._away.get(peer) or Pair(peer)
+
+    def pairs(self) -> list[Pair]:
+        """Of everybody in the book."""
+        return [partner.pair for partner in self.partners.values()] + list(self._away.values())
+
+    def keep(self, pair: Pair) -> None:
+        """New counters, just committed."""
+        self._count_share(pair)
+        partner = self.partners.get(pair.peer)
+        if partner is None:
+            self._away[pair.peer] = pair
+        else:
+            partner.pair = pair
+
+    def refresh(self, peers: Iterable[PeerId]) -> None:
+        """Reads the counters of `peers` again, as of the next commit."""
+        wanted = list(peers)
+
+        def kept(pairs: list[Pair]) -> None:
+            for pair in pairs:
+                self.keep(pair)
+
+        self.submit(lambda db: [read_pair(db, peer) for peer in wanted], kept)
+
+    def succeed(self, peer: PeerId, key_peer: PeerId) -> None:
+        """`peer`, by the name that the book has, goes by `key_peer` from now on. It is durable."""
+        self._names[key_peer] = peer
+        partner = self.partner(peer)
+        self._keys[peer] = partner.keys = (public_key(key_peer), *partner.keys)
+
+    def forget_idle(self) -> None:
+        """Whoever is away and idle costs a row of counters from now on."""
+        oldest = self.now() - self.settings.idle_seconds
+        for peer, partner in list(self.partners.items()):
+            if partner.used_at < oldest and partner.is_idle:
+                del self.partners[peer]
+                if partner.pair != Pair(peer):
+                    self._away[peer] = partner.pair
+
+    def _count_share(self, pair: Pair) -> None:
+        group = _STRANGERS if not pair.known else pair.owner
+        for name, shares in self._shares.items():
+            if name != group:
+                shares.pop(pair.peer, None)
+        if group is not None:
+            share = exposure.share_of(pair)
+            shares = self._shares.setdefault(group, {})
+            if share:
+                shares[pair.peer] = share
+            else:
+                shares.pop(pair.peer, None)
+
+    def others_share(self, pair: Pair) -> MicroCredits:
+        """What the others take who share a limit with this peer; see `exposure.ceiling`."""
+        if pair.known and pair.owner is None:
+            return 0
+        shares = self._shares.get(_STRANGERS if not pair.known else str(pair.owner), {})
+        share = sum(shares.values()) - shares.get(pair.peer, 0)
+        return share if pair.known else share - self.relieved
 
     def submit(
         self,

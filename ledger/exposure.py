@@ -8,7 +8,7 @@ one pool W, for what they owe, signed or not.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import apsw
 
@@ -20,15 +20,62 @@ RHO: Final = 16
 DAY_MS: Final = 86_400_000
 
 
-def set_line(
-    db: apsw.Connection, peer: PeerId, line: MicroCredits, exposure: MicroCredits, at_ms: int
+def certify(
+    db: apsw.Connection,
+    peer: PeerId,
+    line: MicroCredits,
+    exposure: MicroCredits,
+    at_ms: int,
+    *,
+    owner: str | None = None,
 ) -> Pair:
-    """The owner's word on a peer makes it a known one."""
+    """What its village lets `peer` owe me makes it a known one; `owner`: whose device it is."""
+    _acquaint(db, peer, at_ms)
+    db.execute(
+        "UPDATE peer SET certified_line = ?, certified_exposure = ?, owner = ? WHERE peer = ?",
+        (line, exposure, owner, peer),
+    )
+    return _in_force(db, peer)
+
+
+class Word(NamedTuple):
+    """The owner's word on a peer; None leaves a field as it is."""
+
+    line: MicroCredits | None = None
+    exposure: MicroCredits | None = None
+    blocked: bool | None = None
+    shared: bool | None = None
+
+
+def decree(db: apsw.Connection, peer: PeerId, word: Word, at_ms: int) -> Pair:
+    """The owner's word on a peer beats its village's, whatever the village says later."""
+    _acquaint(db, peer, at_ms)
+    db.execute(
+        "UPDATE peer SET owner_line = coalesce(?, owner_line), blocked = coalesce(?, blocked),"
+        " owner_exposure = coalesce(?, owner_exposure), shared = coalesce(?, shared)"
+        " WHERE peer = ?",
+        (word.line, word.blocked, word.exposure, word.shared, peer),
+    )
+    return _in_force(db, peer)
+
+
+def _acquaint(db: apsw.Connection, peer: PeerId, at_ms: int) -> None:
     ensure_peer(db, peer)
     db.execute(
-        "UPDATE peer SET known = 1, line = ?, exposure = ?,"
-        " healed_ms = CASE known WHEN 0 THEN ? ELSE healed_ms END WHERE peer = ?",
-        (line, exposure, at_ms, peer),
+        "UPDATE peer SET healed_ms = CASE known WHEN 0 THEN ? ELSE healed_ms END, known = 1"
+        " WHERE peer = ?",
+        (at_ms, peer),
+    )
+
+
+def _in_force(db: apsw.Connection, peer: PeerId) -> Pair:
+    db.execute(
+        "UPDATE peer SET"
+        " line = CASE blocked WHEN 1 THEN 0 ELSE coalesce(owner_line, certified_line, 0) END,"
+        " exposure = CASE blocked WHEN 1 THEN 0"
+        " ELSE min(coalesce(owner_exposure, certified_exposure, 0),"
+        " coalesce(owner_line, certified_line, 0)) END WHERE peer = ?",
+        (peer,),
     )
     return read_pair(db, peer)
 
@@ -53,24 +100,68 @@ def exposure_of(pair: Pair, pool: MicroCredits) -> MicroCredits:
     return pair.exposure if pair.known else pool
 
 
-def ceiling(pair: Pair, pool: MicroCredits, strangers: MicroCredits) -> MicroCredits:
-    """The most that `reserved` may be. `strangers`: what the other strangers take of `pool`."""
-    line_left = line_of(pair, pool) - pair.balance
+def ceiling(pair: Pair, pool: MicroCredits, others: MicroCredits) -> MicroCredits:
+    """The most that `reserved` may be.
+
+    `others`: what those owe, or may owe, who share a limit with this peer: the other devices of
+    its owner their line, and all other strangers the pool.
+    """
+    line_left = line_of(pair, pool) - pair.balance - pair.routed - (others if pair.known else 0)
     most = pair.paid + pair.written_off + min(exposure_of(pair, pool), line_left)
     if not pair.known:
-        most = min(most, pair.paid + pool - strangers - max(0, pair.balance))
+        most = min(most, pair.paid + pool - others - max(0, pair.balance))
     return min(most, AMOUNT_MAX)
 
 
-def strangers_share(db: apsw.Connection, besides: PeerId) -> MicroCredits:
-    """What all strangers but one owe or may owe."""
+def share_of(pair: Pair) -> MicroCredits:
+    """What `pair` takes of a limit that it shares with others."""
+    if pair.known:
+        return max(0, pair.owed)
+    return max(0, pair.reserved - pair.paid) + max(0, pair.balance)
+
+
+_SHARERS: Final = {
+    "stranger": "SELECT peer FROM peer LEFT JOIN bal USING (peer) WHERE known = 0 AND peer <> ?1"
+    " AND (reserved > paid OR amount > 0)",
+    "device": "SELECT peer FROM peer WHERE owner = ?2 AND known = 1 AND peer <> ?1",
+}
+
+
+def others_share(db: apsw.Connection, pair: Pair) -> MicroCredits:
+    """What the others take who share a limit with this peer, less what the owner forgave."""
+    if pair.known and pair.owner is None:
+        return 0
+    bindings = (pair.peer, pair.owner) if pair.known else (pair.peer,)
+    sharers = rows(db, _SHARERS["device" if pair.known else "stranger"], bindings)
+    share = sum(share_of(read_pair(db, peer)) for (peer,) in sharers)
+    return share if pair.known else share - relieved(db)
+
+
+def relieved(db: apsw.Connection) -> MicroCredits:
+    """What the owner forgave all strangers together so far."""
+    row = one(db, "SELECT relieved FROM pool")
+    return int(row[0]) if row else 0
+
+
+def relieve_pool(db: apsw.Connection, day: MicroCredits, at_ms: int) -> MicroCredits:
+    """Forgives strangers up to `day` a day of what they took and did not pay; returns the sum.
+
+    A clock that jumps gives one day at most, and what is paid late takes its place.
+    """
     ((share,),) = rows(
         db,
         "SELECT coalesce(sum(max(0, reserved - paid) + max(0, coalesce(amount, 0))), 0)"
-        " FROM peer LEFT JOIN bal USING (peer) WHERE known = 0 AND peer <> ?",
-        (besides,),
+        " FROM peer LEFT JOIN bal USING (peer) WHERE known = 0",
     )
-    return int(share)
+    before, healed_ms = one(db, "SELECT relieved, healed_ms FROM pool") or (0, at_ms)
+    more = day * min(max(0, at_ms - healed_ms), DAY_MS) // DAY_MS
+    now = min(int(before) + more, int(share))
+    db.execute(
+        "INSERT INTO pool VALUES (1, ?1, ?2) ON CONFLICT DO UPDATE SET relieved = ?1,"
+        " healed_ms = ?2",
+        (now, at_ms),
+    )
+    return int(now)
 
 
 def reserve(
@@ -82,8 +173,7 @@ def reserve(
 ) -> Pair:
     """Raises `reserved` so that one more `unit` fits, and a step ahead, if the rules allow."""
     pair = read_pair(db, peer)
-    share = 0 if pair.known else strangers_share(db, peer)
-    most = ceiling(pair, pool, share)
+    most = ceiling(pair, pool, others_share(db, pair))
     step = max(unit, exposure_of(pair, pool) // 8)
     wanted = min(delivered + step, most)
     if wanted < delivered + unit or wanted <= pair.reserved:
@@ -119,6 +209,16 @@ def heal(db: apsw.Connection, peer: PeerId, at_ms: int) -> Pair:
         "UPDATE peer SET written_off = written_off + ?, allowance_ms = ?, healed_ms = ?"
         " WHERE peer = ?",
         (more, allowance_ms, at_ms, peer),
+    )
+    return read_pair(db, peer)
+
+
+def forgive_gap(db: apsw.Connection, peer: PeerId) -> Pair:
+    """The owner gives up what was delivered or reserved and never signed for, all of it."""
+    db.execute(
+        "UPDATE peer SET written_off = written_off + max(0, reserved - paid - written_off)"
+        " WHERE peer = ?",
+        (peer,),
     )
     return read_pair(db, peer)
 

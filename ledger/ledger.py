@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -19,10 +19,12 @@ import apsw
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aivillage.ledger import books
+from aivillage.ledger import books, corrections
 from aivillage.ledger.audit import AuditReport, audit
+from aivillage.ledger.compaction import Compacted, compact
 from aivillage.ledger.core import Ledger, PartnerView
 from aivillage.ledger.desk import Clock, Done, Failed, Settings
+from aivillage.ledger.exposure import Word
 from aivillage.ledger.queries import Balance, HistoryRow, Query, balance, history, run
 from aivillage.ledger.signing import Ed25519Signer
 from aivillage.ledger.store import Store
@@ -51,9 +53,12 @@ class NodeBook:
         self._path = path
         self._ledger = ledger
         self._rooms: dict[PeerId, trio.Event] = {}
+        self._rings: dict[bytes, list[str]] = {}
+        self._ring_ended = trio.Event()
         self._fatal: NodeError | None = None
         ledger.desk.on_room = self._wake
         ledger.desk.on_error = _log_error
+        ledger.routing.on_end = self._end_ring
 
     @property
     def epoch(self) -> int:
@@ -66,8 +71,10 @@ class NodeBook:
 
     # links
 
-    def connected(self, peer: PeerId, peer_epoch: int, send: Callable[[bytes], None]) -> None:
-        self._ledger.connected(peer, peer_epoch, send)
+    def connected(
+        self, peer: PeerId, peer_epoch: int, send: Callable[[bytes], None], minor: int = 0
+    ) -> None:
+        self._ledger.connected(peer, peer_epoch, send, minor)
 
     def disconnected(self, peer: PeerId) -> None:
         self._ledger.disconnected(peer)
@@ -80,13 +87,131 @@ class NodeBook:
 
     # policy
 
-    async def set_line(self, peer: PeerId, line: MicroCredits, exposure: MicroCredits) -> None:
+    async def set_line(
+        self, peer: PeerId, line: MicroCredits, exposure: MicroCredits, owner: str | None = None
+    ) -> None:
+        """What the village lets `peer` owe; the owner's own word, if any, beats it."""
         amounts = (line, exposure)
-        await self._durable(functools.partial(self._ledger.set_line, peer, amounts))
+        await self._durable(functools.partial(self._ledger.certify, peer, amounts, owner))
+
+    async def decree(self, peer: PeerId, word: Word) -> None:
+        """The owner's own word on a peer: a line, blocked or not, for nothing or not."""
+        await self._durable(functools.partial(self._ledger.decree, peer, word))
 
     async def set_received(self, peer: PeerId, line: MicroCredits, exposure: MicroCredits) -> None:
         """What `peer` lets me owe, and how much unsigned; vouchers go out at half of the latter."""
         await self._durable(functools.partial(self._ledger.set_received, peer, (line, exposure)))
+
+    async def succeed(self, peer: PeerId, key_peer: PeerId, proof: bytes) -> None:
+        """`peer` goes by another key from now on; its proof was checked.
+
+        Raises:
+            RequestError: BAD_REQUEST, the book has that key as somebody else.
+        """
+        await self._durable(functools.partial(self._ledger.succeed, peer, key_peer, proof))
+
+    async def forgive_gap(self, peer: PeerId) -> None:
+        """Gives up what was delivered to `peer`, or reserved for it, and never signed for."""
+        await self._durable(functools.partial(self._ledger.forgive_gap, peer))
+
+    async def write_off(
+        self, peer: PeerId, amount: MicroCredits | None, reason: str
+    ) -> MicroCredits:
+        """Books what `peer` owes, or `amount` of it, as lost; returns how much that is.
+
+        Raises:
+            RequestError: BAD_REQUEST, it does not owe so much.
+        """
+        desk = self._ledger.desk
+        name, at_ms = desk.name(peer), desk.clock.unix_ms()
+        return await self._answer(lambda db: corrections.write_off(db, name, amount, reason, at_ms))
+
+    async def favour(
+        self, peer: PeerId, attempt: AttemptId, worth: MicroCredits, *, mine: bool
+    ) -> None:
+        """Notes what work for nothing was worth. `mine`: it was done for me."""
+        desk = self._ledger.desk
+        row = (mine, desk.name(peer), attempt, worth, desk.clock.unix_ms())
+        await self._answer(
+            lambda db: db.execute(
+                "INSERT INTO favour VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row
+            ).fetchall()
+        )
+
+    async def compact(self) -> Compacted:
+        """Drops what later vouchers say too; see `compaction.py`."""
+        at_ms = self._ledger.desk.clock.unix_ms()
+        return await self._answer(lambda db: compact(db, at_ms))
+
+    # spending elsewhere
+
+    async def give(self, peer: PeerId, amount: MicroCredits) -> bytes:
+        """A present, durable and on its way when this returns its id.
+
+        Raises:
+            RefusedError: NO_PEER, the peer is not here.
+            RequestError: BAD_REQUEST, nothing to give.
+        """
+        gift = os.urandom(16)
+        await self._durable(functools.partial(self._ledger.buying.give, peer, amount, gift))
+        return gift
+
+    async def route(self, others: Sequence[PeerId], amount: MicroCredits) -> str:
+        """Moves a debt around a ring: pays the first of `others`; the last of them pays me.
+
+        Returns `closed`, or `refunded` where somebody on the way could not pass it on. Cancelled,
+        it goes on: what is under way counts against the exposure until it ends.
+
+        Raises:
+            RequestError, RefusedError, LedgerError: nothing was begun, and why.
+        """
+        begun = trio.Event()
+        xids: list[bytes] = []
+        errors: list[AivillageError] = []
+
+        def started(xid: bytes) -> None:
+            xids.append(xid)
+            self._rings[xid] = []
+            begun.set()
+
+        def failed(error: AivillageError) -> None:
+            errors.append(error)
+            begun.set()
+
+        self._ledger.routing.start(others, amount, os.urandom(8), started, failed)
+        await begun.wait()
+        if errors:
+            raise errors[0]
+        try:
+            while not self._rings[xids[0]]:
+                await self._ring_ended.wait()
+            return self._rings[xids[0]][0]
+        finally:
+            del self._rings[xids[0]]
+
+    def _end_ring(self, xid: bytes, state: str) -> None:
+        if xid in self._rings:
+            self._rings[xid].append(state)
+            self._ring_ended.set()
+            self._ring_ended = trio.Event()
+
+    async def release(self, xid: bytes) -> MicroCredits:
+        """Gives up an open transfer of mine; returns what that costs.
+
+        Raises:
+            RequestError: BAD_REQUEST, none of mine that is open.
+        """
+        costs: list[MicroCredits] = []
+
+        def start(done: Done, failed: Failed) -> None:
+            def released(amount: MicroCredits) -> None:
+                costs.append(amount)
+                done()
+
+            self._ledger.routing.release(xid, released, failed)
+
+        await self._durable(start)
+        return costs[0]
 
     # buyer
 
@@ -111,7 +236,7 @@ class NodeBook:
         await self._durable(functools.partial(self._ledger.buying.abandon, peer, attempt))
 
     def owed_to(self, peer: PeerId) -> MicroCredits:
-        return max(0, -self._ledger.desk.partner(peer).pair.balance)
+        return max(0, -self._ledger.desk.pair(peer).balance)
 
     # seller
 
@@ -135,7 +260,7 @@ class NodeBook:
         return self._ledger.selling.deliver(peer, attempt, amount, out_hash)
 
     async def room_changed(self, peer: PeerId) -> None:
-        await self._rooms.setdefault(peer, trio.Event()).wait()
+        await self._rooms.setdefault(self._ledger.desk.name(peer), trio.Event()).wait()
 
     def end_sale(self, peer: PeerId, attempt: AttemptId) -> None:
         self._ledger.selling.end_sale(peer, attempt)
@@ -146,7 +271,7 @@ class NodeBook:
         return self._ledger.view(peer)
 
     def views(self) -> list[PartnerView]:
-        return [self._ledger.view(peer) for peer in self._ledger.desk.partners]
+        return [self._ledger.view(pair.peer) for pair in self._ledger.desk.pairs()]
 
     async def balance(self) -> Balance:
         return await self._read(balance(self._ledger.desk.settings.stranger_pool))
@@ -161,6 +286,20 @@ class NodeBook:
     async def _read(self, query: Query[T]) -> T:
         """Over a connection of its own, in a snapshot: readers never wait for the writer."""
         return await trio.to_thread.run_sync(_read_file, self._path, query)
+
+    async def _answer(self, job: Callable[[apsw.Connection], T]) -> T:
+        """What `job` gives, once it is durable."""
+        answers: list[T] = []
+
+        def start(done: Done, failed: Failed) -> None:
+            def answered(value: T) -> None:
+                answers.append(value)
+                done()
+
+            self._ledger.desk.submit(job, answered, failed)
+
+        await self._durable(start)
+        return answers[0]
 
     async def _durable(self, start: Callable[[Done, Failed], None]) -> None:
         event, errors = trio.Event(), list[AivillageError]()

@@ -7,9 +7,14 @@ from typing import Final, NamedTuple
 import apsw
 import msgspec
 
+from aivillage.ledger import transfers
 from aivillage.ledger.books import Cause, Leg, ensure_peer, keep_evidence, one, post, rows
 from aivillage.protocols.types import MicroCredits, PeerId
 from aivillage.protocols.vouchers import (
+    GIFT,
+    REFUND,
+    ROUTE,
+    SERVICE,
     Item,
     ReceiptRow,
     Voucher,
@@ -31,6 +36,7 @@ class _Lane(NamedTuple):
     n: int
     cum: MicroCredits
     attr: MicroCredits
+    service: MicroCredits
     vouchers: int
     sealed: int
 
@@ -53,8 +59,11 @@ def book_voucher(
         proof = (rival[0], rival[1], voucher.body, voucher.signature)
         keep_evidence(db, peer, (body.lane, body.n), proof, at_ms)
         return Booked(body.lane, None)
-    if _says_nothing(db, peer, body, voucher):
-        return Booked(body.lane, None)
+    known_peer = one(db, "SELECT 1 FROM peer WHERE peer = ? AND known = 1", (peer,)) is not None
+    if _says_nothing(db, peer, body, voucher, known_peer):
+        # A neighbour may hear that it came; a stranger would only ask again.
+        row = ReceiptRow(body.n, digest(voucher.body), False) if known_peer else None
+        return Booked(body.lane, row)
     items = _book(db, peer, body, voucher, (cause, attest, at_ms))
     return Booked(body.lane, ReceiptRow(body.n, digest(voucher.body), attest), items)
 
@@ -78,23 +87,21 @@ def _rival(db: apsw.Connection, peer: PeerId, body: VoucherBody) -> tuple[bytes,
     return None
 
 
-def _says_nothing(db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher) -> bool:
-    """A stranger's voucher without money, news of an attempt or an end: it would only fill disk.
+def _says_nothing(
+    db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher, known: bool
+) -> bool:
+    """A voucher without money, news of an attempt or an end: it would only fill the disk.
 
-    An honest payer signs none, and what a later voucher made worthless needs no receipt.
+    A later one made it worthless, and compaction may have dropped it. Work for nothing is news
+    of a neighbour's only.
     """
-    if one(db, "SELECT 1 FROM peer WHERE peer = ? AND known = 1", (peer,)):
-        return False
-    place = (peer, body.lane)
-    cum, attr = one(db, "SELECT cum, attr FROM lane_in WHERE peer = ? AND lane = ?", place) or (
-        0,
-        0,
-    )
-    if body.cum > cum:
+    row = one(db, "SELECT n, cum, attr FROM lane_in WHERE peer = ? AND lane = ?", (peer, body.lane))
+    n, cum, attr = row or (0, 0, 0)
+    if body.cum > cum or (known and body.n > n):
         return False
     for item in voucher.items:
         row = one(db, _ITEM, (peer, item.kind, item.id))
-        amount, final = (row[1], row[2]) if row else (0, True)
+        amount, final = (row[1], row[2]) if row else (0, not known)
         if (item.amount > amount and attr < cum) or (item.final and not final):
             return False
     return True
@@ -117,17 +124,20 @@ def _book(
     place = (peer, body.lane)
     row = one(
         db,
-        "SELECT n, cum, attr, count, sealed FROM lane_in WHERE peer = ? AND lane = ?",
+        "SELECT n, cum, attr, service, count, sealed FROM lane_in WHERE peer = ? AND lane = ?",
         place,
     )
-    old = _Lane(*row) if row else _Lane(0, 0, 0, 0, 0)
+    old = _Lane(*row) if row else _Lane(0, 0, 0, 0, 0, 0)
     cum = max(old.cum, body.cum)
     counted = _label(db, peer, body, voucher, cum - old.attr)
     attr = old.attr + sum(increase for _, increase in counted)
+    money = cum - old.cum
+    credit = _service(counted, money, sealed=bool(old.sealed))
     db.execute(
-        "INSERT INTO lane_in VALUES (?, ?, ?, ?, ?, ?, 0) ON CONFLICT DO UPDATE SET"
-        " n = excluded.n, cum = excluded.cum, attr = excluded.attr, count = excluded.count",
-        (*place, max(old.n, body.n), cum, attr, old.vouchers + 1),
+        "INSERT INTO lane_in VALUES (?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT DO UPDATE SET n ="
+        " excluded.n, cum = excluded.cum, attr = excluded.attr, service = excluded.service,"
+        " count = excluded.count",
+        (*place, max(old.n, body.n), cum, attr, old.service + credit, old.vouchers + 1),
     )
     db.execute(
         "INSERT INTO voucher_in VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -136,15 +146,29 @@ def _book(
             *(msgspec.msgpack.encode(voucher.items), attest),
         ),
     )
-    # On a sealed lane what no item explains already counts as paid.
-    credit = cum - old.cum if old.sealed else attr - old.attr
     db.execute("UPDATE peer SET paid = paid + ? WHERE peer = ?", (credit, peer))
-    money = cum - old.cum
-    earned = [Leg("earned", item.id, -increase) for item, increase in counted]
+    earned = [Leg(_ACCOUNTS[item.kind], item.id, -increase) for item, increase in counted]
     rest = -money - sum(leg.amount for leg in earned)
     cause = Cause(peer, body.lane, body.n, voucher.body, kind)
     post(db, cause, [Leg("peer", None, money), *earned, Leg("unlabelled", None, rest)], at_ms)
+    for item, increase in counted:
+        transfers.take(db, peer, item, increase, at_ms)
     return tuple(item for item, _ in counted)
+
+
+_ACCOUNTS: Final = {ROUTE: "routed", REFUND: "routed", GIFT: "gift"} | dict.fromkeys(
+    SERVICE, "earned"
+)
+
+
+def _service(
+    counted: list[tuple[Item, MicroCredits]], money: MicroCredits, *, sealed: bool
+) -> MicroCredits:
+    """What counts as pay for work; on a sealed lane what no item explains counts already."""
+    other = sum(increase for item, increase in counted if item.kind not in SERVICE)
+    if sealed:
+        return max(0, money - other)
+    return sum(increase for _, increase in counted) - other
 
 
 def _label(
@@ -181,5 +205,8 @@ def seal(db: apsw.Connection, peer: PeerId, epoch: int) -> None:
     for lane, rest in open_lanes:
         if lane_epoch(lane) >= epoch:
             continue
-        db.execute("UPDATE lane_in SET sealed = 1 WHERE peer = ? AND lane = ?", (peer, lane))
+        db.execute(
+            "UPDATE lane_in SET sealed = 1, service = service + ? WHERE peer = ? AND lane = ?",
+            (rest, peer, lane),
+        )
         db.execute("UPDATE peer SET paid = paid + ? WHERE peer = ?", (rest, peer))

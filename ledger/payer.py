@@ -12,11 +12,16 @@ from typing import Any, Final, NamedTuple
 import apsw
 import msgspec
 
-from aivillage.ledger.books import Cause, Leg, ensure_peer, keep_evidence, one, post, rows
+from aivillage.ledger import transfers
+from aivillage.ledger.books import Cause, Leg, ensure_peer, keep_evidence, key_of, one, post, rows
 from aivillage.ledger.signing import Signer
-from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, public_key
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
 from aivillage.protocols.vouchers import (
+    GIFT,
     JOB,
+    REFUND,
+    ROUTE,
+    SERVICE,
     Item,
     Receipt,
     ReceiptBody,
@@ -39,12 +44,17 @@ class Wallet(NamedTuple):
 
 
 def intend(
-    db: apsw.Connection, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
+    db: apsw.Connection,
+    peer: PeerId,
+    attempt: AttemptId,
+    quote_hash: bytes,
+    ceiling: MicroCredits,
+    at_ms: int,
 ) -> None:
     """Remembers what was asked for: only that can be claimed after a crash."""
     db.execute(
-        "INSERT INTO intent VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
-        (peer, attempt, quote_hash, ceiling),
+        "INSERT INTO intent VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        (peer, attempt, quote_hash, ceiling, at_ms),
     )
 
 
@@ -71,10 +81,10 @@ def make_voucher(
     n, cum = row or (0, 0)
     items = tuple(item for item, _ in fresh)
     total = sum(increase for _, increase in fresh)
-    body = VoucherBody(public_key(peer), wallet.lane, n + 1, cum + total, root_of(items))
+    body = VoucherBody(key_of(db, peer), wallet.lane, n + 1, cum + total, root_of(items))
     encoded = msgspec.msgpack.encode(body)
     voucher = Voucher(encoded, wallet.signer.sign(voucher_prefixed(encoded)), items)
-    _keep(db, peer, body, voucher)
+    _keep(db, peer, body, voucher, _for_service(fresh))
     _pay(db, Cause(peer, body.lane, body.n, encoded, "pay"), fresh, total, at_ms)
     return voucher
 
@@ -86,18 +96,25 @@ def _increase(db: apsw.Connection, lane: bytes, peer: PeerId, item: Item) -> Mic
         "SELECT lane, amount, final FROM item WHERE mine = 1 AND peer = ? AND kind = ? AND id = ?",
         (peer, item.kind, item.id),
     )
-    if row is None:
-        return item.amount or None
+    if row is None:  # work for nothing is signed for too, at its end
+        return item.amount if item.amount or (item.final and item.kind == JOB) else None
     if row[0] != lane or row[2] or item.amount < row[1]:
         return None
     return item.amount - row[1] if item.amount > row[1] or item.final else None
 
 
-def _keep(db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher) -> None:
+def _for_service(increases: Sequence[tuple[Item, MicroCredits]]) -> MicroCredits:
+    return sum(increase for item, increase in increases if item.kind in SERVICE)
+
+
+def _keep(
+    db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher, service: MicroCredits
+) -> None:
+    """`service`: what of it is for work."""
     db.execute(
-        "INSERT INTO lane_out VALUES (?, ?, ?, ?)"
-        " ON CONFLICT DO UPDATE SET n = excluded.n, cum = excluded.cum",
-        (peer, body.lane, body.n, body.cum),
+        "INSERT INTO lane_out VALUES (?, ?, ?, ?, ?, 0) ON CONFLICT DO UPDATE SET"
+        " n = excluded.n, cum = excluded.cum, service = service + excluded.service",
+        (peer, body.lane, body.n, body.cum, service),
     )
     _insert(db, peer, body, voucher)
 
@@ -119,6 +136,11 @@ def _insert(db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Vouch
             drop_intent(db, peer, AttemptId(item.id))
 
 
+_ACCOUNTS: Final = {ROUTE: "routed", REFUND: "routed", GIFT: "gift"} | dict.fromkeys(
+    SERVICE, "spent"
+)
+
+
 def _pay(
     db: apsw.Connection,
     cause: Cause,
@@ -127,7 +149,7 @@ def _pay(
     at_ms: int,
 ) -> None:
     """Entry of a payment; `money` beyond the items (lost vouchers) stays unlabelled."""
-    spent = [Leg("spent", item.id, increase) for item, increase in increases]
+    spent = [Leg(_ACCOUNTS[item.kind], item.id, increase) for item, increase in increases]
     rest = money - sum(leg.amount for leg in spent)
     post(db, cause, [Leg("peer", None, -money), *spent, Leg("unlabelled", None, rest)], at_ms)
 
@@ -151,10 +173,12 @@ def adopt(db: apsw.Connection, peer: PeerId, voucher: Voucher, at_ms: int) -> No
     money = max(0, body.cum - row[1])
     increases = [(item, _adopted(db, peer, body.lane, item)) for item in voucher.items]
     if body.n > row[0]:
-        _keep(db, peer, body, voucher)
+        _keep(db, peer, body, voucher, min(money, _for_service(increases)))
     else:
         _insert(db, peer, body, voucher)
     _pay(db, Cause(*place, voucher.body, "recover-pay"), increases, money, at_ms)
+    for item in voucher.items:
+        transfers.adopt(db, peer, item, at_ms)
 
 
 def _adopted(db: apsw.Connection, peer: PeerId, lane: bytes, item: Item) -> MicroCredits:
@@ -168,15 +192,16 @@ def _adopted(db: apsw.Connection, peer: PeerId, lane: bytes, item: Item) -> Micr
 
 def note_receipt(db: apsw.Connection, peer: PeerId, body: ReceiptBody, receipt: Receipt) -> int:
     """Marks the vouchers that `peer` says it booked; returns how many it has yet to confirm."""
-    fresh = []
+    fresh, confirmed = [], 0
     for row in body.rows:
         known = one(
             db,
-            "SELECT body, receipt FROM voucher_out WHERE peer = ? AND lane = ? AND n = ?",
+            "SELECT body, receipt, cum FROM voucher_out WHERE peer = ? AND lane = ? AND n = ?",
             (peer, body.lane, row.n),
         )
         if known and known[1] is None and digest(known[0]) == row.body_hash:
             fresh.append(row)
+            confirmed = max(confirmed, known[2])
     if fresh:
         db.execute(
             "INSERT INTO receipt(peer, body, signature) VALUES (?, ?, ?)",
@@ -189,6 +214,10 @@ def note_receipt(db: apsw.Connection, peer: PeerId, body: ReceiptBody, receipt: 
                 " WHERE peer = ? AND lane = ? AND n = ?",
                 (number, row.attest, peer, body.lane, row.n),
             )
+        db.execute(
+            "UPDATE lane_out SET confirmed = max(confirmed, ?) WHERE peer = ? AND lane = ?",
+            (confirmed, peer, body.lane),
+        )
     return count_unreceipted(db, peer)
 
 

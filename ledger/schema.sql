@@ -1,9 +1,10 @@
 -- The book of one node. Amounts are micro-credits. What may never change, cannot: by trigger.
 
-CREATE TABLE identity(
-  id INTEGER PRIMARY KEY CHECK (id = 1),
-  public_key BLOB NOT NULL CHECK (length(public_key) = 32),
-  created_ms INTEGER NOT NULL
+CREATE TABLE identity(                                -- the keys of this book, the last one in force
+  n INTEGER PRIMARY KEY CHECK (n >= 1),
+  public_key BLOB NOT NULL UNIQUE CHECK (length(public_key) = 32),
+  since_ms INTEGER NOT NULL,
+  proof BLOB                                          -- where the key before names this one
 ) STRICT;
 
 CREATE TABLE boot(
@@ -12,12 +13,21 @@ CREATE TABLE boot(
 ) STRICT;
 
 -- One row per peer. `reserved`, `paid`, `written_off` are D_reserved, P and F of the exposure
--- inequality; `arrears` is what I paid it on claims.
+-- inequality; `arrears` is what I paid it on claims. `line` and `exposure` are in force: the
+-- owner's word (`owner_*`), else what its village certifies, and nothing while it is blocked.
 CREATE TABLE peer(
   peer TEXT PRIMARY KEY,
   known INTEGER NOT NULL DEFAULT 0,
   line INTEGER NOT NULL DEFAULT 0 CHECK (line BETWEEN 0 AND 9007199254740991),
   exposure INTEGER NOT NULL DEFAULT 0 CHECK (exposure BETWEEN 0 AND 9007199254740991),
+  certified_line INTEGER CHECK (certified_line BETWEEN 0 AND 9007199254740991),
+  certified_exposure INTEGER CHECK (certified_exposure BETWEEN 0 AND 9007199254740991),
+  owner_line INTEGER CHECK (owner_line BETWEEN 0 AND 9007199254740991),
+  owner_exposure INTEGER CHECK (owner_exposure BETWEEN 0 AND 9007199254740991),
+  blocked INTEGER NOT NULL DEFAULT 0 CHECK (blocked IN (0, 1)),
+  shared INTEGER NOT NULL DEFAULT 0 CHECK (shared IN (0, 1)),      -- work for it is free
+  owner TEXT,                                         -- whose device it is; they share one line
+  unsynced INTEGER NOT NULL DEFAULT 0 CHECK (unsynced IN (0, 1)),  -- since a restored backup
   received_line INTEGER NOT NULL DEFAULT 0
     CHECK (received_line BETWEEN 0 AND 9007199254740991),
   received_exposure INTEGER NOT NULL DEFAULT 20000
@@ -31,15 +41,38 @@ CREATE TABLE peer(
   healed_ms INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 
-CREATE TABLE bal(                                     -- what the peer owes me; follows the entries
-  peer TEXT PRIMARY KEY,
-  amount INTEGER NOT NULL CHECK (abs(amount) <= 9007199254740991)
+CREATE TABLE peer_key(                                -- later keys of a peer that changed its key
+  key_peer TEXT PRIMARY KEY,
+  peer TEXT NOT NULL,
+  n INTEGER NOT NULL CHECK (n >= 2),
+  since_ms INTEGER NOT NULL,
+  proof BLOB NOT NULL,
+  UNIQUE (peer, n)
 ) STRICT;
 
+CREATE TABLE pool(                                    -- what the owner forgave all strangers
+  id INTEGER PRIMARY KEY CHECK (id = 1),
+  relieved INTEGER NOT NULL DEFAULT 0 CHECK (relieved >= 0),
+  healed_ms INTEGER NOT NULL DEFAULT 0
+) STRICT;
+
+CREATE TABLE bal(                                     -- what the peer owes me; follows the entries
+  peer TEXT PRIMARY KEY,
+  amount INTEGER NOT NULL CHECK (abs(amount) <= 9007199254740991),
+  moved_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE account(                                 -- sums of all postings; follows the entries
+  account TEXT PRIMARY KEY,
+  amount INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- Money between two peers has a voucher (peer, lane, n); a correction of mine has a memo.
 CREATE TABLE entry(
   seq INTEGER PRIMARY KEY,
   at_ms INTEGER NOT NULL,
-  kind TEXT NOT NULL CHECK (kind IN ('pay', 'receive', 'recover-pay', 'recover-receive')),
+  kind TEXT NOT NULL CHECK (kind IN ('pay', 'receive', 'recover-pay', 'recover-receive',
+    'write-off', 'write-back', 'release')),
   peer TEXT NOT NULL,
   lane BLOB NOT NULL,
   n INTEGER NOT NULL,
@@ -48,11 +81,19 @@ CREATE TABLE entry(
   hash BLOB NOT NULL UNIQUE
 ) STRICT;
 CREATE INDEX entry_peer ON entry(peer, seq);
+CREATE INDEX entry_at ON entry(at_ms);
+CREATE INDEX entry_correction ON entry(peer) WHERE lane = x'';
+
+CREATE TABLE memo(                                    -- why a correction was made
+  hash BLOB PRIMARY KEY CHECK (length(hash) = 32),
+  body BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
 
 CREATE TABLE posting(
   seq INTEGER NOT NULL REFERENCES entry(seq) DEFERRABLE INITIALLY DEFERRED,
   leg INTEGER NOT NULL,
-  account TEXT NOT NULL CHECK (account IN ('peer', 'earned', 'spent', 'unlabelled')),
+  account TEXT NOT NULL CHECK (account IN ('peer', 'earned', 'spent', 'unlabelled', 'routed',
+    'gift', 'doubtful', 'writeoff')),
   attempt BLOB,
   amount INTEGER NOT NULL CHECK (amount <> 0),
   PRIMARY KEY (seq, leg)
@@ -63,6 +104,8 @@ CREATE TABLE lane_out(
   lane BLOB NOT NULL,
   n INTEGER NOT NULL CHECK (n >= 1),
   cum INTEGER NOT NULL CHECK (cum BETWEEN 0 AND 9007199254740991),
+  service INTEGER NOT NULL CHECK (service BETWEEN 0 AND cum),     -- the part that was for work
+  confirmed INTEGER NOT NULL DEFAULT 0 CHECK (confirmed BETWEEN 0 AND cum),  -- by receipts
   PRIMARY KEY (peer, lane)
 ) STRICT, WITHOUT ROWID;
 
@@ -94,6 +137,7 @@ CREATE TABLE lane_in(
   n INTEGER NOT NULL CHECK (n >= 1),
   cum INTEGER NOT NULL CHECK (cum BETWEEN 0 AND 9007199254740991),
   attr INTEGER NOT NULL CHECK (attr BETWEEN 0 AND cum),  -- the part that items account for
+  service INTEGER NOT NULL CHECK (service BETWEEN 0 AND cum),  -- the part that counts as pay
   count INTEGER NOT NULL,
   sealed INTEGER NOT NULL DEFAULT 0,
   PRIMARY KEY (peer, lane)
@@ -130,7 +174,49 @@ CREATE TABLE intent(                                  -- what I asked for and ma
   attempt BLOB NOT NULL,
   quote_hash BLOB NOT NULL,
   ceiling INTEGER NOT NULL,
+  at_ms INTEGER NOT NULL DEFAULT 0,
   PRIMARY KEY (peer, attempt)
+) STRICT, WITHOUT ROWID;
+
+-- A transfer that this node started: a ring of promises that begins and ends here.
+CREATE TABLE route(
+  xid BLOB PRIMARY KEY CHECK (length(xid) = 16),
+  amount INTEGER NOT NULL CHECK (amount BETWEEN 1 AND 9007199254740991),
+  ring BLOB NOT NULL,                                 -- msgpack array of keys, this node's first
+  state TEXT NOT NULL CHECK (state IN ('open', 'closed', 'refunded', 'released')),
+  started_ms INTEGER NOT NULL,
+  ended_ms INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE route_hop(                               -- each other member, while the ring is open
+  xid BLOB NOT NULL REFERENCES route(xid),
+  peer TEXT NOT NULL,
+  amount INTEGER NOT NULL,
+  PRIMARY KEY (xid, peer)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX route_hop_peer ON route_hop(peer, amount);
+
+-- A transfer of somebody else's that comes through here.
+CREATE TABLE transfer(
+  xid BLOB NOT NULL CHECK (length(xid) = 16),
+  previous TEXT NOT NULL,
+  next TEXT NOT NULL,
+  amount INTEGER NOT NULL CHECK (amount BETWEEN 1 AND 9007199254740991),
+  ring BLOB NOT NULL,
+  state TEXT NOT NULL
+    CHECK (state IN ('waiting', 'forwarded', 'passed', 'refunded', 'returning', 'returned')),
+  at_ms INTEGER NOT NULL,
+  PRIMARY KEY (xid, previous)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX transfer_pending ON transfer(state) WHERE state IN ('waiting', 'returning');
+CREATE INDEX transfer_forwarded ON transfer(next, amount) WHERE state = 'forwarded';
+
+CREATE TABLE favour(                                  -- work for nothing, and what it was worth
+  mine INTEGER NOT NULL,                              -- 1: it was done for me
+  peer TEXT NOT NULL,
+  attempt BLOB NOT NULL,
+  worth INTEGER NOT NULL CHECK (worth >= 0),
+  at_ms INTEGER NOT NULL,
+  PRIMARY KEY (mine, peer, attempt)
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE evidence(                                -- two bodies of one payer that contradict
@@ -151,8 +237,15 @@ WHEN NEW.epoch <= (SELECT max(epoch) FROM boot)
 BEGIN SELECT RAISE(ABORT, 'a boot epoch never repeats'); END;
 CREATE TRIGGER boot_kept BEFORE UPDATE ON boot
 BEGIN SELECT RAISE(ABORT, 'boots are never changed'); END;
+CREATE TRIGGER identity_follows BEFORE INSERT ON identity
+WHEN NEW.n <> (SELECT coalesce(max(n), 0) + 1 FROM identity) OR (NEW.n > 1 AND NEW.proof IS NULL)
+BEGIN SELECT RAISE(ABORT, 'a key follows the last one, which names it'); END;
 CREATE TRIGGER identity_kept BEFORE UPDATE ON identity
-BEGIN SELECT RAISE(ABORT, 'a book keeps its key'); END;
+BEGIN SELECT RAISE(ABORT, 'a book keeps its keys'); END;
+CREATE TRIGGER identity_stays BEFORE DELETE ON identity
+BEGIN SELECT RAISE(ABORT, 'a book keeps its keys'); END;
+CREATE TRIGGER peer_key_kept BEFORE UPDATE ON peer_key
+BEGIN SELECT RAISE(ABORT, 'a succession is never changed'); END;
 
 -- Postings come first; the entry that names them closes the set and must balance.
 CREATE TRIGGER posting_closed BEFORE INSERT ON posting
@@ -167,9 +260,12 @@ WHEN NEW.seq <> (SELECT coalesce(max(seq), 0) + 1 FROM entry)
 BEGIN SELECT RAISE(ABORT, 'an entry follows the last one'); END;
 CREATE TRIGGER entry_moves_balance AFTER INSERT ON entry
 BEGIN
-  INSERT INTO bal(peer, amount)
-  SELECT NEW.peer, amount FROM posting WHERE seq = NEW.seq AND account = 'peer'
-  ON CONFLICT(peer) DO UPDATE SET amount = amount + excluded.amount;
+  INSERT INTO bal(peer, amount, moved_ms)
+  SELECT NEW.peer, amount, NEW.at_ms FROM posting WHERE seq = NEW.seq AND account = 'peer'
+  ON CONFLICT(peer) DO UPDATE SET amount = amount + excluded.amount, moved_ms = excluded.moved_ms;
+  INSERT INTO account(account, amount)
+  SELECT account, sum(amount) FROM posting WHERE seq = NEW.seq GROUP BY account
+  ON CONFLICT(account) DO UPDATE SET amount = amount + excluded.amount;
 END;
 CREATE TRIGGER entry_kept BEFORE UPDATE ON entry
 BEGIN SELECT RAISE(ABORT, 'entries are never changed'); END;
@@ -180,28 +276,63 @@ BEGIN SELECT RAISE(ABORT, 'postings are never changed'); END;
 CREATE TRIGGER posting_stays BEFORE DELETE ON posting
 BEGIN SELECT RAISE(ABORT, 'postings are never deleted'); END;
 
-CREATE TRIGGER lane_out_rises BEFORE UPDATE ON lane_out
-WHEN NEW.n <= OLD.n OR NEW.cum < OLD.cum
+CREATE TRIGGER memo_kept BEFORE UPDATE ON memo
+BEGIN SELECT RAISE(ABORT, 'a reason is never changed'); END;
+CREATE TRIGGER memo_stays BEFORE DELETE ON memo
+BEGIN SELECT RAISE(ABORT, 'a reason is never deleted'); END;
+
+CREATE TRIGGER lane_out_rises BEFORE UPDATE OF n, cum, service ON lane_out
+WHEN NEW.n <= OLD.n OR NEW.cum < OLD.cum OR NEW.service < OLD.service
 BEGIN SELECT RAISE(ABORT, 'a lane never goes back'); END;
 CREATE TRIGGER lane_out_stays BEFORE DELETE ON lane_out
 BEGIN SELECT RAISE(ABORT, 'lanes are never deleted'); END;
 CREATE TRIGGER lane_in_rises BEFORE UPDATE ON lane_in
 WHEN NEW.n < OLD.n OR NEW.cum < OLD.cum OR NEW.attr < OLD.attr OR NEW.sealed < OLD.sealed
+  OR NEW.service < OLD.service
 BEGIN SELECT RAISE(ABORT, 'a lane never goes back'); END;
 CREATE TRIGGER lane_in_stays BEFORE DELETE ON lane_in
 BEGIN SELECT RAISE(ABORT, 'lanes are never deleted'); END;
 CREATE TRIGGER voucher_out_kept BEFORE UPDATE OF peer, lane, n, cum, body, signature, items
 ON voucher_out
 BEGIN SELECT RAISE(ABORT, 'signed bytes are never changed'); END;
+-- What a later voucher says too may go; the last word on an item, and of a lane, stays.
 CREATE TRIGGER voucher_out_stays BEFORE DELETE ON voucher_out
-BEGIN SELECT RAISE(ABORT, 'signed bytes are never deleted'); END;
+WHEN OLD.n = (SELECT n FROM lane_out WHERE peer = OLD.peer AND lane = OLD.lane)
+  OR EXISTS (SELECT 1 FROM item
+    WHERE mine = 1 AND peer = OLD.peer AND lane = OLD.lane AND last_n = OLD.n)
+BEGIN SELECT RAISE(ABORT, 'a proof is never deleted'); END;
 CREATE TRIGGER voucher_in_kept BEFORE UPDATE ON voucher_in
 BEGIN SELECT RAISE(ABORT, 'signed bytes are never changed'); END;
 CREATE TRIGGER voucher_in_stays BEFORE DELETE ON voucher_in
-BEGIN SELECT RAISE(ABORT, 'signed bytes are never deleted'); END;
+WHEN OLD.n = (SELECT n FROM lane_in WHERE peer = OLD.peer AND lane = OLD.lane)
+  OR EXISTS (SELECT 1 FROM item
+    WHERE mine = 0 AND peer = OLD.peer AND lane = OLD.lane AND last_n = OLD.n)
+BEGIN SELECT RAISE(ABORT, 'a proof is never deleted'); END;
 CREATE TRIGGER item_rises BEFORE UPDATE ON item
 WHEN NEW.amount < OLD.amount OR NEW.last_n < OLD.last_n OR NEW.final < OLD.final
   OR NEW.lane <> OLD.lane
 BEGIN SELECT RAISE(ABORT, 'an item never goes back'); END;
 CREATE TRIGGER paid_rises BEFORE UPDATE OF paid ON peer WHEN NEW.paid < OLD.paid
 BEGIN SELECT RAISE(ABORT, 'what was paid stays paid'); END;
+
+CREATE TRIGGER item_stays BEFORE DELETE ON item
+BEGIN SELECT RAISE(ABORT, 'an item is never deleted'); END;
+
+-- An end of a transfer is final; only one that its owner gave up may still come to another.
+CREATE TRIGGER route_ends BEFORE UPDATE ON route
+WHEN NEW.xid <> OLD.xid OR NEW.amount <> OLD.amount OR NEW.ring <> OLD.ring
+  OR OLD.state IN ('closed', 'refunded') OR (OLD.state = 'released' AND NEW.state = 'open')
+BEGIN SELECT RAISE(ABORT, 'a transfer ends once'); END;
+CREATE TRIGGER route_stays BEFORE DELETE ON route
+BEGIN SELECT RAISE(ABORT, 'a transfer is never deleted'); END;
+CREATE TRIGGER route_frees AFTER UPDATE OF state ON route WHEN NEW.state <> 'open'
+BEGIN DELETE FROM route_hop WHERE xid = NEW.xid; END;
+CREATE TRIGGER transfer_moves BEFORE UPDATE ON transfer
+WHEN NEW.xid <> OLD.xid OR NEW.previous <> OLD.previous OR NEW.amount <> OLD.amount
+  OR NOT ((OLD.state = 'waiting' AND NEW.state IN ('forwarded', 'refunded'))
+    OR (OLD.state = 'forwarded' AND NEW.state IN ('passed', 'returning', 'returned'))
+    OR (OLD.state = 'passed' AND NEW.state IN ('returning', 'returned'))
+    OR (OLD.state = 'returning' AND NEW.state = 'returned'))
+BEGIN SELECT RAISE(ABORT, 'a transfer goes on, or back, once'); END;
+CREATE TRIGGER transfer_stays BEFORE DELETE ON transfer
+BEGIN SELECT RAISE(ABORT, 'a transfer is never deleted'); END;

@@ -5,9 +5,11 @@ from __future__ import annotations
 import apsw
 import msgspec
 
-from aivillage.ledger import exposure, payee
+from aivillage.ledger import exposure, payee, transfers
 from aivillage.ledger.books import Pair
 from aivillage.ledger.desk import Desk, Partner, Sale, paired
+from aivillage.ledger.routing import Routing
+from aivillage.ledger.signing import verified_voucher
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
 from aivillage.protocols.vouchers import (
@@ -15,13 +17,15 @@ from aivillage.protocols.vouchers import (
     CLAIMS_MAX,
     JOB,
     RECEIPT_ROWS_MAX,
+    REFUND,
+    ROUTE,
+    SERVICE,
     Claim,
     Item,
     Receipt,
     ReceiptBody,
     ReceiptRow,
     Voucher,
-    check_voucher,
     encode,
     receipt_prefixed,
 )
@@ -31,8 +35,9 @@ _RETRY_SECONDS = 1.0  # after a reservation that could not be stored
 
 
 class Selling:
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, routing: Routing) -> None:
         self._desk = desk
+        self._routing = routing
 
     def begin_sale(
         self, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
@@ -42,25 +47,18 @@ class Selling:
 
     def room(self, peer: PeerId) -> MicroCredits:
         partner = self._desk.partner(peer)
-        if partner.releasing or self._desk.refusing:
-            return 0
+        if partner.releasing or self._desk.refusing or partner.pair.unsynced:
+            return 0  # after a restored backup only SYNC says what it may still owe
         return max(0, partner.pair.reserved - partner.delivered)
 
     def headroom(self, peer: PeerId) -> MicroCredits:
         partner, pool = self._desk.partner(peer), self._desk.settings.stranger_pool
         pair = partner.pair
         unsigned = max(0, partner.delivered - pair.paid - pair.written_off)
-        left = exposure.line_of(pair, pool) - pair.balance - unsigned
-        if not pair.known:
-            left = min(left, pool - self._strangers())
-        return max(0, left)
-
-    def _strangers(self, besides: PeerId | None = None) -> MicroCredits:
-        pairs = [p.pair for p in self._desk.partners.values() if not p.pair.known]
-        shares = (
-            max(0, p.reserved - p.paid) + max(0, p.balance) for p in pairs if p.peer != besides
-        )
-        return sum(shares)
+        others = self._desk.others_share(pair)
+        left = exposure.line_of(pair, pool) - pair.balance - pair.routed - unsigned
+        left = min(left, left - others if pair.known else pool - others)
+        return 0 if pair.unsynced else max(0, left)
 
     def want_room(self, peer: PeerId, amount: MicroCredits) -> None:
         partner, pool = self._desk.partner(peer), self._desk.settings.stranger_pool
@@ -72,8 +70,7 @@ class Selling:
         partner.wanted = amount
         if self._desk.now() < partner.retry_at:
             return  # `tick` tries again: a disk that is full must not be asked in a loop
-        share = 0 if pair.known else self._strangers(besides=peer)
-        most = exposure.ceiling(pair, pool, share)
+        most = exposure.ceiling(pair, pool, self._desk.others_share(pair))
         if most >= partner.delivered + amount and most > pair.reserved:
             self._reserve(partner)
 
@@ -84,7 +81,7 @@ class Selling:
 
         def reserved(pair: Pair) -> None:
             partner.reserving = False
-            partner.pair = pair
+            self._desk.keep(pair)
             if pair.reserved - partner.delivered >= partner.wanted:
                 partner.wanted = 0
             self._desk.on_room(peer)
@@ -107,7 +104,9 @@ class Selling:
             return False
         increase = amount - sale.delivered
         if increase <= 0:
-            return True  # sent again after a RESUME: counts once
+            if not sale.ceiling:  # for nothing: its end is signed for, and attested, all the same
+                sale.marks[0] = out_hash
+            return True
         if increase > self.room(peer):
             return False
         partner.delivered += increase
@@ -121,7 +120,7 @@ class Selling:
         if sale is None:
             return
         sale.open = False
-        if sale.delivered <= sale.paid:
+        if sale.delivered <= sale.paid and not sale.marks:
             del partner.sales[attempt]
         ended = [key for key, other in partner.sales.items() if not other.open]
         for key in ended[:-_ENDED_MAX]:
@@ -148,27 +147,31 @@ class Selling:
     def check(self, partner: Partner, voucher: Voucher) -> bool:
         """Whether a receipt may attest all items. Raises: PeerError: the voucher is forged."""
         signer = self._desk.signer
-        check_voucher(voucher, partner.key, signer.public_key, signer.verify)
+        verified_voucher(voucher, partner.keys, self._desk.keys, signer.verify)
         return all(_attests(partner, item) for item in voucher.items)
 
     def on_voucher(self, partner: Partner, voucher: Voucher) -> None:
         """Raises: PeerError: the voucher is forged."""
         attest = self.check(partner, voucher)
         peer, delivered, at_ms = partner.pair.peer, partner.delivered, self._desk.clock.unix_ms()
+        moves = any(item.kind in {ROUTE, REFUND} for item in voucher.items)
+        advance = self._routing.step() if moves else None
 
-        def job(db: apsw.Connection) -> payee.Booked:
+        def job(db: apsw.Connection) -> tuple[payee.Booked, list[transfers.Sent]]:
             booked = payee.book_voucher(db, peer, voucher, "receive", attest=attest, at_ms=at_ms)
             exposure.settle_gap(db, peer, delivered)
-            return booked
+            return booked, advance(db) if advance is not None else []
 
-        def done(result: tuple[payee.Booked, Pair]) -> None:
-            self.booked(partner, [result[0]], result[1])
+        def done(result: tuple[tuple[payee.Booked, list[transfers.Sent]], Pair]) -> None:
+            (booked, sent), pair = result
+            self._routing.sent(sent)
+            self.booked(partner, [booked], pair)
 
         self._desk.submit(paired(job, peer), done)
 
     def booked(self, partner: Partner, all_booked: list[payee.Booked], pair: Pair) -> None:
         """Durable now: gives receipts, counts what was paid, and uses the room that this made."""
-        partner.pair = pair
+        self._desk.keep(pair)
         for booked in all_booked:
             if booked.receipt is not None:
                 if not partner.receipts:
@@ -176,6 +179,7 @@ class Selling:
                 partner.receipts.append((booked.lane, booked.receipt))
             for item in booked.items:
                 _count(partner, item)
+            self._routing.booked(partner, booked.items)
         if partner.wanted:
             self.want_room(pair.peer, partner.wanted)
         self._desk.on_room(pair.peer)
@@ -221,7 +225,7 @@ class Selling:
 
         def healed(after: Pair) -> None:
             partner.releasing = False
-            partner.pair = after
+            self._desk.keep(after)
             self._desk.on_room(peer)
 
         def failed(error: AivillageError) -> None:
@@ -232,6 +236,8 @@ class Selling:
 
 
 def _attests(partner: Partner, item: Item) -> bool:
+    if item.kind not in SERVICE:
+        return True  # no work to know of
     sale = partner.sales.get(AttemptId(item.id))
     if sale is None or item.quote_hash != sale.quote_hash:
         return False

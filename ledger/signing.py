@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import product
 from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.protocols.envelope import is_signed_by, sign
+from aivillage.protocols.errors import PeerError
+from aivillage.protocols.vouchers import (
+    Receipt,
+    ReceiptBody,
+    Verify,
+    Voucher,
+    VoucherBody,
+    check_receipt,
+    check_voucher,
+)
 
 
 class Signer(Protocol):
@@ -30,3 +43,37 @@ class Ed25519Signer:
 
     def verify(self, public_key: bytes, prefixed: bytes, signature: bytes) -> bool:
         return is_signed_by(public_key, prefixed, signature)
+
+
+def verified_voucher(
+    voucher: Voucher, payers: Sequence[bytes], payees: Sequence[bytes], verify: Verify
+) -> VoucherBody:
+    """The body, if any key of the payer signed it to any key of the payee.
+
+    Raises:
+        PeerError: BAD_REQUEST, what is wrong by the keys in force, which come first.
+    """
+    try:
+        return check_voucher(voucher, payers[0], payees[0], verify)
+    except PeerError:
+        for payer, payee in list(product(payers, payees))[1:]:
+            with suppress(PeerError):  # the keys in force say what is wrong
+                return check_voucher(voucher, payer, payee, verify)
+        raise
+
+
+def verified_receipt(
+    receipt: Receipt, payers: Sequence[bytes], payees: Sequence[bytes], verify: Verify
+) -> ReceiptBody:
+    """The body, if any key of the payee signed it to any key of the payer.
+
+    Raises:
+        PeerError: BAD_REQUEST, what is wrong by the keys in force, which come first.
+    """
+    try:
+        return check_receipt(receipt, payers[0], payees[0], verify)
+    except PeerError:
+        for payer, payee in list(product(payers, payees))[1:]:
+            with suppress(PeerError):  # the keys in force say what is wrong
+                return check_receipt(receipt, payer, payee, verify)
+        raise

@@ -156,6 +156,7 @@ def apply_reply(
     ]
     if not reply.more:
         payee.seal(db, peer, reply.epoch)
+        db.execute("UPDATE peer SET unsynced = 0 WHERE peer = ? AND unsynced = 1", (peer,))
     arrears = pay_claims(db, wallet, peer, reply.claims, running, at_ms)
     return Healed(read_pair(db, peer), booked, arrears, payer.count_unreceipted(db, peer))
 
@@ -205,6 +206,6 @@ def justified(db: apsw.Connection, peer: PeerId, claim: Claim) -> MicroCredits:
 def arrears_left(db: apsw.Connection, peer: PeerId) -> MicroCredits:
     """Budget for claims: X and 1/16 of what was paid, less the arrears paid already."""
     pair = read_pair(db, peer)
-    row = one(db, "SELECT coalesce(sum(cum), 0) FROM lane_out WHERE peer = ?", (peer,))
+    row = one(db, "SELECT coalesce(sum(service), 0) FROM lane_out WHERE peer = ?", (peer,))
     paid = (row[0] if row else 0) - pair.arrears
     return max(0, pair.received_exposure + max(0, paid) // RHO - pair.arrears)

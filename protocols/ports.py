@@ -93,8 +93,13 @@ class Book(Protocol):
         ...
 
     # links
-    def connected(self, peer: PeerId, peer_epoch: int, send: Callable[[bytes], None]) -> None:
-        """A link is up: SYNC starts both ways. `send` takes one ledger blob, never blocks."""
+    def connected(
+        self, peer: PeerId, peer_epoch: int, send: Callable[[bytes], None], minor: int = 0
+    ) -> None:
+        """A link is up: SYNC starts both ways. `send` takes one ledger blob, never blocks.
+
+        `minor` is the protocol's minor version that the peer's hello says.
+        """
         ...
 
     def disconnected(self, peer: PeerId) -> None: ...
@@ -112,8 +117,13 @@ class Book(Protocol):
         ...
 
     # policy
-    async def set_line(self, peer: PeerId, line: MicroCredits, exposure: MicroCredits) -> None:
-        """What `peer` may owe me (line), and how much of it unsigned (exposure). Durable."""
+    async def set_line(
+        self, peer: PeerId, line: MicroCredits, exposure: MicroCredits, owner: str | None = None
+    ) -> None:
+        """What `peer` may owe me (line), and how much of it unsigned (exposure). Durable.
+
+        All devices of one `owner` share the line. The owner's own word beats this one.
+        """
         ...
 
     async def set_received(self, peer: PeerId, line: MicroCredits, exposure: MicroCredits) -> None:

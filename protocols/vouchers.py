@@ -30,8 +30,18 @@ PARTS_MAX: Final = 4096
 """16 MiB of SYNC at most; what does not fit follows in the next round."""
 
 JOB: Final = 0
+ROUTE: Final = 1
 ARREARS: Final = 2
-"""Kinds of item. 1 (route) and 3 (refund) are reserved: routes are not switched on."""
+REFUND: Final = 3
+GIFT: Final = 4
+"""Kinds of item: work; a transfer that passes on; work claimed after a crash; a transfer that
+comes back; a present. Only the first and the third pay for service."""
+SERVICE: Final = frozenset({JOB, ARREARS})
+ROUTE_MINOR: Final = 1
+"""Transfers and gifts go only to peers whose hello says this minor version or a later one."""
+RING_MIN: Final = 3
+RING_MAX: Final = 5
+"""Members of a transfer's ring: two would be a payment, and each more is one more to wait for."""
 
 _PART_BYTES: Final = 3800  # leaves room for the frame around the elements of a part
 
@@ -45,15 +55,18 @@ Count = Annotated[int, Meta(ge=1, le=AMOUNT_MAX)]
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One attempt's share of a voucher. `amount` is cumulative for this (kind, id)."""
+    """One attempt's share of a voucher. `amount` is cumulative for this (kind, id).
 
-    kind: Annotated[int, Meta(ge=0, le=3)]
+    Of a transfer `route` is the whole ring: each pays the next, and the last one the first.
+    """
+
+    kind: Annotated[int, Meta(ge=JOB, le=GIFT)]
     id: Id
     quote_hash: ShortHash
     amount: Amount
     out_hash: ShortHash
     final: bool
-    route: Annotated[tuple[Key, ...], Meta(max_length=0)] = ()
+    route: Annotated[tuple[Key, ...], Meta(max_length=RING_MAX)] = ()
 
 
 class VoucherBody(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -261,8 +274,8 @@ def check_voucher(voucher: Voucher, payer: bytes, payee: bytes, verify: Verify) 
     body = decode_body(voucher.body, VoucherBody)
     if body.payee != payee:
         raise bad("has a voucher for somebody else")
-    if any(item.kind not in {JOB, ARREARS} for item in voucher.items):
-        raise bad("has a voucher with routes, which are not switched on")
+    for item in voucher.items:
+        _check_route(item, payer, payee)
     if len({(item.kind, item.id) for item in voucher.items}) != len(voucher.items):
         raise bad("has a voucher that names one attempt twice")
     if root_of(voucher.items) != body.root:
@@ -270,6 +283,31 @@ def check_voucher(voucher: Voucher, payer: bytes, payee: bytes, verify: Verify) 
     if not verify(payer, voucher_prefixed(voucher.body), voucher.signature):
         raise bad("has a voucher with a wrong signature")
     return body
+
+
+def _check_route(item: Item, payer: bytes, payee: bytes) -> None:
+    """A transfer names its ring, in which the payer comes right before the payee; others none."""
+    if item.kind != ROUTE:
+        if item.route:
+            raise bad("has a route where none belongs")
+        return
+    ring = item.route
+    if len(ring) < RING_MIN or len(set(ring)) != len(ring):
+        raise bad("has a transfer whose ring is none")
+    if payer not in ring or ring[(ring.index(payer) + 1) % len(ring)] != payee:
+        raise bad("has a transfer that does not come this way")
+    if not item.final or not item.amount:
+        raise bad("has a transfer that is not whole")
+
+
+def xid_of(not_after_ms: int, random_bytes: bytes) -> bytes:
+    """A transfer's id: 8 bytes of the time after which it goes back, 8 of randomness."""
+    return not_after_ms.to_bytes(8, "big") + random_bytes[:8]
+
+
+def not_after_ms(xid: bytes) -> int:
+    """Unix milliseconds; whoever still holds the transfer then gives it back."""
+    return int.from_bytes(xid[:8], "big")
 
 
 def check_receipt(receipt: Receipt, payer: bytes, payee: bytes, verify: Verify) -> ReceiptBody:

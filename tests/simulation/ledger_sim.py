@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 
 from tests.simulation import invariants, mutants
-from tests.simulation.world import BrokenError, World, broken
+from tests.simulation.world import BrokenError, Node, World, broken
 
 STEPS = 200
 QUIET_STEPS_MAX = 400
@@ -79,17 +79,20 @@ def at_rest(world: World) -> bool:
         node.up for node in world.nodes
     ):
         return False
-    for node in world.nodes:
-        if node.runner.queue:
-            return False
-        for partner in node.ledger.desk.partners.values():
-            honest = any(n.id == partner.pair.peer and n.honest for n in world.nodes)
-            waiting = partner.unconfirmed or partner.receipts or partner.unpaid_since is not None
-            if partner.link is None or (honest and node.honest and waiting):
-                return False
-            if not partner.link.synced and honest and node.honest:
-                return False
-    return True
+    if any(node.runner.queue for node in world.nodes):
+        return False
+    pairs = [(a, b) for a in world.nodes for b in world.nodes if a is not b]
+    return all(_pair_at_rest(world, a, b) for a, b in pairs)
+
+
+def _pair_at_rest(world: World, a: Node, b: Node) -> bool:
+    if not world.linked(a, b):
+        return False
+    partner = a.ledger.desk.partner(b.id)
+    if not (a.honest and b.honest):
+        return True
+    waiting = partner.unconfirmed or partner.receipts or partner.unpaid_since is not None
+    return partner.link is not None and partner.link.synced and not waiting
 
 
 def heal(world: World) -> None:

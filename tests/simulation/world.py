@@ -259,7 +259,7 @@ class World:
                 if peer is node or peer is stranger:
                     continue
                 nothing = lambda *_: None  # noqa: E731
-                node.ledger.set_line(peer.id, (LINE, EXPOSURE), nothing, nothing)
+                node.ledger.certify(peer.id, (LINE, EXPOSURE), None, nothing, nothing)
                 node.ledger.set_received(peer.id, (LINE, EXPOSURE), nothing, nothing)
             self.flush(node)
 

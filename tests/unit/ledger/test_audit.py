@@ -25,7 +25,7 @@ _TRIGGERS = "SELECT name FROM sqlite_schema WHERE type = 'trigger'"
 @pytest.fixture
 def books_of_two():
     buyer, seller = book(A), book(B)
-    exposure.set_line(seller, BUYER, 1_000, 160, 1)
+    exposure.certify(seller, BUYER, 1_000, 160, 1)
     for amount in range(1, 6):
         take(seller, sign(buyer, item(1, amount * 10), item(2, amount)))
     for db in (buyer, seller):
@@ -57,7 +57,7 @@ def test_clean_books_pass(books_of_two):
         ("UPDATE posting SET attempt = zeroblob(16) WHERE seq = 5 AND leg = 1", "entry 5: its ha"),
         ("DELETE FROM posting WHERE seq = 5", "entry 5: its postings"),
         ("PRAGMA foreign_keys=OFF; DELETE FROM entry WHERE seq = 1", "entry 2: does not follow"),
-        ("PRAGMA foreign_keys=OFF; DELETE FROM entry WHERE seq = 5", "balance of"),
+        ("PRAGMA foreign_keys=OFF; DELETE FROM entry WHERE seq = 5", "account "),
         ("UPDATE bal SET amount = amount + 1", "balance of"),
         ("UPDATE voucher_{side} SET body = zeroblob(90) WHERE n = 2", "voucher 2"),
         ("UPDATE voucher_{side} SET signature = zeroblob(65) WHERE n = 2", "voucher 2"),

@@ -43,7 +43,7 @@ def buyer():
 @pytest.fixture
 def seller():
     db = book(B)
-    exposure.set_line(db, BUYER, 1_000, 160, NOW)
+    exposure.certify(db, BUYER, 1_000, 160, NOW)
     return db
 
 
@@ -86,7 +86,7 @@ def test_vouchers_are_cumulative_on_one_lane(buyer):
 
 @pytest.mark.parametrize(
     "again",
-    [item(1, 10, final=True), item(1, 9), item(1, 30), item(2, 0), item(2, 0, final=True)],
+    [item(1, 10, final=True), item(1, 9), item(1, 30), item(2, 0)],
 )
 def test_what_adds_nothing_or_comes_after_the_end_is_not_signed(buyer, again):
     sign(buyer, item(1, 10, final=True))
@@ -131,11 +131,19 @@ def test_a_forgotten_voucher_is_adopted_once(buyer):
 # payee
 
 
+def test_the_end_of_work_for_nothing_is_signed_and_moves_no_money(buyer, seller):
+    booked = take(seller, sign(buyer, item(2, 0, final=True)))
+    assert booked.receipt is not None
+    assert books.one(seller, "SELECT amount, final FROM item") == (0, 1)
+    assert books.rows(seller, "SELECT * FROM entry") == []
+    assert books.read_pair(seller, BUYER).paid == 0
+
+
 def test_a_voucher_is_booked_once(buyer, seller):
     voucher = sign(buyer, item(1, 10))
     first, second = take(seller, voucher), take(seller, voucher)
     assert first.receipt == second.receipt
-    assert books.read_pair(seller, BUYER)[-1] == 10
+    assert books.read_pair(seller, BUYER).balance == 10
     assert books.one(seller, "SELECT count(*) FROM entry") == (1,)
 
 
@@ -237,7 +245,7 @@ def pay(buyer, *claims, running=()):
 
 
 def test_a_claim_is_paid_once_up_to_the_ceiling_less_what_was_paid(buyer):
-    payer.intend(buyer, SELLER, bytes([1]) * 16, b"q", 100)
+    payer.intend(buyer, SELLER, bytes([1]) * 16, b"q", 100, NOW)
     sign(buyer, item(1, 30))
     assert pay(buyer, claim(1, 5_000)) == 70
     assert pay(buyer, claim(1, 5_000)) == 0
@@ -246,7 +254,7 @@ def test_a_claim_is_paid_once_up_to_the_ceiling_less_what_was_paid(buyer):
 
 def test_claims_for_unknown_running_or_ended_work_are_not_paid(buyer):
     for number in (1, 2):
-        payer.intend(buyer, SELLER, bytes([number]) * 16, b"q", 100)
+        payer.intend(buyer, SELLER, bytes([number]) * 16, b"q", 100, NOW)
     sign(buyer, item(1, 30, final=True))
     assert pay(buyer, claim(1, 90), claim(3, 50)) == 0
     assert pay(buyer, claim(2, 90), running=[bytes([2]) * 16]) == 0
@@ -257,7 +265,7 @@ def test_claims_for_unknown_running_or_ended_work_are_not_paid(buyer):
 def test_all_claims_together_stay_within_the_budget(buyer):
     exposure.set_received(buyer, SELLER, 600, 60)
     for number in range(1, 5):
-        payer.intend(buyer, SELLER, bytes([number]) * 16, b"q", 100)
+        payer.intend(buyer, SELLER, bytes([number]) * 16, b"q", 100, NOW)
     assert pay(buyer, *(claim(number, 25) for number in range(1, 5))) == 60
 
 
@@ -364,12 +372,12 @@ def test_what_nobody_could_read_is_not_signed(buyer, wrong):
 
 def test_the_budget_for_claims_counts_from_the_first_one(buyer):
     for number in range(10):
-        payer.intend(buyer, SELLER, bytes([number]) * 16, b"q", 20_000)
+        payer.intend(buyer, SELLER, bytes([number]) * 16, b"q", 20_000, NOW)
     assert sum(pay(buyer, claim(number, 20_000)) for number in range(10)) <= 20_000 + 20_000 // 16
 
 
 def test_a_claim_with_a_hash_of_another_size_is_not_paid(buyer):
-    payer.intend(buyer, SELLER, bytes(16), b"q", 100)
+    payer.intend(buyer, SELLER, bytes(16), b"q", 100, NOW)
     assert pay(buyer, Claim(bytes(16), b"q", 50, b"short")) == 0
 
 

@@ -142,7 +142,7 @@ def test_the_amount_limit_is_exact():
         (voucher(key=OTHER), "signature"),
         (voucher(payee=PAYER), "somebody else"),
         (msgspec.structs.replace(voucher(), items=items(2)), "items"),
-        (voucher(parts=items(1, kind=1)), "routes"),
+        (voucher(parts=items(1, kind=1)), "ring"),
         (voucher(parts=items(1) * 2), "twice"),
         (msgspec.structs.replace(voucher(), body=b"\x90"), "VoucherBody"),
     ],
