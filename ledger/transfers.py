@@ -175,14 +175,20 @@ def take(db: apsw.Connection, peer: PeerId, item: Item, increase: MicroCredits, 
             (item.id, peer, _next(db, item), item.amount, _packed(item), at_ms),
         )
     elif item.kind == REFUND:
-        db.execute(
-            "UPDATE transfer SET state = 'returning' WHERE xid = ? AND next = ? AND amount = ?"
-            " AND state IN ('forwarded', 'passed')",
-            (item.id, peer, increase),
-        )
+        _heed_refund(db, item.id)
         ring = one(db, "SELECT ring FROM route WHERE xid = ?", (item.id,))
         if ring is not None and name_of(db, _keys(ring[0])[1]) == peer:
             _end(db, item.id, "refunded", at_ms)
+
+
+def _heed_refund(db: apsw.Connection, xid: bytes) -> None:
+    """What I passed on came back; after a loss I may hear of that first."""
+    db.execute(
+        "UPDATE transfer SET state = 'returning' WHERE xid = ? AND state IN ('forwarded', 'passed')"
+        " AND EXISTS (SELECT 1 FROM item i WHERE i.mine = 0 AND i.peer = transfer.next"
+        " AND i.kind = ? AND i.id = transfer.xid AND i.amount = transfer.amount)",
+        (xid, REFUND),
+    )
 
 
 def _next(db: apsw.Connection, item: Item) -> PeerId:
@@ -260,6 +266,8 @@ def _take_step(db: apsw.Connection, sign: Sign, transfer: Transfer, step: str) -
         "UPDATE transfer SET state = ? WHERE xid = ? AND previous = ?",
         (step, transfer.xid, transfer.previous),
     )
+    if step == "forwarded":
+        _heed_refund(db, transfer.xid)
     return [Sent(target, voucher, read_pair(db, target))] if voucher is not None else []
 
 
@@ -299,6 +307,7 @@ def adopt(db: apsw.Connection, peer: PeerId, item: Item, at_ms: int) -> None:
             _end_if_known(db, item.id, others, at_ms)
     elif item.kind == ROUTE:
         _mark(db, item.id, "next", peer, "forwarded", ("waiting",))
+        _heed_refund(db, item.id)
     elif item.kind == REFUND:
         _mark(db, item.id, "previous", peer, "refunded", ("waiting",))
         _mark(db, item.id, "previous", peer, "returned", ("forwarded", "passed", "returning"))
