@@ -12,7 +12,7 @@ import msgspec
 
 from aivillage.cli import show
 from aivillage.cli.client import NoDaemonError
-from aivillage.cli.node import connect, places
+from aivillage.cli.node import amount, connect, places
 from aivillage.protocols.errors import EXIT_AUDIT, EXIT_OK
 from aivillage.protocols.types import as_credits
 
@@ -54,6 +54,22 @@ def balance(args: argparse.Namespace) -> int:
             for peer in found["peers"]
         ],
         ("peer", "owes me", "I can spend there", "may owe me"),
+    )
+    return 0
+
+
+def settle(args: argparse.Namespace) -> int:
+    """Pays what I owe one peer with what others owe or lend me."""
+    more = {} if args.credits is None else {"micro_credits": amount(args.credits)}
+    with connect(args) as client:
+        found = client.patient().ask("settle", peer=args.peer, **more)
+    if args.json:
+        show.as_json(found)
+        return 0
+    through = ", ".join(show.short(peer) for peer in found["through"])
+    print(
+        f"moved {as_credits(found['amount'])} of {as_credits(found['asked'])} credits:"
+        f" {show.short(found['peer'])} is paid by {through}"
     )
     return 0
 

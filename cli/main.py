@@ -138,6 +138,13 @@ def _ledger_commands(command: Command) -> None:
         "aivillage.cli.credits:balance",
         "net, in transit and at risk, spendable per peer",
     )
+    settle = command(
+        "settle",
+        "aivillage.cli.credits:settle",
+        "pay what I owe a peer with what others owe or lend me",
+    )
+    settle.add_argument("peer", help="its id, or the end of it")
+    settle.add_argument("credits", nargs="?", help="all that I owe it, if not said")
     history = command("history", "aivillage.cli.credits:history", "every movement, newest first")
     history.add_argument("--limit", type=int, default=50)
     command(

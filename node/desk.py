@@ -14,6 +14,7 @@ from aivillage.ledger.ledger import NodeBook
 from aivillage.node import results
 from aivillage.node.addresses import Addresses
 from aivillage.node.buyer import Buyer
+from aivillage.node.clearing import Clearing
 from aivillage.node.config import Origin
 from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
@@ -55,6 +56,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     stop: trio.Event
     started: float
     addresses: Addresses
+    clearing: Clearing
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
         """What can be asked, by name."""
@@ -68,6 +70,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "balance": self.on_balance,
             "history": self.on_history,
             "audit": self.on_audit,
+            "settle": self.on_settle,
             "invite": self.on_invite,
             "join": self.on_join,
             "config": self.on_config,
@@ -208,6 +211,29 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     async def on_audit(self, _args: dict[str, Any]) -> dict[str, Any]:
         report = await self.ledger.audit()
         return dict(msgspec.to_builtins(report))
+
+    async def on_settle(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Moves what we owe a peer, or pays it ahead, from what others owe or lend us."""
+        peer = self._neighbour(str(args["peer"]))
+        amount = args.get("micro_credits")
+        wanted = self.ledger.owed_to(peer) if amount is None else msgspec.convert(amount, Amount)
+        if not wanted:
+            raise RequestError(
+                f"you owe {peer[-8:]} nothing", next_step="name an amount to pay it ahead"
+            )
+        cleared = await self.clearing.clear(peer, wanted)
+        return {"peer": peer, "asked": wanted} | dict(msgspec.to_builtins(cleared))
+
+    def _neighbour(self, name: str) -> PeerId:
+        """The one peer of the book or the neighbourhood that is called so, by its id's end."""
+        everybody = {view.peer for view in self.ledger.views()}
+        everybody |= {link.peer for link in self.links.all()}
+        found = [peer for peer in everybody if peer.endswith(name)]
+        if len(found) != 1 or not name:
+            raise RequestError(
+                f"{len(found) or 'no'} peers end in {name!r}", next_step="aivillage-node peers"
+            )
+        return found[0]
 
     async def on_invite(self, args: dict[str, Any]) -> dict[str, Any]:
         line = args.get("line_micro_credits")

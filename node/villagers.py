@@ -6,6 +6,7 @@ import functools
 import logging
 import random
 import time
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import trio
@@ -22,13 +23,15 @@ from aivillage.node.jobs import Jobs
 from aivillage.node.links import Link, Links
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, PeerError, RefusedError
-from aivillage.protocols.messages import ADDRESSES_MAX
+from aivillage.protocols.messages import ADDRESSES_MAX, Offer
 from aivillage.protocols.types import MicroCredits, PeerId, Seconds
 
 VILLAGE_SETTING: Final = "village"
 JOIN_SECONDS: Final = 15.0
 DIAL_SECONDS: Final = 10.0
 BACKOFF_SECONDS: Final = (1.0, 60.0)
+NEIGHBOURS: Final = 16
+"""With so many we leave it to others to come to us: a link costs both sides pings and gossip."""
 
 
 class Membership:
@@ -78,6 +81,8 @@ class Villagers:
         self._dialling: set[PeerId] = set()
         self._trusting: dict[PeerId, trio.Event] = {}
         self._members: dict[PeerId, Link] = {}
+        self.heard_of: Callable[[], Iterable[Offer]] = tuple
+        """Offers that came by gossip: of people of our village whom we may not have met."""
 
     def line_of(self, link: Link) -> MicroCredits | None:
         """What a neighbour may owe us; None for a stranger."""
@@ -93,6 +98,11 @@ class Villagers:
         """Links with people of our village."""
         return list(self._members.values())
 
+    def hubs(self) -> list[PeerId]:
+        """With whom everybody here has an account: the village's founder, its treasury."""
+        wanted = self.membership.village
+        return [peer for peer in self._members if village.village_of(peer) == wanted]
+
     def is_member(self, peer: PeerId) -> bool:
         """Whether `peer` is linked, and of our village."""
         return peer in self._members
@@ -106,6 +116,7 @@ class Villagers:
             link.peer,
             link.hello.boot_epoch,
             functools.partial(_send_blob, link),
+            link.hello.minor,
         )
         if line is not None:
             self._members[link.peer] = link
@@ -169,10 +180,17 @@ class Villagers:
         self._members.pop(link.peer, None)
 
     async def keep_in_touch(self) -> None:
-        """Dials known villagers that are not linked, ever more rarely where nobody answers."""
+        """Dials known villagers that are not linked, ever more rarely where nobody answers.
+
+        While we have few neighbours, also those we only heard of: who is acquainted with more
+        people has more ways to be paid.
+        """
         while True:
             for known in await self._jobs.known_peers():
                 self._dial_if_due(known.id, known.addresses)
+            if len(self._members) < NEIGHBOURS:
+                for offer in self.heard_of():
+                    self._dial_if_due(offer.seller, offer.addresses)
             await trio.sleep(random.uniform(0.5, 1.5))
 
     def _dial_if_due(self, peer: PeerId, addresses: tuple[str, ...]) -> None:

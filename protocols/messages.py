@@ -18,7 +18,7 @@ from aivillage.protocols.vouchers import BLOB_BYTES_MAX
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
 VERSION_MAJOR: Final = 1
-VERSION_MINOR: Final = 0
+VERSION_MINOR: Final = 1
 CALLS_PER_PAIR_MAX: Final = 256
 CERTIFICATES_MAX: Final = 8
 ADDRESSES_MAX: Final = 8

@@ -104,7 +104,8 @@ def _exposure(world: World, node: Node, pairs: list[books.Pair], signed: dict[st
             raise broken("I1", name)
         if pair.written_off > pair.paid // 16 + allowance:
             raise broken("I2", name)
-        if pair.balance + max(0, unsigned - pair.written_off) > LINE + EXPOSURE:
+        held = rings.held_back(node, pair.peer)
+        if pair.balance - held + max(0, unsigned - pair.written_off) > LINE + EXPOSURE:
             raise broken("I14", name)
     if strangers > POOL:
         raise broken("I3", f"node {node.index}: strangers have {strangers}")

@@ -76,6 +76,16 @@ def at_every_step(node: Node) -> None:
     never_more_out(node)
 
 
+def held_back(node: Node, peer: str) -> int:
+    """What `peer` gave back and this node has not: it owes that, and costs nothing yet."""
+    row = books.one(
+        node.db,
+        "SELECT coalesce(sum(amount), 0) FROM transfer WHERE next = ? AND state = 'returning'",
+        (peer,),
+    )
+    return int(row[0]) if row else 0
+
+
 def never_more_out(node: Node) -> None:
     for xid, more in books.rows(node.db, _MORE_OUT):
         raise broken("I7", f"node {node.index} passed on {more} more of {xid.hex()} than came")
