@@ -259,6 +259,10 @@ _PROOF = """
     UNION ALL SELECT 1 FROM voucher_out v
     WHERE i.mine = 1 AND v.peer = i.peer AND v.lane = i.lane AND v.n = i.last_n) LIMIT 1
 """
+_TRANSFERS: Final = (
+    "SELECT xid, state, amount FROM route",
+    "SELECT xid, state, amount FROM transfer",
+)
 _EXPECTED: Final = {"open": 1, "waiting": -1, "returning": -1}
 """What `routed` shows of a transfer's amount; nothing once it went on, came back or closed."""
 
@@ -266,8 +270,8 @@ _EXPECTED: Final = {"open": 1, "waiting": -1, "returning": -1}
 def _transfers(tally: _Tally) -> Query[None]:
     """A transfer that ended left nothing in `routed`; one under way left just its amount."""
     expected: dict[bytes, int] = {}
-    for table in ("route", "transfer"):
-        for xid, state, amount in (yield f"SELECT xid, state, amount FROM {table}", ()):  # noqa: S608
+    for select in _TRANSFERS:
+        for xid, state, amount in (yield select, ()):
             share = _EXPECTED.get(state, 0) * amount
             expected[xid] = expected.get(xid, 0) + share
     for xid, amount in expected.items():

@@ -35,20 +35,23 @@ from aivillage.protocols.vouchers import (
     PARTS_MAX,
     STRANGER_PARTS_MAX,
     Equivocation,
-    LaneState,
     Message,
     Receipt,
+    SyncDigest,
     SyncReply,
     SyncRequest,
     Voucher,
     bad,
     check_equivocation,
     decode,
+    encode,
     pack_reply,
     pack_request,
 )
 
 ROUND_SECONDS: Final = 1.0
+DIGEST_MINOR: Final = 1
+"""Peers of this minor version and later know digests."""
 _PairJob = Callable[[apsw.Connection, PeerId], Pair]
 
 
@@ -155,7 +158,7 @@ class Ledger:
     def connected(self, peer: PeerId, peer_epoch: int, send: Send, minor: int = 0) -> None:
         """`minor`: the version that its hello says."""
         partner = self.desk.partner(peer)
-        partner.link = Link(send, peer_epoch, minor)
+        partner.link = Link(send, peer_epoch, minor, listing=minor < DIGEST_MINOR)
         self._see_epoch(partner, peer_epoch)
         self._ask(partner, partner.link)
 
@@ -182,6 +185,8 @@ class Ledger:
                 self.buying.on_receipt(partner, message)
             case SyncRequest():
                 self._on_request(partner, link, epoch, message)
+            case SyncDigest():
+                self._on_digest(partner, link, epoch, message)
             case SyncReply():
                 self._on_reply(partner, link, epoch, message)
             case Equivocation():
@@ -213,13 +218,21 @@ class Ledger:
         link.attests.clear()
         link.asked_at, link.synced = self.desk.now(), False
         peer, number = partner.pair.peer, link.round
+        epochs = sync.ALL if link.listing else sync.Epochs(self.desk.epoch, partner.epoch)
 
-        def ready(lanes: list[LaneState]) -> None:
+        def job(db: apsw.Connection) -> list[bytes]:
+            lanes = sync.own_lanes(db, peer, epochs)
+            if link.listing:
+                return pack_request(self.desk.epoch, number, lanes)
+            digests = sync.digests(db, peer, epochs)
+            return [encode(self.desk.epoch, SyncDigest(number, *digests, tuple(lanes)))]
+
+        def ready(blobs: list[bytes]) -> None:
             if partner.link is link and link.round == number:
-                for blob in pack_request(self.desk.epoch, number, lanes):
+                for blob in blobs:
                     link.send(blob)
 
-        self.desk.submit(lambda db: sync.own_lanes(db, peer), ready)
+        self.desk.submit(job, ready)
 
     def _on_request(self, partner: Partner, link: Link, epoch: int, message: SyncRequest) -> None:
         if message.round <= link.answered_round:
@@ -238,8 +251,16 @@ class Ledger:
         }
         link.request.clear()
         link.answered_round = message.round
-        link.question = Question(epoch, message.round, lanes)
+        link.question = Question(epoch, message.round, sync.Asked(lanes))
         self._answer_if_due(partner, link)
+
+    def _on_digest(self, partner: Partner, link: Link, epoch: int, message: SyncDigest) -> None:
+        if message.round > link.answered_round:
+            link.answered_round = message.round
+            lanes = {(state.mine, state.lane): state for state in message.lanes}
+            asked = sync.Asked(lanes, (message.mine, message.yours))
+            link.question = Question(epoch, message.round, asked)
+            self._answer_if_due(partner, link)
 
     def _answer_if_due(self, partner: Partner, link: Link) -> None:
         """One round a second: what comes sooner waits, and the newest takes its place."""
@@ -247,14 +268,14 @@ class Ledger:
         if question is None or now < link.answer_at:
             return
         link.question, link.answer_at = None, now + ROUND_SECONDS
-        peer, epoch, lanes = partner.pair.peer, question.epoch, question.lanes
+        peer, epochs = partner.pair.peer, sync.Epochs(self.desk.epoch, question.epoch)
 
         def ready(answer: sync.Answer) -> None:
             self.desk.keep(answer.pair)
             if partner.link is link:
-                self._answer(partner, link, (epoch, question.round), answer)
+                self._answer(partner, link, (question.epoch, question.round), answer)
 
-        self.desk.submit(lambda db: sync.answer(db, peer, epoch, lanes), ready)
+        self.desk.submit(lambda db: sync.answer(db, peer, epochs, question.asked), ready)
 
     def _answer(
         self, partner: Partner, link: Link, answers: tuple[int, int], answer: sync.Answer
@@ -297,6 +318,7 @@ class Ledger:
             if partner.link is not link or link.round != number:
                 return
             if reply.more:
+                link.listing = True
                 self._ask(partner, link)
             else:
                 link.synced = True

@@ -25,9 +25,10 @@ from aivillage.ledger.books import (
 )
 from aivillage.ledger.payer import Wallet
 from aivillage.ledger.signing import Signer
+from aivillage.ledger.sync import Asked
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds, peer_id, public_key
-from aivillage.protocols.vouchers import LaneState, ReceiptRow, SyncReply, SyncRequest
+from aivillage.protocols.vouchers import ReceiptRow, SyncReply, SyncRequest
 
 T = TypeVar("T")
 Done = Callable[[], None]
@@ -109,7 +110,7 @@ class Question:
 
     epoch: int
     round: int
-    lanes: dict[tuple[bool, bytes], LaneState]
+    asked: Asked
 
 
 @dataclass(slots=True)
@@ -125,6 +126,8 @@ class Link:
     answer_at: Seconds = 0.0
     question: Question | None = None
     synced: bool = False
+    listing: bool = False
+    """All lanes are asked for by name: digests are not known to the peer, or did not agree."""
     request: dict[int, SyncRequest] = field(default_factory=dict)
     reply: dict[int, SyncReply] = field(default_factory=dict)
     attests: dict[int, list[bool]] = field(default_factory=dict)

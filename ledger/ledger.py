@@ -375,7 +375,8 @@ def _open_file(path: Path, signer: Ed25519Signer, clock: Clock) -> apsw.Connecti
 
 
 def _unusable(path: Path, error: apsw.Error) -> ConfigError:
-    if isinstance(error, apsw.NotADBError | apsw.CorruptError | apsw.SQLError):
+    damaged = apsw.NotADBError | apsw.CorruptError | apsw.SQLError | apsw.ConstraintError
+    if isinstance(error, damaged):
         message = f"{path} is not a ledger, or a damaged one: {error}"
         return ConfigError(message, next_step="restore it from a backup")
     return ConfigError(f"{path} cannot be opened: {error}", next_step="is the disk full, or slow?")

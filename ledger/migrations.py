@@ -34,10 +34,10 @@ INSERT INTO lane_out SELECT peer, lane, n, cum,
   min(cum, coalesce((SELECT sum(i.amount) FROM old_item i
     WHERE i.mine = 1 AND i.peer = l.peer AND i.lane = l.lane), 0)),
   coalesce((SELECT max(v.cum) FROM old_voucher_out v
-    WHERE v.peer = l.peer AND v.lane = l.lane AND v.receipt IS NOT NULL), 0)
+    WHERE v.peer = l.peer AND v.lane = l.lane AND v.receipt IS NOT NULL), 0), NULL
 FROM old_lane_out l;
 INSERT INTO lane_in SELECT peer, lane, n, cum, attr, CASE sealed WHEN 1 THEN cum ELSE attr END,
-  count, sealed FROM old_lane_in;
+  count, sealed, NULL FROM old_lane_in;
 INSERT INTO intent SELECT peer, attempt, quote_hash, ceiling, ?1 FROM old_intent;
 INSERT INTO evidence SELECT * FROM old_evidence;
 """

@@ -134,9 +134,9 @@ def _book(
     money = cum - old.cum
     credit = _service(counted, money, sealed=bool(old.sealed))
     db.execute(
-        "INSERT INTO lane_in VALUES (?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT DO UPDATE SET n ="
+        "INSERT INTO lane_in VALUES (?, ?, ?, ?, ?, ?, ?, 0, NULL) ON CONFLICT DO UPDATE SET n ="
         " excluded.n, cum = excluded.cum, attr = excluded.attr, service = excluded.service,"
-        " count = excluded.count",
+        " count = excluded.count, fold = NULL",
         (*place, max(old.n, body.n), cum, attr, old.service + credit, old.vouchers + 1),
     )
     db.execute(

@@ -112,8 +112,8 @@ def _keep(
 ) -> None:
     """`service`: what of it is for work."""
     db.execute(
-        "INSERT INTO lane_out VALUES (?, ?, ?, ?, ?, 0) ON CONFLICT DO UPDATE SET"
-        " n = excluded.n, cum = excluded.cum, service = service + excluded.service",
+        "INSERT INTO lane_out VALUES (?, ?, ?, ?, ?, 0, NULL) ON CONFLICT DO UPDATE SET n ="
+        " excluded.n, cum = excluded.cum, service = service + excluded.service, fold = NULL",
         (peer, body.lane, body.n, body.cum, service),
     )
     _insert(db, peer, body, voucher)
@@ -129,7 +129,7 @@ def _insert(db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Vouch
         db.execute(
             "INSERT INTO item VALUES (1, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
             " amount = max(amount, excluded.amount), last_n = max(last_n, excluded.last_n),"
-            " final = max(final, excluded.final)",
+            " final = max(final, excluded.final) WHERE lane = excluded.lane",
             (peer, item.kind, item.id, body.lane, item.amount, body.n, item.final),
         )
         if item.final and item.kind == JOB:
@@ -176,6 +176,7 @@ def adopt(db: apsw.Connection, peer: PeerId, voucher: Voucher, at_ms: int) -> No
         _keep(db, peer, body, voucher, min(money, _for_service(increases)))
     else:
         _insert(db, peer, body, voucher)
+        db.execute("UPDATE lane_out SET fold = NULL WHERE peer = ? AND lane = ?", place[:2])
     _pay(db, Cause(*place, voucher.body, "recover-pay"), increases, money, at_ms)
     for item in voucher.items:
         transfers.adopt(db, peer, item, at_ms)

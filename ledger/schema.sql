@@ -106,6 +106,7 @@ CREATE TABLE lane_out(
   cum INTEGER NOT NULL CHECK (cum BETWEEN 0 AND 9007199254740991),
   service INTEGER NOT NULL CHECK (service BETWEEN 0 AND cum),     -- the part that was for work
   confirmed INTEGER NOT NULL DEFAULT 0 CHECK (confirmed BETWEEN 0 AND cum),  -- by receipts
+  fold BLOB,                                          -- hash of what it says, once it is an old one
   PRIMARY KEY (peer, lane)
 ) STRICT, WITHOUT ROWID;
 
@@ -140,6 +141,7 @@ CREATE TABLE lane_in(
   service INTEGER NOT NULL CHECK (service BETWEEN 0 AND cum),  -- the part that counts as pay
   count INTEGER NOT NULL,
   sealed INTEGER NOT NULL DEFAULT 0,
+  fold BLOB,
   PRIMARY KEY (peer, lane)
 ) STRICT, WITHOUT ROWID;
 

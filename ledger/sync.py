@@ -14,6 +14,7 @@ import apsw
 from aivillage.ledger import payee, payer
 from aivillage.ledger.books import Pair, ensure_peer, one, read_pair, rows
 from aivillage.ledger.exposure import RHO
+from aivillage.ledger.folds import fold
 from aivillage.protocols.types import AMOUNT_MAX, AttemptId, MicroCredits, PeerId
 from aivillage.protocols.vouchers import (
     ARREARS,
@@ -22,8 +23,10 @@ from aivillage.protocols.vouchers import (
     JOB,
     Claim,
     Item,
+    LaneDigest,
     LaneState,
     Voucher,
+    lane_of,
 )
 
 VOUCHERS_MAX: Final = 4096
@@ -31,11 +34,30 @@ VOUCHERS_MAX: Final = 4096
 _RUNS_MAX: Final = 32
 
 
-def own_lanes(db: apsw.Connection, peer: PeerId) -> list[LaneState]:
-    """What I have of every lane with `peer`."""
-    out = rows(db, "SELECT lane, n FROM lane_out WHERE peer = ?", (peer,))
+class Epochs(NamedTuple):
+    """The boots that run now: mine and the peer's."""
+
+    mine: int
+    yours: int
+
+
+ALL: Final = Epochs(0, 0)
+"""As if no boot had ended: every lane is listed."""
+
+
+def digests(db: apsw.Connection, peer: PeerId, epochs: Epochs) -> tuple[LaneDigest, LaneDigest]:
+    """Of the lanes that former boots signed: mine, and the peer's."""
+    return fold(db, peer, epochs.mine, mine=True), fold(db, peer, epochs.yours, mine=False)
+
+
+def own_lanes(db: apsw.Connection, peer: PeerId, since: Epochs = ALL) -> list[LaneState]:
+    """What I have of every lane with `peer`, or of those of the boots `since`."""
+    mine, yours = (lane_of(epoch, bytes(8)) for epoch in since)
+    out = rows(db, "SELECT lane, n FROM lane_out WHERE peer = ? AND lane >= ?", (peer, mine))
     lanes = [LaneState(True, lane, n) for lane, n in out]
-    for lane, n, count in rows(db, "SELECT lane, n, count FROM lane_in WHERE peer = ?", (peer,)):
+    for lane, n, count in rows(
+        db, "SELECT lane, n, count FROM lane_in WHERE peer = ? AND lane >= ?", (peer, yours)
+    ):
         held = (1, n) if n == count else _runs(db, peer, lane)
         lanes.append(LaneState(False, lane, n, held))
     return lanes
@@ -60,14 +82,22 @@ class Answer(NamedTuple):
     unconfirmed: int
 
 
-def answer(
-    db: apsw.Connection, peer: PeerId, epoch: int, lanes: Mapping[tuple[bool, bytes], LaneState]
-) -> Answer:
-    """What `peer` in its boot `epoch` lacks; the epoch is durable when the answer leaves."""
+class Asked(NamedTuple):
+    """A whole question. `digest`: of mine and yours, where old lanes are not listed."""
+
+    lanes: Mapping[tuple[bool, bytes], LaneState]
+    digest: tuple[LaneDigest, LaneDigest] | None = None
+
+
+def answer(db: apsw.Connection, peer: PeerId, epochs: Epochs, asked: Asked) -> Answer:
+    """What `peer` in its boot lacks; its epoch is durable when the answer leaves."""
     # No row for a stranger without one: with no money in play there is nothing to fence.
-    db.execute("UPDATE peer SET epoch = max(epoch, ?) WHERE peer = ?", (epoch, peer))
-    yours = _forgotten(db, peer, lanes)
-    mine = _unseen(db, peer, lanes, VOUCHERS_MAX + 1 - len(yours))
+    db.execute("UPDATE peer SET epoch = max(epoch, ?) WHERE peer = ?", (epochs.yours, peer))
+    if asked.digest is not None and digests(db, peer, epochs) != asked.digest[::-1]:
+        return Answer(read_pair(db, peer), [], [], True, payer.count_unreceipted(db, peer))
+    since = ALL if asked.digest is None else epochs
+    yours = _forgotten(db, peer, asked.lanes, since)
+    mine = _unseen(db, peer, asked.lanes, since, VOUCHERS_MAX + 1 - len(yours))
     left = VOUCHERS_MAX - len(yours) - len(mine)
     more = left < 0
     if not more:  # what it holds and never confirmed, so that the receipt comes now
@@ -78,11 +108,16 @@ def answer(
 
 
 def _forgotten(
-    db: apsw.Connection, peer: PeerId, lanes: Mapping[tuple[bool, bytes], LaneState]
+    db: apsw.Connection,
+    peer: PeerId,
+    lanes: Mapping[tuple[bool, bytes], LaneState],
+    since: Epochs,
 ) -> list[Voucher]:
     """Vouchers that `peer` signed after the last one it knows, in order of n."""
     found: list[Voucher] = []
-    for lane, n in rows(db, "SELECT lane, n FROM lane_in WHERE peer = ?", (peer,)):
+    first = lane_of(since.yours, bytes(8))
+    held = rows(db, "SELECT lane, n FROM lane_in WHERE peer = ? AND lane >= ?", (peer, first))
+    for lane, n in held:
         state = lanes.get((True, lane))
         if state is None or state.n < n:
             newer = rows(
@@ -99,11 +134,14 @@ def _unseen(
     db: apsw.Connection,
     peer: PeerId,
     lanes: Mapping[tuple[bool, bytes], LaneState],
+    since: Epochs,
     limit: int,
 ) -> list[Voucher]:
     """My vouchers that still say something and that `peer` lacks."""
     found: list[Voucher] = []
-    for (lane,) in rows(db, "SELECT lane FROM lane_out WHERE peer = ?", (peer,)):
+    first = lane_of(since.mine, bytes(8))
+    signed = rows(db, "SELECT lane FROM lane_out WHERE peer = ? AND lane >= ?", (peer, first))
+    for (lane,) in signed:
         state = lanes.get((False, lane))
         for hole in _holes(state.held if state else ()):
             if len(found) < limit:

@@ -172,11 +172,26 @@ def take(db: apsw.Connection, peer: PeerId, item: Item, increase: MicroCredits, 
             "INSERT INTO transfer VALUES (?, ?, ?, ?, ?, 'waiting', ?) ON CONFLICT DO NOTHING",
             (item.id, peer, _next(db, item), item.amount, _packed(item), at_ms),
         )
+        _recall(db, item.id, peer)
     elif item.kind == REFUND:
         _heed_refund(db, item.id)
         ring = one(db, "SELECT ring FROM route WHERE xid = ?", (item.id,))
         if ring is not None and name_of(db, _keys(ring[0])[1]) == peer:
             _end(db, item.id, "refunded", at_ms)
+
+
+_RECALLED: Final = """
+  UPDATE transfer SET state = ?1 WHERE xid = ?2 AND previous = ?3 AND state = 'waiting'
+    AND EXISTS (SELECT 1 FROM item i
+      WHERE i.mine = 1 AND i.peer = transfer.{} AND i.kind = ?4 AND i.id = ?2)
+"""
+
+
+def _recall(db: apsw.Connection, xid: bytes, previous: PeerId) -> None:
+    """What I did with a transfer before I forgot that it came stands."""
+    for kind, side, state in ((ROUTE, "next", "forwarded"), (REFUND, "previous", "refunded")):
+        db.execute(_RECALLED.format(side), (state, xid, previous, kind))
+    _heed_refund(db, xid)
 
 
 def _heed_refund(db: apsw.Connection, xid: bytes) -> None:
@@ -238,15 +253,11 @@ def advance(db: apsw.Connection, sign: Sign, reach: Reach, at_ms: int) -> list[S
 
 
 def _step(db: apsw.Connection, transfer: Transfer, reach: Reach, at_ms: int) -> str:
-    """`wait`, or the state to come. What I signed before I forgot it stands."""
+    """`wait`, or the state to come."""
     if transfer.previous not in reach.ready:
         return "wait"
     if transfer.state == "returning":
         return "returned" if _is_worth_it(db, transfer) else "wait"
-    if _is_signed(db, transfer.next, ROUTE, transfer.xid):
-        return "forwarded"
-    if _is_signed(db, transfer.previous, REFUND, transfer.xid):
-        return "refunded"
     if at_ms <= not_after_ms(transfer.xid) and _may_forward(db, transfer):
         return "forwarded" if transfer.next in reach.ready else "wait"
     is_neighbour = read_pair(db, transfer.next).known
@@ -274,8 +285,6 @@ def _take_step(db: apsw.Connection, sign: Sign, transfer: Transfer, step: str) -
         "UPDATE transfer SET state = ? WHERE xid = ? AND previous = ?",
         (step, transfer.xid, transfer.previous),
     )
-    if step == "forwarded":
-        _heed_refund(db, transfer.xid)
     return [Sent(target, voucher, read_pair(db, target))] if voucher is not None else []
 
 
@@ -296,13 +305,6 @@ def _may_forward(db: apsw.Connection, transfer: Transfer) -> bool:
         and previous.owed <= previous.line
         and amount - after.balance <= after.received_line
     )
-
-
-_SIGNED: Final = "SELECT 1 FROM item WHERE mine = 1 AND peer = ? AND kind = ? AND id = ?"
-
-
-def _is_signed(db: apsw.Connection, peer: PeerId, kind: int, xid: bytes) -> bool:
-    return one(db, _SIGNED, (peer, kind, xid)) is not None
 
 
 def adopt(db: apsw.Connection, peer: PeerId, item: Item, at_ms: int) -> None:
@@ -329,15 +331,15 @@ def _end_if_known(db: apsw.Connection, xid: bytes, others: Sequence[PeerId], at_
         _end(db, xid, "refunded", at_ms)
 
 
+_MARKED: Final = "UPDATE transfer SET state = ? WHERE xid = ? AND {} = ? AND state = ?"
+
+
 def _mark(
     db: apsw.Connection, xid: bytes, side: str, peer: PeerId, state: str, before: Sequence[str]
 ) -> None:
     """`side`: the column that names `peer`."""
     for old in before:
-        db.execute(
-            f"UPDATE transfer SET state = ? WHERE xid = ? AND {side} = ? AND state = ?",  # noqa: S608
-            (state, xid, peer, old),
-        )
+        db.execute(_MARKED.format(side), (state, xid, peer, old))
 
 
 def names(ring: bytes) -> tuple[PeerId, ...]:

@@ -141,6 +141,25 @@ class SyncRequest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     lanes: tuple[LaneState, ...] = ()
 
 
+class LaneDigest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Of all lanes of a payer's former boots: how many, and the hash over what they say."""
+
+    count: Amount
+    hash: Digest
+
+
+class SyncDigest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A SYNC_REQ in one blob, since minor version 1: old lanes by their digest only.
+
+    Where a digest differs the answer is empty and asks for more: then all lanes are listed.
+    """
+
+    round: Count
+    mine: LaneDigest
+    yours: LaneDigest
+    lanes: Annotated[tuple[LaneState, ...], Meta(max_length=16)] = ()
+
+
 class SyncReply(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One part of the answer to request `round` of epoch `answers`.
 
@@ -171,7 +190,7 @@ class Equivocation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     second: SignedBody
 
 
-Message: TypeAlias = Voucher | Receipt | SyncRequest | SyncReply | Equivocation
+Message: TypeAlias = Voucher | Receipt | SyncRequest | SyncReply | Equivocation | SyncDigest
 Verify: TypeAlias = Callable[[bytes, bytes, bytes], bool]
 """(public key, prefixed message, signature) -> whether it is good."""
 
@@ -181,6 +200,7 @@ _TYPES: Final[dict[int, type[Message]]] = {
     3: SyncRequest,
     4: SyncReply,
     5: Equivocation,
+    6: SyncDigest,
 }
 _TAGS: Final = {kind: tag for tag, kind in _TYPES.items()}
 

@@ -1,0 +1,93 @@
+"""Books that older versions wrote, opened by this one."""
+
+import shutil
+from pathlib import Path
+
+import apsw
+import pytest
+
+from aivillage.ledger import books
+from aivillage.ledger.audit import audit
+from aivillage.ledger.ledger import open_ledger
+from aivillage.ledger.queries import balance, run
+from aivillage.protocols.errors import ConfigError
+from tests.house import ROOT
+from tests.unit.ledger.test_steps import NOW, A, B
+
+DATA = ROOT / "tests" / "data"
+NET = {"buyer": -1_920, "seller": 1_920}
+KEYS = {"buyer": A, "seller": B}
+
+
+@pytest.fixture
+def old(tmp_path: Path):
+    """A copy of a book that schema 1 wrote: 3 boots, 24 jobs, 48 vouchers, one lost."""
+
+    def copy(name):
+        path = tmp_path / f"{name}.db"
+        shutil.copy(DATA / f"ledger_v1_{name}.db", path)
+        return path
+
+    return copy
+
+
+def opened(path):
+    db = apsw.Connection(str(path))
+    books.configure(db)
+    return db
+
+
+def entries(db):
+    return books.rows(db, "SELECT * FROM entry ORDER BY seq")
+
+
+@pytest.mark.parametrize("name", ["buyer", "seller"])
+def test_a_book_of_schema_1_keeps_every_entry_proof_and_balance(old, name):
+    db = opened(old(name))
+    before = {t: books.rows(db, f"SELECT * FROM {t}") for t in ("posting", "voucher_in", "item")}
+    was = entries(db)
+    books.prepare(db, KEYS[name].public_key, NOW)
+    assert entries(db) == was
+    assert {t: books.rows(db, f"SELECT * FROM {t}") for t in before} == before
+    report = run(db, audit(KEYS[name].verify))
+    assert report.ok, report.first_error
+    assert run(db, balance()).net == NET[name]
+    assert books.one(db, "PRAGMA integrity_check") == ("ok",)
+    assert books.rows(db, "PRAGMA foreign_key_check") == []
+    assert not [t for (t,) in books.rows(db, "SELECT name FROM sqlite_schema") if "old_" in t]
+    books.prepare(db, KEYS[name].public_key, NOW)  # and it is done once
+    assert entries(db) == was
+
+
+def test_what_counts_as_paid_and_confirmed_is_taken_over(old):
+    seller, buyer = opened(old("seller")), opened(old("buyer"))
+    books.prepare(seller, B.public_key, NOW)
+    books.prepare(buyer, A.public_key, NOW)
+    assert books.rows(seller, "SELECT service, sealed FROM lane_in ORDER BY lane") == [
+        (640, 1), (640, 1), (640, 0),
+    ]  # fmt: skip
+    assert books.rows(buyer, "SELECT service, confirmed FROM lane_out") == [(640, 560)] * 3
+    (pair,) = books.read_pairs(seller)
+    assert (pair.known, pair.line, pair.exposure, pair.paid) == (1, 10_000, 2_000, 1_920)
+
+
+def test_the_rules_of_today_hold_for_an_old_book(old):
+    db = opened(old("buyer"))
+    books.prepare(db, A.public_key, NOW)
+    for statement in ("UPDATE entry SET at_ms = 1", "DELETE FROM voucher_out", "DELETE FROM item"):
+        with pytest.raises(apsw.ConstraintError):
+            db.execute(statement)
+
+
+async def test_an_old_book_that_breaks_the_rules_is_refused_and_left_alone(old):
+    path = old("seller")
+    db = opened(path)
+    db.execute("DROP TRIGGER posting_kept")
+    db.execute("UPDATE posting SET amount = amount + 1 WHERE seq = 3 AND leg = 0")
+    db.close()
+    with pytest.raises(ConfigError, match="restore it from a backup"):
+        async with open_ledger(path, B._key):
+            pytest.fail("opened")
+    db = opened(path)
+    assert books.one(db, "PRAGMA user_version") == (1,)
+    assert len(entries(db)) == 47
