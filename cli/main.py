@@ -147,6 +147,11 @@ def _ledger_commands(command: Command) -> None:
     settle.add_argument("credits", nargs="?", help="all that I owe it, if not said")
     history = command("history", "aivillage.cli.credits:history", "every movement, newest first")
     history.add_argument("--limit", type=int, default=50)
+    history.add_argument("--peer", metavar="ID", default="", help="with this peer (id or its end)")
+    history.add_argument("--since", metavar="TIME", help="7d, 12h, 2026-11-01, 2026-11-01T12:30")
+    history.add_argument("--until", metavar="TIME", help="likewise; a day is taken to its end")
+    history.add_argument("--kind", default="", help="of entry: pay, receive, write-off...")
+    history.add_argument("--csv", action="store_true", help="for spreadsheets: every voucher")
     command(
         "audit", "aivillage.cli.credits:audit", "recompute the whole book; exit 7 if it is wrong"
     )

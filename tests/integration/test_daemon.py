@@ -21,6 +21,7 @@ READS = [
     ("peers",),
     ("balance",),
     ("history",),
+    ("history", "--since", "1d"),
     ("audit",),
     ("operations",),
     ("jobs", "list"),
