@@ -107,6 +107,24 @@ def test_the_money_reads_the_same_with_and_without_a_daemon(yard):
     assert running == _money_of([ann, bob])
 
 
+def test_a_statement_of_a_running_node_convinces_the_other(yard, tmp_path):
+    ann, bob = yard.village("ann", "bob")
+    yard.know_each_other(ann, bob)
+    job = bob.submit("mesh.noop", note="x", parts=3)
+    assert bob.job_ended(job, 30)["state"] == "done"
+    settled([ann, bob], 10)
+    for teller, hearer in ((ann, bob), (bob, ann)):
+        path = tmp_path / f"{teller.name}.json"
+        whole = teller.run("statement", "--peer", hearer.peer[-8:], "--output", str(path))
+        assert whole.code == 0, whole
+        heard = hearer.run("verify-statement", str(path))
+        assert (heard.code, f"{bob.peer} owes {ann.peer} 0.00004" in heard.out) == (0, True), heard
+    one = bob.run("statement", "--peer", ann.peer, "--job", job[:10])
+    assert one.code == 0, one
+    assert one.json["amount"] == 40
+    assert one.json["proofs"][0]["attested"]
+
+
 def _money_of(daemons: list[Daemon]) -> dict[str, Any]:
     reads = ("balance", "history", "history --limit 2", "audit")
     found = {f"{d.name} {words}": d.read(*words.split()) for d in daemons for words in reads}
