@@ -170,7 +170,10 @@ def _proof_commands(command: Command) -> None:
         "check a statement; needs no node. Exit 7 if it is wrong",
     )
     verify.add_argument("file", help="a statement; - is standard input")
-    statement.add_argument("--output", metavar="FILE", help="write here, not to standard output")
+    export = command("export", "aivillage.cli.export:export", "the book for other programs")
+    export.add_argument("--beancount", action="store_true", required=True, help="as its journal")
+    for action in (statement, export):
+        action.add_argument("--output", metavar="FILE", help="write here, not to standard output")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

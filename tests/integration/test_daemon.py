@@ -23,6 +23,7 @@ READS = [
     ("history",),
     ("history", "--since", "1d"),
     ("audit",),
+    ("export", "--beancount"),
     ("operations",),
     ("jobs", "list"),
     ("config",),
@@ -30,7 +31,7 @@ READS = [
     ("paths",),
     ("doctor",),
 ]
-NEEDS_NO_DAEMON = {"balance", "history", "audit", "config", "paths", "doctor"}
+NEEDS_NO_DAEMON = {"balance", "history", "audit", "export", "config", "paths", "doctor"}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""statement, verify-statement, and history as a person types them, without a daemon."""
+"""statement, verify-statement, history and export as a person types them, without a daemon."""
 
 import csv
 import io
@@ -9,6 +9,7 @@ import sys
 
 import apsw
 import pytest
+from beancount import loader
 
 from aivillage.cli import main, output, times
 from aivillage.node.attempts import attempts_of
@@ -121,9 +122,21 @@ def test_history_takes_its_filters_and_refuses_what_is_none(run):
         assert run("history", *words)[0] == 2, words
 
 
+def test_the_journal_goes_to_a_file_that_beancount_takes(run, node):
+    path = node / "book.beancount"
+    code, out, _ = run("export", "--beancount", "--output", path)
+    assert (code, "5 entries" in out) == (0, True)
+    entries, errors, _ = loader.load_file(str(path))
+    assert (errors, len(entries)) == ([], 10)
+    assert run("export", "--beancount")[1] == path.read_text()
+    assert json.loads(run("export", "--beancount", "--json")[1])["journal"] == path.read_text()
+    assert json.loads(run("export", "--beancount", "--output", path, "--json")[1])["entries"] == 5
+
+
 def test_a_file_that_cannot_be_written_or_read_is_a_plain_refusal(run, node):
     for words in (
         ("statement", "--peer", SELLER, "--output", node / "no" / "where"),
+        ("export", "--beancount", "--output", node),
         ("verify-statement", node / "missing"),
     ):
         code, _, err = run(*words)
