@@ -26,7 +26,7 @@ from aivillage.ledger.books import (
 from aivillage.ledger.payer import Wallet
 from aivillage.ledger.signing import Signer
 from aivillage.ledger.sync import Asked
-from aivillage.protocols.errors import AivillageError
+from aivillage.protocols.errors import AivillageError, NodeError
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds, peer_id, public_key
 from aivillage.protocols.vouchers import ReceiptRow, SyncReply, SyncRequest
 
@@ -305,7 +305,7 @@ class Desk:
         done: Callable[[T], None],
         failed: Failed | None = None,
     ) -> None:
-        """Runs `job` durably. An error is told to `on_error`, and to `failed` if given."""
+        """Runs `job` durably. An error is told to `failed`; one of ours, or unheard, `on_error`."""
 
         def succeeded(result: T) -> None:
             self.refusing = None
@@ -314,7 +314,8 @@ class Desk:
         def refused(error: AivillageError) -> None:
             if error.code == "DISK_FULL":
                 self.refusing = error
-            self.on_error(error)
+            if failed is None or isinstance(error, NodeError):
+                self.on_error(error)
             if failed is not None:
                 failed(error)
 
