@@ -268,3 +268,22 @@ async def test_only_the_owner_can_read_the_book(tmp_path):
     async with open_ledger(tmp_path / "a.db", A):
         modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
     assert modes == dict.fromkeys(["a.db", "a.db-wal", "a.db-shm"], 0o600)
+
+
+async def test_a_restored_book_delivers_nothing_on_credit_before_it_synced(tmp_path):
+    async with pair(tmp_path) as (a, b):
+        join(a, b)
+        await work(a, b, 100)
+    db = apsw.Connection(str(tmp_path / "b.db"))
+    db.execute("UPDATE peer SET unsynced = 1")  # as `restore` leaves it
+    db.close()
+    async with open_ledger(tmp_path / "a.db", A) as a, open_ledger(tmp_path / "b.db", B) as b:
+        b.want_room(BUYER, 100)
+        await b.room_changed(BUYER)
+        assert b.room(BUYER) == b.headroom(BUYER) == 0
+        join(a, b)
+        await until(lambda: b.room(BUYER) >= 100)
+        assert b.headroom(BUYER) > 0
+    db = apsw.Connection(str(tmp_path / "b.db"))
+    assert db.execute("SELECT unsynced FROM peer").fetchall() == [(0,)]
+    db.close()
