@@ -170,8 +170,7 @@ class Node:
         self.signer = FakeSigner(f"{world.seed}/{index}".encode())
         self.id: PeerId = peer_id(self.signer.public_key)
         self.clock = Clock(world)
-        self.db = apsw.Connection(":memory:")
-        self.db.execute("PRAGMA foreign_keys=ON")
+        self.db = self.open_db()
         books.prepare(self.db, self.signer.public_key, self.clock.unix_ms())
         self.lossless = True
         self.delivered: dict[PeerId, int] = {}
@@ -180,6 +179,15 @@ class Node:
         self.boots = 0
         self.up = True
         self.boot()
+
+    def open_db(self) -> apsw.Connection:
+        """Its disk; a simulation of disks brings its own."""
+        db = apsw.Connection(":memory:")
+        db.execute("PRAGMA foreign_keys=ON")
+        return db
+
+    def start_again(self) -> None:
+        """What a dead node finds on its disk; nothing is lost but memory."""
 
     @property
     def honest(self) -> bool:
@@ -233,6 +241,7 @@ class Frame:
 class World:
     seed: int
     runner_type: type[Runner] = Runner
+    node_type: Callable[[World, int, str], Node] = Node
     settings: Settings = field(
         default_factory=lambda: Settings(
             stranger_pool=POOL, heal_seconds=10.0, idle_seconds=5.0, route_seconds=20.0
@@ -252,7 +261,7 @@ class World:
         lies = [self.rng.choice(liars.LIES) for _ in range(liar_count)]
         self.heard: list[bytes] = []
         self.nodes = [
-            Node(self, index, lies[index] if index < len(lies) else "")
+            self.node_type(self, index, lies[index] if index < len(lies) else "")
             for index in range(self.rng.choice((3, 4, 4, 5, 6)))
         ]
         self.work: list[Work] = []
@@ -370,6 +379,7 @@ class World:
         elif node.backups and self.chance(self.rates.restore):
             self.restores += 1
             node.lose(self.rng.choice(node.backups))
+        node.start_again()
         node.boot()
 
     # work
