@@ -201,10 +201,9 @@ class NormalNode(PowerNode):
 
 def run_seed(seed: int, node_type: type[PowerNode] = PowerNode) -> tuple[str, World]:
     """What broke, if anything, and the world."""
-    world = World(seed, node_type=node_type)
+    world = World(seed, node_type=node_type, with_liars=False)
     with_power_cuts(world.rates, world.rng)
     for node in world.nodes:
-        node.lie = ""
         if isinstance(node, PowerNode):
             node.disk.sync_all()  # what the owners said on their first day is long on the disk
     try:

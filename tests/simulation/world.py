@@ -242,6 +242,7 @@ class World:
     seed: int
     runner_type: type[Runner] = Runner
     node_type: Callable[[World, int, str], Node] = Node
+    with_liars: bool = True
     settings: Settings = field(
         default_factory=lambda: Settings(
             stranger_pool=POOL, heal_seconds=10.0, idle_seconds=5.0, route_seconds=20.0
@@ -257,7 +258,7 @@ class World:
         self.frames: list[Frame] = []
         self.signed: dict[tuple[PeerId, PeerId, bytes, int], bytes] = {}
         self.crashes = self.vouchers = self.restores = self.jumped_seconds = 0
-        liar_count = self.rng.choice((0, 0, 1, 2))
+        liar_count = self.rng.choice((0, 0, 1, 2)) if self.with_liars else 0
         lies = [self.rng.choice(liars.LIES) for _ in range(liar_count)]
         self.heard: list[bytes] = []
         self.nodes = [
