@@ -12,7 +12,7 @@ python := PYTHONPATH=. $(bin)/python
 wishes := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites install demo test quick check sim kills sabotage bench clean
+.PHONY: help prerequisites install demo test quick check sim kills power soak sabotage bench clean
 
 help: ## list the targets
 	@echo "AIVillage. Targets:"
@@ -47,6 +47,13 @@ sim: install ## the ledger under loss, crashes and lies, SEEDS=50 worlds
 kills: install ## kill -9 the ledger KILLS=100 times, the daemon 10 times
 	$(python) -m tests.integration.ledger_kills --kills $(KILLS)
 	$(python) -m tests.integration.daemon_kills --kills 10
+
+power: install ## the ledger on disks whose power is cut, SEEDS=50 worlds
+	$(python) -m tests.simulation.power_loss --seeds $(SEEDS)
+
+soak: install ## 300 kills of the ledger, 30 of four daemons under load; ten minutes
+	$(python) -m tests.integration.ledger_kills --kills 300 --settled-within 2
+	$(python) -m tests.integration.daemon_kills --kills 30 --settled-within 2
 
 sabotage: install ## plant each fault of sabotage/ and demand that its test notices
 	$(python) tests/sabotage.py

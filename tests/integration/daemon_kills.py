@@ -68,7 +68,7 @@ class Load:
         )
 
 
-def run(kills: int, seed: int) -> dict[str, Any]:
+def run(kills: int, seed: int, settle_seconds_max: float = SETTLE_SECONDS_MAX) -> dict[str, Any]:
     """The summary; `ok` says whether everything adds up."""
     dice = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="kills-") as folder, Yard(pathlib.Path(folder)) as yard:
@@ -90,7 +90,7 @@ def run(kills: int, seed: int) -> dict[str, Any]:
         for load in loads:
             load.stop()
         load_seconds = time.monotonic() - began
-        return _added_up(daemons, loads) | {
+        return _added_up(daemons, loads, settle_seconds_max) | {
             "kills": kills,
             "seed": seed,
             "load_seconds": round(load_seconds, 1),
@@ -98,7 +98,9 @@ def run(kills: int, seed: int) -> dict[str, Any]:
         }
 
 
-def _added_up(daemons: list[Daemon], loads: list[Load]) -> dict[str, Any]:
+def _added_up(
+    daemons: list[Daemon], loads: list[Load], settle_seconds_max: float
+) -> dict[str, Any]:
     wrong: list[str] = []
     try:
         wait_for(
@@ -106,7 +108,7 @@ def _added_up(daemons: list[Daemon], loads: list[Load]) -> dict[str, Any]:
             END_SECONDS_MAX,
             "all jobs end",
         )
-        settle_seconds = settled(daemons, SETTLE_SECONDS_MAX)
+        settle_seconds = settled(daemons, settle_seconds_max)
     except DaemonError as error:
         wrong.append(str(error))
         settle_seconds = -1.0
@@ -142,11 +144,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--settled-within", type=float, default=SETTLE_SECONDS_MAX, metavar="SECONDS"
+    )
     parser.add_argument("--json", action="store_true", help="only the summary")
     args = parser.parse_args()
     if not args.json:
         print(f"{len(NAMES)} daemons, {args.kills} kills, seed {args.seed}", flush=True)
-    found = run(args.kills, args.seed)
+    found = run(args.kills, args.seed, args.settled_within)
     print(json.dumps(found))
     return 0 if found["ok"] else 1
 

@@ -193,7 +193,7 @@ def settled(folder: Path) -> bool:
     return buyer.spent == seller.earned and buyer.in_transit == 0
 
 
-def run(kills: int, seed: int) -> dict[str, Any]:
+def run(kills: int, seed: int, settle_seconds_max: float = 60.0) -> dict[str, Any]:
     """Kills, restarts, waits for quiet, and returns the sums."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
@@ -213,7 +213,7 @@ def run(kills: int, seed: int) -> dict[str, Any]:
             (folder / "stop").touch()
             time.sleep(1)
             quiet = time.monotonic()
-            wait_for(lambda: settled(folder), 60, "both books to agree")
+            wait_for(lambda: settled(folder), settle_seconds_max, "both books to agree")
             return summary(folder, kills, quiet - started, time.monotonic() - quiet)
         finally:
             for side in sides:
@@ -245,13 +245,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--settled-within", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--side", nargs=3)
     options = parser.parse_args()
     if options.side:
         name, folder, port = options.side
         trio.run(serve, name, Path(folder), int(port))
         return 0
-    result = run(options.kills, options.seed)
+    result = run(options.kills, options.seed, options.settled_within)
     print(json.dumps(result))
     return 0 if result["ok"] else 1
 
