@@ -80,6 +80,11 @@ def _node_commands(command: Command) -> None:
     invite.add_argument("--line", metavar="CREDITS", help="what the guest may owe")
     join = command("join", "aivillage.cli.node:join", "join the village that a token invites to")
     join.add_argument("token")
+    command(
+        "rotate-key",
+        "aivillage.cli.keys:rotate_key",
+        "a new key for this node, which must stand still; balances go on",
+    )
     command("paths", "aivillage.cli.node:show_paths", "where everything of this node lives")
     config = command("config", "aivillage.cli.node:config", "the settings in force")
     config.add_argument("action", choices=["show"], nargs="?", default="show")

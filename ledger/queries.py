@@ -131,3 +131,9 @@ def history(limit: int) -> Query[list[HistoryRow]]:
     rows = yield _HISTORY, (limit,)
     names = HistoryRow.__struct_fields__
     return [HistoryRow(**dict(zip(names, row, strict=True))) for row in rows]
+
+
+def keys() -> Query[tuple[bytes, ...]]:
+    """The keys that this book ever had, the one in force first."""
+    rows = yield "SELECT public_key FROM identity ORDER BY n DESC", ()
+    return tuple(key for (key,) in rows)

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aivillage import __version__
 from aivillage.ledger.desk import Settings as LedgerSettings
 from aivillage.ledger.ledger import NodeBook, open_ledger
-from aivillage.node import identity, lock
+from aivillage.node import identity, lock, rotation
 from aivillage.node.addresses import Addresses, addresses_of
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin, Settings
@@ -38,7 +38,7 @@ from aivillage.node.switch import Switch
 from aivillage.node.villagers import Membership, Villagers
 from aivillage.node.worker_process import WorkerLimits
 from aivillage.node.workers import Workers, WorkerSettings, open_workers
-from aivillage.protocols.messages import VERSION_MAJOR, VERSION_MINOR, Hello
+from aivillage.protocols.messages import SUCCESSIONS_MAX, VERSION_MAJOR, VERSION_MINOR, Hello
 from aivillage.protocols.ports import Transport
 
 ENGINE_SLOTS_MAX: Final = 8
@@ -60,10 +60,11 @@ async def run(
     """
     from aivillage.node.transport.libp2p import open_libp2p
 
-    key = identity.load(paths.data_dir)
     os.umask(0o077)  # whatever this node writes is its owner's: books, jobs, blobs
     async with AsyncExitStack() as stack:
         stack.enter_context(lock.held(paths.data_dir))
+        await rotation.settle(paths)
+        key = identity.load(paths.data_dir)
         jobs = await stack.enter_async_context(open_jobs(paths.jobs))
         pool = LedgerSettings(stranger_pool=settings.stranger_pool_micro_credits)
         ledger = await stack.enter_async_context(open_ledger(paths.ledger, key, settings=pool))
@@ -95,7 +96,7 @@ async def open_node(
 ) -> AsyncIterator[Desk]:
     """The services between stores and network, on any transport."""
     events, monitor, stop = Events(), Monitor(paths.data_dir), trio.Event()
-    membership = Membership(identity.peer_of(key), jobs)
+    membership = Membership(ledger.names[-1], jobs)
     await membership.load()
     addresses = addresses_of(transport, settings.announce)
     hello = _hello(ledger, membership, addresses)
@@ -109,6 +110,7 @@ async def open_node(
         discovery = Discovery(key)
         for known in await jobs.known_peers():
             discovery.records[known.id] = Record(known.units_per_second, known.good, known.bad)
+        villagers.on_succeeded = discovery.rename
         gossiper = Gossiper(links.all, villagers.is_member, discovery.accept)
         discovery.is_neighbour = villagers.is_member
         seller = Seller(
@@ -161,6 +163,7 @@ def _hello(ledger: NodeBook, membership: Membership, addresses: Addresses) -> Ca
         clock_unix_ms=int(time.time() * 1000),
         certificates=membership.certificates,
         addresses=addresses(),
+        successions=ledger.proofs[-SUCCESSIONS_MAX:],
     )
 
 

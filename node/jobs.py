@@ -302,6 +302,10 @@ class Jobs:
             (peer, msgspec.msgpack.encode(addresses), time.time()),
         )
 
+    async def rename_peer(self, old: PeerId, new: PeerId) -> None:
+        """What is known of a peer follows it to its next key."""
+        await self._write("UPDATE OR REPLACE known_peer SET id=? WHERE id=?", (new, old))
+
     async def rate_peer(self, peer: PeerId, good: int, bad: int, units_per_second: float) -> None:
         """Keeps what discovery counts of a peer."""
         await self._keep_writing(

@@ -48,6 +48,7 @@ class Switch:
             messages.Join: villagers.on_join,
         }
         links.on_message = self.on_message
+        links.admit = villagers.admit
         links.on_up = self.on_up
         links.on_down = self.on_down
         links.before_write = self.rider

@@ -20,7 +20,7 @@ from aivillage.node.identity import peer_of
 from aivillage.protocols.envelope import seal, unseal
 from aivillage.protocols.errors import PeerError, RefusedError, RequestError
 from aivillage.protocols.messages import CERTIFICATES_MAX, Certificate, Invite
-from aivillage.protocols.types import MicroCredits, PeerId, public_key
+from aivillage.protocols.types import AMOUNT_MAX, MicroCredits, PeerId, public_key
 
 TOKEN_PREFIX: Final = "aiv1."  # noqa: S105
 TOKEN_CHARACTERS_MAX: Final = 4096
@@ -96,27 +96,45 @@ def redeem(
         raise RefusedError(
             "this invite has expired", code="OWNER_LIMIT", next_step="ask for a new one"
         )
+    lasts = now_unix_ms + CERTIFICATE_DAYS * DAY_MS
+    line = invite.line_micro_credits
+    return invite.nonce, certify(key, invite.village, guest, line=line, not_after_unix_ms=lasts)
+
+
+def certify(
+    key: Ed25519PrivateKey,
+    village: bytes,
+    member: PeerId,
+    *,
+    line: MicroCredits,
+    not_after_unix_ms: int,
+    may_invite: bool = False,
+) -> bytes:
+    """A certificate for `member`, as good as the word of `key` in the village."""
     certificate = Certificate(
-        village=invite.village,
-        issuer=invite.inviter,
-        member=guest,
-        line_micro_credits=invite.line_micro_credits,
-        not_after_unix_ms=now_unix_ms + CERTIFICATE_DAYS * DAY_MS,
+        village=village,
+        issuer=peer_of(key),
+        member=member,
+        line_micro_credits=line,
+        not_after_unix_ms=not_after_unix_ms,
+        may_invite=may_invite,
     )
-    return invite.nonce, seal(key, "certificate", certificate)
+    return seal(key, "certificate", certificate)
 
 
 def membership(
-    certificates: Iterable[bytes], peer: PeerId, village: bytes, now_unix_ms: int
+    certificates: Iterable[bytes], names: Sequence[PeerId], village: bytes, now_unix_ms: int
 ) -> MicroCredits | None:
-    """The line that `village` vouches for `peer`, or None where `peer` is a stranger.
+    """The line that `village` vouches for a peer, or None where it is a stranger.
 
-    The founder belongs by name; anybody else by a chain that ends at the founder.
+    `names`: the ids of all its keys. The founder belongs by name; anybody else by a chain that
+    ends at the founder.
     """
-    if village_of(peer) == village:
-        return 2**53 - 1
+    if any(village_of(name) == village for name in names):
+        return AMOUNT_MAX
     valid = _valid(list(certificates)[:CERTIFICATES_MAX], village, now_unix_ms)
-    return _vouched(valid, peer, village, frozenset())
+    lines = [_vouched(valid, name, village, frozenset()) for name in names]
+    return max((line for line in lines if line is not None), default=None)
 
 
 def newest(envelopes: Iterable[bytes]) -> tuple[bytes, ...]:

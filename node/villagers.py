@@ -6,13 +6,14 @@ import functools
 import logging
 import random
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.ledger.ledger import NodeBook
-from aivillage.node import village
+from aivillage.node import succession, village
 from aivillage.node.config import Settings
 from aivillage.node.events import Events
 from aivillage.node.gossip import send_or_drop
@@ -21,7 +22,7 @@ from aivillage.node.identity import peer_of
 from aivillage.node.jobs import Jobs
 from aivillage.node.links import Link, Links
 from aivillage.protocols import messages
-from aivillage.protocols.errors import AivillageError, PeerError, RefusedError
+from aivillage.protocols.errors import AivillageError, PeerError, RefusedError, RequestError
 from aivillage.protocols.messages import ADDRESSES_MAX
 from aivillage.protocols.types import MicroCredits, PeerId, Seconds
 
@@ -34,8 +35,9 @@ BACKOFF_SECONDS: Final = (1.0, 60.0)
 class Membership:
     """Which village this node belongs to, and what proves it: what the hello carries."""
 
-    def __init__(self, peer: PeerId, jobs: Jobs) -> None:
-        self.village = village.village_of(peer)
+    def __init__(self, first: PeerId, jobs: Jobs) -> None:
+        """`first`: the id of this node's first key, which its own village is named by."""
+        self.village = village.village_of(first)
         self.certificates: tuple[bytes, ...] = ()
         self._jobs = jobs
 
@@ -78,13 +80,13 @@ class Villagers:
         self._dialling: set[PeerId] = set()
         self._trusting: dict[PeerId, trio.Event] = {}
         self._members: dict[PeerId, Link] = {}
+        self.on_succeeded: Callable[[PeerId, PeerId], None] = lambda old, new: None
 
     def line_of(self, link: Link) -> MicroCredits | None:
         """What a neighbour may owe us; None for a stranger."""
         now = int(time.time() * 1000)
-        promised = village.membership(
-            link.hello.certificates, link.peer, self.membership.village, now
-        )
+        names = self._book.names_of(link.peer)
+        promised = village.membership(link.hello.certificates, names, self.membership.village, now)
         if promised is None:
             return None
         return min(promised, self._settings.village_line_micro_credits)
@@ -97,15 +99,67 @@ class Villagers:
         """Whether `peer` is linked, and of our village."""
         return peer in self._members
 
+    # ------------------------------------------------------------------ changed keys
+    async def admit(self, peer: PeerId, hello: messages.Hello) -> None:
+        """Follows the changes of key that a hello proves, durably, before its link is up.
+
+        Raises:
+            PeerError: OWNER_LIMIT, this key was replaced: whoever has it may have stolen it.
+        """
+        for step in self._new_steps(succession.chain(hello.successions, peer), hello):
+            try:
+                await self._book.succeed(step.old, step.new, step.proof)
+            except RequestError as error:
+                self._events.emit("succession_refused", level=30, peer=peer, reason=str(error))
+                break
+            await self._follow(step.old, step.new)
+        now_called = self._book.names_of(peer)[0]
+        if now_called != peer:
+            raise PeerError(
+                f"this key was replaced by {now_called}",
+                code="OWNER_LIMIT",
+                next_step="start the node that has the new key",
+            )
+
+    def _new_steps(
+        self, steps: list[succession.Step], hello: messages.Hello
+    ) -> list[succession.Step]:
+        """Those from the latest key on that the book knows; all where they make a member."""
+        for index in range(len(steps) - 1, -1, -1):
+            if self._book.knows(steps[index].new):
+                return steps[index + 1 :]
+        for index in range(len(steps) - 1, -1, -1):
+            if self._book.knows(steps[index].old):
+                return steps[index:]
+        names = [step.old for step in steps]
+        now = int(time.time() * 1000)
+        line = village.membership(hello.certificates, names, self.membership.village, now)
+        return steps if line is not None else []  # keys are free: strangers would fill the book
+
+    async def _follow(self, old: PeerId, new: PeerId) -> None:
+        """The book knows the new key: whoever is here with the old one goes."""
+        self._book.disconnected(old)
+        link = self._links.get(old)
+        if link is not None:
+            link.close("its key was replaced")
+        self._not_before.pop(old, None)
+        self.on_succeeded(old, new)
+        self._events.emit("key_changed", peer=new, former=old)
+        await self._jobs.rename_peer(old, new)
+
     # ------------------------------------------------------------------ links
     def on_up(self, link: Link) -> None:
         """Opens the books with a neighbour, and remembers where it lives."""
+        if self._is_retired(link.peer):  # its key was replaced between its hello and now
+            link.close("its key was replaced")
+            return
         line = self.line_of(link)
         self._not_before.pop(link.peer, None)
         self._book.connected(
             link.peer,
             link.hello.boot_epoch,
             functools.partial(_send_blob, link),
+            link.hello.minor,
         )
         if line is not None:
             self._members[link.peer] = link
@@ -114,6 +168,9 @@ class Villagers:
         elif self._book.view(link.peer).known:
             self._tasks.start_soon(self._forsake, link.peer)
         self._tell("peer_up", link, agent=link.hello.agent)
+
+    def _is_retired(self, peer: PeerId) -> bool:
+        return self._book.names_of(peer)[0] != peer
 
     def _tell(self, event: str, link: Link, **fields: Any) -> None:
         """Strangers come and go: only who looks closely wants to read of each."""
@@ -164,7 +221,8 @@ class Villagers:
             await trusting.wait()
 
     def on_down(self, link: Link, reason: str) -> None:
-        self._book.disconnected(link.peer)
+        if not self._is_retired(link.peer):  # else the books are open with its next key
+            self._book.disconnected(link.peer)
         self._tell("peer_down", link, reason=reason)
         self._members.pop(link.peer, None)
 
@@ -206,7 +264,7 @@ class Villagers:
         Raises:
             RefusedError: OWNER_LIMIT, only the founder of a village invites.
         """
-        if village.village_of(self.peer) != self.membership.village:
+        if village.village_of(self._book.names[-1]) != self.membership.village:
             raise RefusedError(
                 "only the founder of this village can invite",
                 code="OWNER_LIMIT",
@@ -231,7 +289,7 @@ class Villagers:
         )
         now = int(time.time() * 1000)
         joined = reply.certificates if isinstance(reply, messages.Joined) else ()
-        if village.membership(joined, self.peer, invite.village, now) is None:
+        if village.membership(joined, self._book.names, invite.village, now) is None:
             raise PeerError("the inviter sent no valid certificate", code="BAD_REQUEST")
         await self.membership.store(invite.village, joined)
         await self._jobs.saw_peer(link.peer, link.hello.addresses)
@@ -245,7 +303,7 @@ class Villagers:
 
     def _belongs_to(self, wanted: bytes) -> bool:
         known, now = self.membership, int(time.time() * 1000)
-        line = village.membership(known.certificates, self.peer, wanted, now)
+        line = village.membership(known.certificates, self._book.names, wanted, now)
         return known.village == wanted and line is not None
 
     async def _reach(self, addresses: tuple[str, ...], peer: PeerId) -> Link:

@@ -18,9 +18,11 @@ from aivillage.protocols.vouchers import BLOB_BYTES_MAX
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
 VERSION_MAJOR: Final = 1
-VERSION_MINOR: Final = 0
+VERSION_MINOR: Final = 1
 CALLS_PER_PAIR_MAX: Final = 256
 CERTIFICATES_MAX: Final = 8
+SUCCESSIONS_MAX: Final = 4
+"""Changes of key that a hello proves: a peer that missed more of them meets a stranger."""
 ADDRESSES_MAX: Final = 8
 ADDRESS_CHARACTERS_MAX: Final = 256
 BLOBS_MAX: Final = 16
@@ -32,6 +34,7 @@ Enveloped: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=ENVELOPE_BYTES_M
 Certificates: TypeAlias = Annotated[
     tuple[Enveloped, ...], msgspec.Meta(max_length=CERTIFICATES_MAX)
 ]
+Successions: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=SUCCESSIONS_MAX)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
 """Of a program, or of a kind of kernel."""
 Address: TypeAlias = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
@@ -58,6 +61,8 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     kernel_classes: Annotated[tuple[Name, ...], msgspec.Meta(max_length=16)] = ()
     addresses: Addresses = ()
     max_frame_bytes: Count = 1 << 20
+    successions: Successions = ()
+    """Since 1.1: the latest changes of this node's key, the oldest first."""
 
 
 class Ping(Message, frozen=True, kw_only=True, tag="ping"):
@@ -343,3 +348,12 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     line_micro_credits: Amount
     not_after_unix_ms: Count
     may_invite: bool = False
+
+
+class Succession(msgspec.Struct, frozen=True, kw_only=True):
+    """`old` says that it goes by the key of `new` from now on; `consent` is the new key's word."""
+
+    old: PeerId
+    new: PeerId
+    at_unix_ms: Count
+    consent: bytes

@@ -63,6 +63,7 @@ def test_a_message_is_documented_under_its_tag(kind):
         messages.CALLS_PER_PAIR_MAX,
         vouchers.BLOB_BYTES_MAX,
         messages.CERTIFICATES_MAX,
+        messages.SUCCESSIONS_MAX,
         envelope.ENVELOPE_BYTES_MAX,
         pricing.UNITS_MAX,
     ],

@@ -13,6 +13,7 @@ from aivillage.protocols import codec
 from aivillage.protocols.errors import PeerError, RequestError
 from aivillage.protocols.messages import (
     CERTIFICATES_MAX,
+    SUCCESSIONS_MAX,
     Answer,
     Call,
     Hello,
@@ -275,6 +276,12 @@ def test_certificates_have_their_limit():
     codec.decode(raw(_with(HELLO, certificates=[b"c"] * CERTIFICATES_MAX)))
     with pytest.raises(PeerError):
         codec.decode(raw(_with(HELLO, certificates=[b"c"] * (CERTIFICATES_MAX + 1))))
+
+
+def test_successions_have_their_limit():
+    codec.decode(raw(_with(HELLO, successions=[b"s"] * SUCCESSIONS_MAX)))
+    with pytest.raises(PeerError):
+        codec.decode(raw(_with(HELLO, successions=[b"s"] * (SUCCESSIONS_MAX + 1))))
 
 
 def test_text_that_is_no_unicode_is_refused_on_arrival():
