@@ -30,6 +30,7 @@ from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.node.links import LinkLimits, open_links
 from aivillage.node.market import Market
 from aivillage.node.monitor import Monitor
+from aivillage.node.owners import Owners
 from aivillage.node.paths import Paths
 from aivillage.node.pricelist import PriceList
 from aivillage.node.pursuit import Trade
@@ -97,15 +98,17 @@ async def open_node(
     """The services between stores and network, on any transport."""
     events, monitor, stop = Events(), Monitor(paths.data_dir), trio.Event()
     membership = Membership(ledger.names[-1], jobs)
+    owners = Owners(ledger, jobs)
     await membership.load()
+    await owners.load()
     addresses = addresses_of(transport, settings.announce)
-    hello = _hello(ledger, membership, addresses)
+    hello = _hello(ledger, membership, owners, addresses)
     limits = LinkLimits(ping_seconds=settings.heartbeat_seconds)
     async with open_links(transport, hello, limits=limits) as links, trio.open_nursery() as nursery:
         tasks = Tasks(nursery, events)
         villagers = Villagers(
             key=key, settings=settings, membership=membership, links=links, jobs=jobs,
-            book=ledger, events=events, tasks=tasks,
+            book=ledger, events=events, tasks=tasks, owners=owners,
         )  # fmt: skip
         discovery = Discovery(key)
         for known in await jobs.known_peers():
@@ -132,7 +135,7 @@ async def open_node(
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
-            stop=stop, started=time.time(), addresses=addresses,
+            stop=stop, started=time.time(), addresses=addresses, owners=owners,
         )  # fmt: skip
         await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
         async with open_control(paths.socket, Control(desk.handlers(), buyer, hello, events)):
@@ -153,7 +156,9 @@ def worker_settings(settings: Settings) -> WorkerSettings:
     )
 
 
-def _hello(ledger: NodeBook, membership: Membership, addresses: Addresses) -> Callable[[], Hello]:
+def _hello(
+    ledger: NodeBook, membership: Membership, owners: Owners, addresses: Addresses
+) -> Callable[[], Hello]:
     """What we say first on every link: as it is at that moment."""
     return lambda: Hello(
         major=VERSION_MAJOR,
@@ -164,6 +169,7 @@ def _hello(ledger: NodeBook, membership: Membership, addresses: Addresses) -> Ca
         certificates=membership.certificates,
         addresses=addresses(),
         successions=ledger.proofs[-SUCCESSIONS_MAX:],
+        owner_certificate=owners.certificate,
     )
 
 

@@ -20,6 +20,7 @@ from aivillage.node.events import Events
 from aivillage.node.jobs import JobRow, Jobs, KnownPeer
 from aivillage.node.links import Links
 from aivillage.node.monitor import Monitor
+from aivillage.node.owners import Owners
 from aivillage.node.paths import Paths
 from aivillage.node.seller import Seller
 from aivillage.node.villagers import Villagers
@@ -55,6 +56,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     stop: trio.Event
     started: float
     addresses: Addresses
+    owners: Owners
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
         """What can be asked, by name."""
@@ -70,6 +72,8 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "audit": self.on_audit,
             "invite": self.on_invite,
             "join": self.on_join,
+            "owner": self.on_owner,
+            "owner_join": self.on_owner_join,
             "config": self.on_config,
             "events": self.on_events,
             "stop": self.on_stop,
@@ -218,6 +222,14 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     async def on_join(self, args: dict[str, Any]) -> dict[str, Any]:
         inviter = await self.villagers.join(str(args["token"]))
         return {"inviter": inviter, "village": self.villagers.membership.village.hex()}
+
+    async def on_owner(self, _args: dict[str, Any]) -> dict[str, Any]:
+        return self.owners.shown()
+
+    async def on_owner_join(self, args: dict[str, Any]) -> dict[str, Any]:
+        await self.owners.join(str(args["token"]), int(time.time() * 1000))
+        await self.villagers.say_hello_again()
+        return self.owners.shown()
 
     async def on_config(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
         return [msgspec.to_builtins(origin) for origin in self.origins]

@@ -7,8 +7,6 @@ certificates leads from it to the founder, each signed by somebody who may invit
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import secrets
 from collections.abc import Iterable, Sequence
@@ -16,14 +14,14 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from aivillage.node import token
 from aivillage.node.identity import peer_of
 from aivillage.protocols.envelope import seal, unseal
-from aivillage.protocols.errors import PeerError, RefusedError, RequestError
+from aivillage.protocols.errors import PeerError, RefusedError
 from aivillage.protocols.messages import CERTIFICATES_MAX, Certificate, Invite
 from aivillage.protocols.types import AMOUNT_MAX, MicroCredits, PeerId, public_key
 
 TOKEN_PREFIX: Final = "aiv1."  # noqa: S105
-TOKEN_CHARACTERS_MAX: Final = 4096
 INVITE_DAYS: Final = 7
 CERTIFICATE_DAYS: Final = 365
 DAY_MS: Final = 86_400_000
@@ -50,46 +48,34 @@ def make_invite(
         not_after_unix_ms=now_unix_ms + INVITE_DAYS * DAY_MS,
         line_micro_credits=line,
     )
-    raw = seal(key, "invite", invite)
-    return TOKEN_PREFIX + base64.urlsafe_b64encode(raw).decode().rstrip("=")
+    return token.to_text(TOKEN_PREFIX, seal(key, "invite", invite))
 
 
-def read_invite(token: str) -> Invite:
+def read_invite(text: str) -> Invite:
     """The invite inside a token, its signature checked.
 
     Raises:
         RequestError: BAD_REQUEST, the token is cut, changed or not one.
     """
-    text = token.strip()
-    if not text.startswith(TOKEN_PREFIX) or len(text) > TOKEN_CHARACTERS_MAX:
-        raise _bad_token("it does not start with " + TOKEN_PREFIX)
+    raw = token.from_text(TOKEN_PREFIX, text, "invite")
     try:
-        body = text.removeprefix(TOKEN_PREFIX)
-        raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
         signer, invite = unseal(raw, "invite", Invite)
-    except (binascii.Error, ValueError, PeerError) as error:
-        raise _bad_token(str(getattr(error, "message", error))) from None
+    except PeerError as error:
+        raise token.bad("invite", error.message) from None
     if signer != invite.inviter:
-        raise _bad_token("it is signed by somebody else")
+        raise token.bad("invite", "it is signed by somebody else")
     return invite
 
 
-def _bad_token(reason: str) -> RequestError:
-    return RequestError(
-        f"this invite is not valid: {reason}",
-        next_step="copy the whole token, or ask for a new one",
-    )
-
-
 def redeem(
-    key: Ed25519PrivateKey, token: str, guest: PeerId, now_unix_ms: int
+    key: Ed25519PrivateKey, text: str, guest: PeerId, now_unix_ms: int
 ) -> tuple[bytes, bytes]:
     """(nonce to mark as used, certificate for `guest`) for an invite that I made.
 
     Raises:
         RefusedError: OWNER_LIMIT, not mine or expired.
     """
-    invite = read_invite(token)
+    invite = read_invite(text)
     if invite.inviter != peer_of(key):
         raise RefusedError("this invite was made by another node", code="OWNER_LIMIT")
     if invite.not_after_unix_ms < now_unix_ms:

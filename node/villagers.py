@@ -21,6 +21,7 @@ from aivillage.node.guard import Tasks
 from aivillage.node.identity import peer_of
 from aivillage.node.jobs import Jobs
 from aivillage.node.links import Link, Links
+from aivillage.node.owners import Owners
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, PeerError, RefusedError, RequestError
 from aivillage.protocols.messages import ADDRESSES_MAX
@@ -66,6 +67,7 @@ class Villagers:
         book: NodeBook,
         events: Events,
         tasks: Tasks,
+        owners: Owners,
     ) -> None:
         self.peer = peer_of(key)
         self.membership = membership
@@ -76,6 +78,7 @@ class Villagers:
         self._book = book
         self._events = events
         self._tasks = tasks
+        self._owners = owners
         self._not_before: dict[PeerId, tuple[float, Seconds]] = {}
         self._dialling: set[PeerId] = set()
         self._trusting: dict[PeerId, trio.Event] = {}
@@ -90,6 +93,11 @@ class Villagers:
         if promised is None:
             return None
         return min(promised, self._settings.village_line_micro_credits)
+
+    def owner_of(self, link: Link) -> PeerId | None:
+        """Whose device a neighbour is, where it proves it."""
+        now = int(time.time() * 1000)
+        return self._owners.owner_of(link.peer, link.hello.owner_certificate, now)
 
     def members(self) -> list[Link]:
         """Links with people of our village."""
@@ -165,8 +173,8 @@ class Villagers:
             self._members[link.peer] = link
             self._trusting[link.peer] = trio.Event()
             self._tasks.start_soon(self._trust, link, line)
-        elif self._book.view(link.peer).known:
-            self._tasks.start_soon(self._forsake, link.peer)
+        elif self._book.view(link.peer).known or self._owners.is_mine(self.owner_of(link)):
+            self._tasks.start_soon(self._forsake, link)
         self._tell("peer_up", link, agent=link.hello.agent)
 
     def _is_retired(self, peer: PeerId) -> bool:
@@ -181,7 +189,7 @@ class Villagers:
     async def _trust(self, link: Link, line: MicroCredits) -> None:
         try:
             exposure = min(line, self._settings.village_exposure_micro_credits)
-            await self._book.set_line(link.peer, line, exposure)
+            await self._owners.set_line(link.peer, line, exposure, self.owner_of(link))
             send_or_drop(
                 link,
                 messages.Standing(line_micro_credits=line, exposure_micro_credits=exposure),
@@ -194,12 +202,12 @@ class Villagers:
             if trusting is not None:
                 trusting.set()
 
-    async def _forsake(self, peer: PeerId) -> None:
+    async def _forsake(self, link: Link) -> None:
         """Who belonged once and does not now may owe nothing more; what it owes, it owes."""
         try:
-            await self._book.set_line(peer, 0, 0)
+            await self._owners.set_line(link.peer, 0, 0, self.owner_of(link))
         except AivillageError as error:
-            self._events.emit("peer_not_recorded", level=30, peer=peer, reason=str(error))
+            self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
 
     def on_standing(self, link: Link, standing: messages.Standing) -> None:
         self._tasks.start_soon(self._note_standing, link.peer, standing)
@@ -300,6 +308,11 @@ class Villagers:
         await self._reach(invite.addresses, invite.inviter)
         self._events.emit("village_joined", village=invite.village.hex(), inviter=invite.inviter)
         return invite.inviter
+
+    async def say_hello_again(self) -> None:
+        """Our papers changed, and the hellos were said before: links are opened anew."""
+        for link in self._links.all():
+            await self._links.drop(link.peer, "its papers changed")
 
     def _belongs_to(self, wanted: bytes) -> bool:
         known, now = self.membership, int(time.time() * 1000)

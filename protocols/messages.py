@@ -63,6 +63,8 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     max_frame_bytes: Count = 1 << 20
     successions: Successions = ()
     """Since 1.1: the latest changes of this node's key, the oldest first."""
+    owner_certificate: Enveloped = b""
+    """Since 1.1: whose device this is."""
 
 
 class Ping(Message, frozen=True, kw_only=True, tag="ping"):
@@ -357,3 +359,11 @@ class Succession(msgspec.Struct, frozen=True, kw_only=True):
     new: PeerId
     at_unix_ms: Count
     consent: bytes
+
+
+class OwnerCertificate(msgspec.Struct, frozen=True, kw_only=True):
+    """`owner`, who is a key, says that `device` is one of its nodes."""
+
+    owner: PeerId
+    device: PeerId
+    not_after_unix_ms: Count

@@ -63,6 +63,7 @@ FULL: tuple[Frame, ...] = (
         addresses=(f"/ip4/127.0.0.1/tcp/4051/p2p/{PEER}",),
         max_frame_bytes=4096,
         successions=(b"succession",),
+        owner_certificate=b"owner",
     ),
     Ping(nonce=2**64 - 1),
     Pong(nonce=0),
