@@ -86,6 +86,7 @@ def _node_commands(command: Command, common: argparse.ArgumentParser) -> None:
         "a new key for this node, which must stand still; balances go on",
     )
     _owner_commands(command, common)
+    _grant_commands(command, common)
     command("paths", "aivillage.cli.node:show_paths", "where everything of this node lives")
     config = command("config", "aivillage.cli.node:config", "the settings in force")
     config.add_argument("action", choices=["show"], nargs="?", default="show")
@@ -96,6 +97,17 @@ def _node_commands(command: Command, common: argparse.ArgumentParser) -> None:
     )
     demo.add_argument("--tokens", type=int, default=48, help="length of the answers")
     demo.add_argument("--keep", action="store_true", help="leave the data folders behind")
+
+
+def _grant_commands(command: Command, common: argparse.ArgumentParser) -> None:
+    grant = command("grant", "aivillage.cli.grants:grant", "let a member owe more, as the founder")
+    grant.add_argument("peer", metavar="PEER", help="its id, or the end of it")
+    grant.add_argument("credits", metavar="CREDITS")
+    grant.add_argument("--days", type=int, default=30, help="how long it counts, at most 365")
+    grants = command("grants", "aivillage.cli.grants:grants", "the grants issued and held here")
+    actions = grants.add_subparsers(metavar="import", dest="action")
+    take = actions.add_parser("import", parents=[common], help="take a grant that came as a token")
+    take.add_argument("token")
 
 
 def _owner_commands(command: Command, common: argparse.ArgumentParser) -> None:

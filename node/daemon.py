@@ -24,11 +24,13 @@ from aivillage.node.desk import Desk
 from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
 from aivillage.node.gossip import Gossiper
+from aivillage.node.grants import Grants
 from aivillage.node.guard import Tasks
 from aivillage.node.herald import Herald
 from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.node.links import LinkLimits, open_links
 from aivillage.node.market import Market
+from aivillage.node.membership import Membership
 from aivillage.node.monitor import Monitor
 from aivillage.node.owners import Owners
 from aivillage.node.paths import Paths
@@ -36,7 +38,7 @@ from aivillage.node.pricelist import PriceList
 from aivillage.node.pursuit import Trade
 from aivillage.node.seller import Seller
 from aivillage.node.switch import Switch
-from aivillage.node.villagers import Membership, Villagers
+from aivillage.node.villagers import Villagers
 from aivillage.node.worker_process import WorkerLimits
 from aivillage.node.workers import Workers, WorkerSettings, open_workers
 from aivillage.protocols.messages import SUCCESSIONS_MAX, VERSION_MAJOR, VERSION_MINOR, Hello
@@ -97,18 +99,15 @@ async def open_node(
 ) -> AsyncIterator[Desk]:
     """The services between stores and network, on any transport."""
     events, monitor, stop = Events(), Monitor(paths.data_dir), trio.Event()
-    membership = Membership(ledger.names[-1], jobs)
-    owners = Owners(ledger, jobs)
-    await membership.load()
-    await owners.load()
+    membership, owners, grants = await _papers(key, settings, jobs, ledger)
     addresses = addresses_of(transport, settings.announce)
-    hello = _hello(ledger, membership, owners, addresses)
+    hello = _hello(ledger, membership, owners, grants, addresses)
     limits = LinkLimits(ping_seconds=settings.heartbeat_seconds)
     async with open_links(transport, hello, limits=limits) as links, trio.open_nursery() as nursery:
         tasks = Tasks(nursery, events)
         villagers = Villagers(
             key=key, settings=settings, membership=membership, links=links, jobs=jobs,
-            book=ledger, events=events, tasks=tasks, owners=owners,
+            book=ledger, events=events, tasks=tasks, owners=owners, grants=grants,
         )  # fmt: skip
         discovery = Discovery(key)
         for known in await jobs.known_peers():
@@ -135,7 +134,7 @@ async def open_node(
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
-            stop=stop, started=time.time(), addresses=addresses, owners=owners,
+            stop=stop, started=time.time(), addresses=addresses, owners=owners, grants=grants,
         )  # fmt: skip
         await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
         async with open_control(paths.socket, Control(desk.handlers(), buyer, hello, events)):
@@ -144,6 +143,17 @@ async def open_node(
             yield desk
             switch.farewell()
         nursery.cancel_scope.cancel()
+
+
+async def _papers(
+    key: Ed25519PrivateKey, settings: Settings, jobs: Jobs, ledger: NodeBook
+) -> tuple[Membership, Owners, Grants]:
+    """What a former run joined, and was given."""
+    membership, owners = Membership(ledger.names[-1], jobs), Owners(ledger, jobs)
+    grants = Grants(key, settings, membership, ledger, jobs)
+    for papers in (membership, owners, grants):
+        await papers.load()
+    return membership, owners, grants
 
 
 def worker_settings(settings: Settings) -> WorkerSettings:
@@ -157,7 +167,11 @@ def worker_settings(settings: Settings) -> WorkerSettings:
 
 
 def _hello(
-    ledger: NodeBook, membership: Membership, owners: Owners, addresses: Addresses
+    ledger: NodeBook,
+    membership: Membership,
+    owners: Owners,
+    grants: Grants,
+    addresses: Addresses,
 ) -> Callable[[], Hello]:
     """What we say first on every link: as it is at that moment."""
     return lambda: Hello(
@@ -170,6 +184,7 @@ def _hello(
         addresses=addresses(),
         successions=ledger.proofs[-SUCCESSIONS_MAX:],
         owner_certificate=owners.certificate,
+        grants=grants.said(),
     )
 
 

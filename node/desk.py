@@ -11,12 +11,13 @@ import trio
 
 from aivillage import __version__
 from aivillage.ledger.ledger import NodeBook
-from aivillage.node import results
+from aivillage.node import results, who
 from aivillage.node.addresses import Addresses
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Origin
 from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
+from aivillage.node.grants import Grants, from_token, to_token
 from aivillage.node.jobs import JobRow, Jobs, KnownPeer
 from aivillage.node.links import Links
 from aivillage.node.monitor import Monitor
@@ -57,6 +58,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     started: float
     addresses: Addresses
     owners: Owners
+    grants: Grants
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
         """What can be asked, by name."""
@@ -74,6 +76,9 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "join": self.on_join,
             "owner": self.on_owner,
             "owner_join": self.on_owner_join,
+            "grant": self.on_grant,
+            "grants": self.on_grants,
+            "grants_import": self.on_grants_import,
             "config": self.on_config,
             "events": self.on_events,
             "stop": self.on_stop,
@@ -230,6 +235,27 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         await self.owners.join(str(args["token"]), int(time.time() * 1000))
         await self.villagers.say_hello_again()
         return self.owners.shown()
+
+    async def on_grant(self, args: dict[str, Any]) -> dict[str, Any]:
+        amount = msgspec.convert(args["amount_micro_credits"], Amount)
+        holder = who.named(str(args["peer"]), self._known())
+        granted = await self.grants.issue(holder, amount, int(args["days"]))
+        sent = self.villagers.give_grant(holder, granted)
+        return {"holder": holder, "token": to_token(granted), "sent": sent}
+
+    async def on_grants(self, _args: dict[str, Any]) -> dict[str, Any]:
+        return dict(msgspec.to_builtins(self.grants.listing()))
+
+    async def on_grants_import(self, args: dict[str, Any]) -> dict[str, Any]:
+        granted = from_token(str(args["token"]))
+        if await self.grants.take(granted):
+            self.villagers.show_grant(granted.envelope)
+        return await self.on_grants({})
+
+    def _known(self) -> set[PeerId]:
+        """Whom the owner can name by the end of an id."""
+        booked = {view.peer for view in self.ledger.views()}
+        return booked | {link.peer for link in self.links.all()}
 
     async def on_config(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
         return [msgspec.to_builtins(origin) for origin in self.origins]

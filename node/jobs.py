@@ -367,6 +367,22 @@ class Jobs:
             (key, value),
         )
 
+    async def set_durably(self, key: str, value: bytes) -> None:
+        """A setting that outlasts a power cut too: what is counted against a cap."""
+
+        def work() -> None:
+            try:
+                self._db.pragma("synchronous", 2)
+                with self._db:
+                    self._db.execute("INSERT OR REPLACE INTO setting VALUES(?,?)", (key, value))
+            except apsw.Error as error:
+                raise _typed(error) from error
+            finally:
+                self._db.pragma("synchronous", 1)
+
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(work, limiter=self._limiter)
+
 
 @asynccontextmanager
 async def open_jobs(path: Path) -> AsyncIterator[Jobs]:

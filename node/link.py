@@ -24,6 +24,7 @@ from aivillage.protocols.messages import (
     Failure,
     Fetch,
     Frame,
+    Granted,
     Hello,
     Join,
     Ledger,
@@ -44,7 +45,7 @@ log = logging.getLogger("aivillage.links")
 NOT_FOR_PEERS: Final = (Hello, Ask, Answer, Submit, Text, Tunnel)
 """A second hello, and what only the owner's control socket may say."""
 
-QUESTIONS: Final = (QuoteRequest, Join, Standing, ListOperations, Fetch)
+QUESTIONS: Final = (QuoteRequest, Join, Standing, ListOperations, Fetch, Granted)
 """What costs us far more than the asker."""
 
 

@@ -18,8 +18,8 @@ from aivillage.ledger.signing import Ed25519Signer
 from aivillage.node import identity, lock, succession, village
 from aivillage.node.identity import peer_of
 from aivillage.node.jobs import Jobs, open_jobs
+from aivillage.node.membership import VILLAGE_SETTING
 from aivillage.node.paths import Paths
-from aivillage.node.villagers import VILLAGE_SETTING
 from aivillage.protocols.types import AMOUNT_MAX, PeerId, peer_id
 
 FOR_EVER: Final = AMOUNT_MAX

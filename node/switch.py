@@ -46,6 +46,7 @@ class Switch:
             messages.Standing: villagers.on_standing,
             messages.Fetch: _refuse_fetch,
             messages.Join: villagers.on_join,
+            messages.Granted: villagers.on_granted,
         }
         links.on_message = self.on_message
         links.admit = villagers.admit

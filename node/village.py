@@ -118,7 +118,7 @@ def membership(
     """
     if any(village_of(name) == village for name in names):
         return AMOUNT_MAX
-    valid = _valid(list(certificates)[:CERTIFICATES_MAX], village, now_unix_ms)
+    valid = checked(list(certificates)[:CERTIFICATES_MAX], village, now_unix_ms)
     lines = [_vouched(valid, name, village, frozenset()) for name in names]
     return max((line for line in lines if line is not None), default=None)
 
@@ -160,7 +160,16 @@ def _vouched(
     return max(lines, default=None)
 
 
-def _valid(envelopes: Iterable[bytes], village: bytes, now_unix_ms: int) -> list[Certificate]:
+def may_invite(valid: Sequence[Certificate], names: Sequence[PeerId], village: bytes) -> bool:
+    """Whether the peer with these ids speaks for the village: the founder, or whom it let."""
+    if any(village_of(name) == village for name in names):
+        return True
+    guest = frozenset({PeerId("")})
+    return any(_vouched(valid, name, village, guest) is not None for name in names)
+
+
+def checked(envelopes: Iterable[bytes], village: bytes, now_unix_ms: int) -> list[Certificate]:
+    """The certificates of the village among them that their issuers signed and that last."""
     found = []
     for envelope in envelopes:
         try:

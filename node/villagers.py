@@ -17,40 +17,22 @@ from aivillage.node import succession, village
 from aivillage.node.config import Settings
 from aivillage.node.events import Events
 from aivillage.node.gossip import send_or_drop
+from aivillage.node.grants import Grants
 from aivillage.node.guard import Tasks
 from aivillage.node.identity import peer_of
 from aivillage.node.jobs import Jobs
 from aivillage.node.links import Link, Links
+from aivillage.node.membership import Membership
 from aivillage.node.owners import Owners
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, PeerError, RefusedError, RequestError
 from aivillage.protocols.messages import ADDRESSES_MAX
-from aivillage.protocols.types import MicroCredits, PeerId, Seconds
+from aivillage.protocols.types import AMOUNT_MAX, MicroCredits, PeerId, Seconds
 
-VILLAGE_SETTING: Final = "village"
 JOIN_SECONDS: Final = 15.0
+GRANTED_MINOR: Final = 1
 DIAL_SECONDS: Final = 10.0
 BACKOFF_SECONDS: Final = (1.0, 60.0)
-
-
-class Membership:
-    """Which village this node belongs to, and what proves it: what the hello carries."""
-
-    def __init__(self, first: PeerId, jobs: Jobs) -> None:
-        """`first`: the id of this node's first key, which its own village is named by."""
-        self.village = village.village_of(first)
-        self.certificates: tuple[bytes, ...] = ()
-        self._jobs = jobs
-
-    async def load(self) -> None:
-        """What a former run joined."""
-        self.village = await self._jobs.setting(VILLAGE_SETTING) or self.village
-        self.certificates = village.newest(await self._jobs.certificates(self.village))
-
-    async def store(self, joined: bytes, certificates: tuple[bytes, ...]) -> None:
-        await self._jobs.add_certificates(joined, certificates)
-        await self._jobs.set_setting(VILLAGE_SETTING, joined)
-        await self.load()
 
 
 class Villagers:
@@ -68,6 +50,7 @@ class Villagers:
         events: Events,
         tasks: Tasks,
         owners: Owners,
+        grants: Grants,
     ) -> None:
         self.peer = peer_of(key)
         self.membership = membership
@@ -79,6 +62,7 @@ class Villagers:
         self._events = events
         self._tasks = tasks
         self._owners = owners
+        self._grants = grants
         self._not_before: dict[PeerId, tuple[float, Seconds]] = {}
         self._dialling: set[PeerId] = set()
         self._trusting: dict[PeerId, trio.Event] = {}
@@ -86,7 +70,7 @@ class Villagers:
         self.on_succeeded: Callable[[PeerId, PeerId], None] = lambda old, new: None
 
     def line_of(self, link: Link) -> MicroCredits | None:
-        """What a neighbour may owe us; None for a stranger."""
+        """What a neighbour's certificates let it owe us, grants apart; None for a stranger."""
         now = int(time.time() * 1000)
         names = self._book.names_of(link.peer)
         promised = village.membership(link.hello.certificates, names, self.membership.village, now)
@@ -170,9 +154,10 @@ class Villagers:
             link.hello.minor,
         )
         if line is not None:
+            self._grants.met(link.peer, link.hello.grants)
             self._members[link.peer] = link
             self._trusting[link.peer] = trio.Event()
-            self._tasks.start_soon(self._trust, link, line)
+            self._tasks.start_soon(self._trust, link)
         elif self._book.view(link.peer).known or self._owners.is_mine(self.owner_of(link)):
             self._tasks.start_soon(self._forsake, link)
         self._tell("peer_up", link, agent=link.hello.agent)
@@ -186,14 +171,9 @@ class Villagers:
         level = logging.INFO if is_member else logging.DEBUG
         self._events.emit(event, level=level, peer=link.peer, member=is_member, **fields)
 
-    async def _trust(self, link: Link, line: MicroCredits) -> None:
+    async def _trust(self, link: Link) -> None:
         try:
-            exposure = min(line, self._settings.village_exposure_micro_credits)
-            await self._owners.set_line(link.peer, line, exposure, self.owner_of(link))
-            send_or_drop(
-                link,
-                messages.Standing(line_micro_credits=line, exposure_micro_credits=exposure),
-            )
+            await self._lend(link)
             await self._jobs.saw_peer(link.peer, link.hello.addresses)
         except AivillageError as error:
             self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
@@ -201,6 +181,24 @@ class Villagers:
             trusting = self._trusting.pop(link.peer, None)
             if trusting is not None:
                 trusting.set()
+
+    async def _lend(self, link: Link) -> None:
+        """The line of a member, grants included, as of now: to the book, and to itself."""
+        line = self.line_of(link)
+        if line is None:
+            return
+        line = min(AMOUNT_MAX, line + self._grants.guaranteed(link.peer, link.hello.certificates))
+        exposure = min(line, self._settings.village_exposure_micro_credits)
+        await self._owners.set_line(link.peer, line, exposure, self.owner_of(link))
+        send_or_drop(
+            link, messages.Standing(line_micro_credits=line, exposure_micro_credits=exposure)
+        )
+
+    async def _lend_again(self, link: Link) -> None:
+        try:
+            await self._lend(link)
+        except AivillageError as error:
+            self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
 
     async def _forsake(self, link: Link) -> None:
         """Who belonged once and does not now may owe nothing more; what it owes, it owes."""
@@ -222,6 +220,34 @@ class Villagers:
         except AivillageError as error:
             self._events.emit("standing_not_recorded", level=30, peer=peer, reason=str(error))
 
+    def on_granted(self, link: Link, granted: messages.Granted) -> None:
+        """A grant to this node, or one that a member shows after its hello."""
+        self._tasks.start_soon(self._note_grant, link, granted)
+
+    async def _note_grant(self, link: Link, granted: messages.Granted) -> None:
+        try:
+            if await self._grants.take(granted):
+                self._events.emit("grant_taken", peer=link.peer)
+                self.show_grant(granted.envelope)
+        except RequestError:  # not ours: then it is the sender's own
+            if self.is_member(link.peer) and self._grants.showed(link.peer, granted.envelope):
+                await self._lend_again(link)
+        except AivillageError as error:
+            self._events.emit("grant_not_kept", level=30, peer=link.peer, reason=str(error))
+
+    def show_grant(self, envelope: bytes) -> None:
+        """Our hellos were said before we had it."""
+        for link in self.members():
+            if link.hello.minor >= GRANTED_MINOR:
+                send_or_drop(link, messages.Granted(envelope=envelope))
+
+    def give_grant(self, holder: PeerId, granted: messages.Granted) -> bool:
+        """Sends a holder its grant; False where it is not here, or would not know the message."""
+        link = self._links.get(self._book.names_of(holder)[0])
+        if link is None or link.hello.minor < GRANTED_MINOR:
+            return False
+        return send_or_drop(link, granted)
+
     async def acquainted(self, peer: PeerId) -> None:
         """Returns once the book knows what a member that just came may owe."""
         trusting = self._trusting.get(peer)
@@ -233,12 +259,19 @@ class Villagers:
             self._book.disconnected(link.peer)
         self._tell("peer_down", link, reason=reason)
         self._members.pop(link.peer, None)
+        self._grants.left(link.peer)
 
     async def keep_in_touch(self) -> None:
-        """Dials known villagers that are not linked, ever more rarely where nobody answers."""
+        """Dials known villagers that are not linked, ever more rarely where nobody answers.
+
+        And looks whether a grant is over: then its holder's line is what it was.
+        """
         while True:
             for known in await self._jobs.known_peers():
                 self._dial_if_due(known.id, known.addresses)
+            for peer in self._grants.over():
+                if peer in self._members:
+                    await self._lend_again(self._members[peer])
             await trio.sleep(random.uniform(0.5, 1.5))
 
     def _dial_if_due(self, peer: PeerId, addresses: tuple[str, ...]) -> None:

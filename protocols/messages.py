@@ -23,6 +23,8 @@ CALLS_PER_PAIR_MAX: Final = 256
 CERTIFICATES_MAX: Final = 8
 SUCCESSIONS_MAX: Final = 4
 """Changes of key that a hello proves: a peer that missed more of them meets a stranger."""
+GRANTS_MAX: Final = 4
+"""In a hello: each costs a signature's check."""
 ADDRESSES_MAX: Final = 8
 ADDRESS_CHARACTERS_MAX: Final = 256
 BLOBS_MAX: Final = 16
@@ -35,6 +37,7 @@ Certificates: TypeAlias = Annotated[
     tuple[Enveloped, ...], msgspec.Meta(max_length=CERTIFICATES_MAX)
 ]
 Successions: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=SUCCESSIONS_MAX)]
+Grants: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=GRANTS_MAX)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
 """Of a program, or of a kind of kernel."""
 Address: TypeAlias = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
@@ -65,6 +68,8 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     """Since 1.1: the latest changes of this node's key, the oldest first."""
     owner_certificate: Enveloped = b""
     """Since 1.1: whose device this is."""
+    grants: Grants = ()
+    """Since 1.1: what the village guarantees for this node."""
 
 
 class Ping(Message, frozen=True, kw_only=True, tag="ping"):
@@ -219,6 +224,13 @@ class Joined(Message, frozen=True, kw_only=True, tag="joined"):
     certificates: Certificates
 
 
+class Granted(Message, frozen=True, kw_only=True, tag="granted"):
+    """Since 1.1: a grant that is yours, or one that I hold. `certificates` prove its issuer."""
+
+    envelope: Enveloped
+    certificates: Certificates = ()
+
+
 class Tunnel(Message, frozen=True, kw_only=True, tag="tunnel"):
     """Raw bytes of a foreign protocol over the control socket; reserved for the MCP gateway."""
 
@@ -285,7 +297,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
 PEER_MESSAGES: Final = (
     Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
     Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Standing, Fetch, Join,
-    Joined, Step,
+    Joined, Granted, Step,
 )  # fmt: skip
 CONTROL_MESSAGES: Final = (
     Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,
@@ -366,4 +378,15 @@ class OwnerCertificate(msgspec.Struct, frozen=True, kw_only=True):
 
     owner: PeerId
     device: PeerId
+    not_after_unix_ms: Count
+
+
+class Grant(msgspec.Struct, frozen=True, kw_only=True):
+    """`issuer` says for the village that `holder` is good for so much more than its line."""
+
+    village: bytes
+    issuer: PeerId
+    holder: PeerId
+    amount_micro_credits: Amount
+    id: bytes
     not_after_unix_ms: Count

@@ -64,6 +64,7 @@ def test_a_message_is_documented_under_its_tag(kind):
         vouchers.BLOB_BYTES_MAX,
         messages.CERTIFICATES_MAX,
         messages.SUCCESSIONS_MAX,
+        messages.GRANTS_MAX,
         envelope.ENVELOPE_BYTES_MAX,
         pricing.UNITS_MAX,
     ],

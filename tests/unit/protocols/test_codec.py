@@ -13,6 +13,7 @@ from aivillage.protocols import codec
 from aivillage.protocols.errors import PeerError, RequestError
 from aivillage.protocols.messages import (
     CERTIFICATES_MAX,
+    GRANTS_MAX,
     SUCCESSIONS_MAX,
     Answer,
     Call,
@@ -282,6 +283,12 @@ def test_successions_have_their_limit():
     codec.decode(raw(_with(HELLO, successions=[b"s"] * SUCCESSIONS_MAX)))
     with pytest.raises(PeerError):
         codec.decode(raw(_with(HELLO, successions=[b"s"] * (SUCCESSIONS_MAX + 1))))
+
+
+def test_grants_have_their_limit():
+    codec.decode(raw(_with(HELLO, grants=[b"g"] * GRANTS_MAX)))
+    with pytest.raises(PeerError):
+        codec.decode(raw(_with(HELLO, grants=[b"g"] * (GRANTS_MAX + 1))))
 
 
 def test_text_that_is_no_unicode_is_refused_on_arrival():
