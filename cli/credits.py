@@ -1,32 +1,36 @@
-"""balance, history, audit: asked of the daemon; without one, read from the ledger itself."""
+"""balance, audit: asked of the daemon, else read from the ledger itself, as history always is."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
+import sys
 import time
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from aivillage.cli import show
 from aivillage.cli.client import NoDaemonError
-from aivillage.cli.node import connect, places
-from aivillage.protocols.errors import EXIT_AUDIT, EXIT_OK
+from aivillage.cli.node import amount, connect, places
+from aivillage.cli.times import unix_ms
+from aivillage.protocols.errors import EXIT_AUDIT, EXIT_OK, RequestError
 from aivillage.protocols.types import as_credits
 
-ANSWER_ROWS_MAX: Final = 2000
-"""As many as the daemon's answer holds."""
+if TYPE_CHECKING:
+    from aivillage.ledger.queries import HistoryRow
+
+_COLUMNS: Final = ("seq", "at", "kind", "peer", "account", "attempt", "amount_micro_credits")
 
 
-def _ask(args: argparse.Namespace, what: str, read: Callable[[], Any], **more: Any) -> Any:
+def _ask(args: argparse.Namespace, what: str, read: Callable[[], Any]) -> Any:
     """The daemon's answer, or that of the file: the queries behind both are the same."""
-    if more.get("limit", 1) > ANSWER_ROWS_MAX:
-        return msgspec.to_builtins(read())
     try:
         with connect(args) as client:
-            return client.ask(what, **more)
+            return client.ask(what)
     except NoDaemonError:
         return msgspec.to_builtins(read())
 
@@ -58,42 +62,81 @@ def balance(args: argparse.Namespace) -> int:
     return 0
 
 
-def history(args: argparse.Namespace) -> int:
-    from aivillage.ledger import reader
-
-    found = _ask(
-        args,
-        "history",
-        lambda: [
-            msgspec.to_builtins(row) | {"attempt": row.attempt.hex()}
-            for row in reader.read_history(places(args).ledger, args.limit)
-        ],
-        limit=args.limit,
-    )
+def settle(args: argparse.Namespace) -> int:
+    """Pays what I owe one peer with what others owe or lend me."""
+    more = {} if args.credits is None else {"micro_credits": amount(args.credits)}
+    with connect(args) as client:
+        found = client.patient().ask("settle", peer=args.peer, **more)
     if args.json:
         show.as_json(found)
         return 0
+    through = ", ".join(show.short(peer) for peer in found["through"])
+    print(
+        f"moved {as_credits(found['amount'])} of {as_credits(found['asked'])} credits:"
+        f" {show.short(found['peer'])} is paid by {through}"
+    )
+    return 0
+
+
+def history(args: argparse.Namespace) -> int:
+    """Read from the file itself, whether or not a daemon runs: any number of rows."""
+    found = _movements(args)
+    if args.json:
+        show.as_json([msgspec.to_builtins(row) | {"attempt": row.attempt.hex()} for row in found])
+    elif args.csv:
+        _as_csv(found)
+    else:
+        _as_table(found)
+    return 0
+
+
+def _movements(args: argparse.Namespace) -> list[HistoryRow]:
+    from aivillage.ledger import reader
+    from aivillage.ledger.queries import Movements
+
+    if args.limit < 1:
+        raise RequestError(
+            f"{args.limit} rows cannot be shown", code="BAD_REQUEST", next_step="--limit 50"
+        )
+    wanted = Movements(
+        peer=args.peer,
+        kind=args.kind,
+        since_ms=args.since and unix_ms(args.since),
+        until_ms=args.until and unix_ms(args.until, end=True),
+    )
+    return reader.read_history(places(args).ledger, args.limit, wanted)
+
+
+def _as_csv(found: Sequence[HistoryRow]) -> None:
+    """RFC 4180: a header, commas, lines that end with CR LF. Times in UTC."""
+    lines = csv.writer(sys.stdout)
+    lines.writerow(_COLUMNS)
+    for row in found:
+        at = datetime.fromtimestamp(row.at_ms / 1000, UTC).isoformat()
+        attempt = row.attempt.hex()
+        lines.writerow((row.seq, at, row.kind, row.peer, row.account, attempt, row.amount))
+
+
+def _as_table(found: Sequence[HistoryRow]) -> None:
     show.table(
         [
             (
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(rows[0]["at_ms"] / 1000)),
-                rows[0]["kind"],
-                show.short(rows[0]["peer"]),
-                rows[0]["attempt"][:8],
-                as_credits(sum(row["amount"] for row in rows)),
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(rows[0].at_ms / 1000)),
+                rows[0].kind,
+                show.short(rows[0].peer),
+                rows[0].attempt.hex()[:8],
+                as_credits(sum(row.amount for row in rows)),
                 len(rows),
             )
             for rows in _by_attempt(found)
         ],
         ("when", "what", "peer", "attempt", "credits", "vouchers"),
     )
-    return 0
 
 
-def _by_attempt(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """A person thinks of a job, not of each voucher in it; `--json` has them all."""
-    same = ("kind", "peer", "attempt")
-    groups = itertools.groupby(found, key=lambda row: tuple(row[name] for name in same))
+def _by_attempt(found: Sequence[HistoryRow]) -> list[list[HistoryRow]]:
+    """A person thinks of a job, not of each voucher in it; `--json` and `--csv` have them all."""
+    groups = itertools.groupby(found, key=lambda row: (row.kind, row.peer, row.attempt))
     return [list(rows) for _, rows in groups]
 
 

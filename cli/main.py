@@ -168,11 +168,42 @@ def _ledger_commands(command: Command) -> None:
         "aivillage.cli.credits:balance",
         "net, in transit and at risk, spendable per peer",
     )
+    settle = command(
+        "settle",
+        "aivillage.cli.credits:settle",
+        "pay what I owe a peer with what others owe or lend me",
+    )
+    settle.add_argument("peer", help="its id, or the end of it")
+    settle.add_argument("credits", nargs="?", help="all that I owe it, if not said")
     history = command("history", "aivillage.cli.credits:history", "every movement, newest first")
     history.add_argument("--limit", type=int, default=50)
+    history.add_argument("--peer", metavar="ID", default="", help="with this peer (id or its end)")
+    history.add_argument("--since", metavar="TIME", help="7d, 12h, 2026-11-01, 2026-11-01T12:30")
+    history.add_argument("--until", metavar="TIME", help="likewise; a day is taken to its end")
+    history.add_argument("--kind", default="", help="of entry: pay, receive, write-off...")
+    history.add_argument("--csv", action="store_true", help="for spreadsheets: every voucher")
+    _proof_commands(command)
     command(
         "audit", "aivillage.cli.credits:audit", "recompute the whole book; exit 7 if it is wrong"
     )
+
+
+def _proof_commands(command: Command) -> None:
+    statement = command(
+        "statement", "aivillage.cli.statement:statement", "what this book proves, for anybody"
+    )
+    statement.add_argument("--peer", metavar="ID", required=True, help="about whom (id or its end)")
+    statement.add_argument("--job", metavar="ATTEMPT", help="one attempt only, or one job's")
+    verify = command(
+        "verify-statement",
+        "aivillage.cli.statement:verify_statement",
+        "check a statement; needs no node. Exit 7 if it is wrong",
+    )
+    verify.add_argument("file", help="a statement; - is standard input")
+    export = command("export", "aivillage.cli.export:export", "the book for other programs")
+    export.add_argument("--beancount", action="store_true", required=True, help="as its journal")
+    for action in (statement, export):
+        action.add_argument("--output", metavar="FILE", help="write here, not to standard output")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,7 +55,7 @@ class Cause(NamedTuple):
 class Pair(NamedTuple):
     """The durable counters of this node and one peer.
 
-    `routed`: what transfers that are under way may still make it owe me.
+    `routed`: what transfers of mine that are under way may still make it owe me.
     """
 
     peer: PeerId
@@ -210,9 +210,7 @@ def start_boot(db: apsw.Connection, at_ms: int, random_bytes: bytes) -> tuple[in
 _PAIR: Final = """
   SELECT peer, known, line, exposure, received_line, received_exposure, epoch, reserved, paid,
     written_off, arrears, coalesce(amount, 0),
-    coalesce((SELECT sum(amount) FROM route_hop WHERE peer = peer.peer), 0)
-      + coalesce((SELECT sum(amount) FROM transfer
-        WHERE next = peer.peer AND state = 'forwarded'), 0),
+    coalesce((SELECT sum(amount) FROM route_hop WHERE peer = peer.peer), 0),
     blocked, shared, unsynced, owner
   FROM peer LEFT JOIN bal USING (peer)
 """

@@ -114,10 +114,13 @@ def ceiling(pair: Pair, pool: MicroCredits, others: MicroCredits) -> MicroCredit
 
 
 def share_of(pair: Pair) -> MicroCredits:
-    """What `pair` takes of a limit that it shares with others."""
+    """What `pair` takes of a limit that it shares with others.
+
+    A stranger never more than it was ever given: promises beyond that would shut out the others.
+    """
     if pair.known:
         return max(0, pair.owed)
-    return max(0, pair.reserved - pair.paid) + max(0, pair.balance)
+    return min(pair.reserved, max(0, pair.reserved - pair.paid) + max(0, pair.balance))
 
 
 _SHARERS: Final = {
@@ -150,7 +153,8 @@ def relieve_pool(db: apsw.Connection, day: MicroCredits, at_ms: int) -> MicroCre
     """
     ((share,),) = rows(
         db,
-        "SELECT coalesce(sum(max(0, reserved - paid) + max(0, coalesce(amount, 0))), 0)"
+        "SELECT coalesce(sum(min(reserved,"
+        " max(0, reserved - paid) + max(0, coalesce(amount, 0)))), 0)"
         " FROM peer LEFT JOIN bal USING (peer) WHERE known = 0",
     )
     before, healed_ms = one(db, "SELECT relieved, healed_ms FROM pool") or (0, at_ms)

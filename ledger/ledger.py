@@ -186,29 +186,24 @@ class NodeBook:
         Raises:
             RequestError, RefusedError, LedgerError: nothing was begun, and why.
         """
-        begun = trio.Event()
         xids: list[bytes] = []
-        errors: list[AivillageError] = []
 
-        def started(xid: bytes) -> None:
-            xids.append(xid)
-            self._rings[xid] = []
-            begun.set()
+        def start(done: Done, failed: Failed) -> None:
+            def begun(xid: bytes) -> None:
+                xids.append(xid)
+                self._rings[xid] = []
+                done()
 
-        def failed(error: AivillageError) -> None:
-            errors.append(error)
-            begun.set()
+            self._ledger.routing.start(others, amount, os.urandom(8), begun, failed)
 
-        self._ledger.routing.start(others, amount, os.urandom(8), started, failed)
-        await begun.wait()
-        if errors:
-            raise errors[0]
         try:
+            await self._durable(start)
             while not self._rings[xids[0]]:
                 await self._ring_ended.wait()
             return self._rings[xids[0]][0]
         finally:
-            del self._rings[xids[0]]
+            for xid in xids:
+                del self._rings[xid]
 
     def _end_ring(self, xid: bytes, state: str) -> None:
         if xid in self._rings:

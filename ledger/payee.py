@@ -62,8 +62,8 @@ def book_voucher(
     known_peer = one(db, "SELECT 1 FROM peer WHERE peer = ? AND known = 1", (peer,)) is not None
     if _says_nothing(db, peer, body, voucher, known_peer):
         # A neighbour may hear that it came; a stranger would only ask again.
-        row = ReceiptRow(body.n, digest(voucher.body), False) if known_peer else None
-        return Booked(body.lane, row)
+        receipt = ReceiptRow(body.n, digest(voucher.body), False) if known_peer else None
+        return Booked(body.lane, receipt)
     items = _book(db, peer, body, voucher, (cause, attest, at_ms))
     return Booked(body.lane, ReceiptRow(body.n, digest(voucher.body), attest), items)
 

@@ -7,10 +7,11 @@ This file loads neither trio nor a database library.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
+from aivillage.protocols.errors import RequestError
 from aivillage.protocols.types import MicroCredits, PeerId
 
 T = TypeVar("T")
@@ -108,27 +109,47 @@ def balance(stranger_pool: MicroCredits = 0) -> Query[Balance]:
 class HistoryRow(msgspec.Struct, frozen=True, kw_only=True):
     """One attempt's part of one entry; `amount` is positive for earned, negative for spent.
 
-    `attempt` is empty for money that no item explains.
+    `attempt` is empty for money that no item explains. `account`: what the money was for.
     """
 
     seq: int
     at_ms: int
     kind: str
     peer: PeerId
+    account: str
     attempt: bytes
     amount: MicroCredits
 
 
-_HISTORY = """
-  SELECT e.seq, e.at_ms, e.kind, e.peer, coalesce(p.attempt, x''), -p.amount
-  FROM entry e JOIN posting p USING (seq) WHERE p.account <> 'peer'
-  ORDER BY e.seq DESC, p.leg LIMIT ?
+class Movements(msgspec.Struct, frozen=True, kw_only=True):
+    """Which movements; empty and None let all pass. `peer`: its id, or the end of it.
+
+    Times are unix milliseconds by this node's clock, both included.
+    """
+
+    peer: str = ""
+    kind: str = ""
+    since_ms: int | None = None
+    until_ms: int | None = None
+
+
+ALL: Final = Movements()
+# CROSS JOIN fixes the order: entries first, their postings by key, and stop at the limit.
+_HISTORY: Final = """
+  SELECT e.seq, e.at_ms, e.kind, e.peer, p.account, coalesce(p.attempt, x''), -p.amount
+  FROM entry e CROSS JOIN posting p ON p.seq = e.seq WHERE p.account <> 'peer' {where}
+  ORDER BY {order} DESC, p.leg LIMIT ?
 """
 
 
-def history(limit: int) -> Query[list[HistoryRow]]:
-    """The last `limit` movements, newest first."""
-    rows = yield _HISTORY, (limit,)
+def history(limit: int, wanted: Movements = ALL) -> Query[list[HistoryRow]]:
+    """The last `limit` movements, newest first: in the book's order, or by time if times are asked.
+
+    Raises:
+        RequestError: BAD_REQUEST, no single peer is named so.
+    """
+    peer = (yield from find_peer(wanted.peer)) if wanted.peer else ""
+    rows = yield movements_sql(wanted), (*_bindings(wanted, peer), limit)
     names = HistoryRow.__struct_fields__
     return [HistoryRow(**dict(zip(names, row, strict=True))) for row in rows]
 
@@ -137,3 +158,41 @@ def keys() -> Query[tuple[bytes, ...]]:
     """The keys that this book ever had, the one in force first."""
     rows = yield "SELECT public_key FROM identity ORDER BY n DESC", ()
     return tuple(key for (key,) in rows)
+
+
+def movements_sql(wanted: Movements) -> str:
+    """Walks the index of the peer where there is one, else that of the times, newest first."""
+    by_time = not wanted.peer and (wanted.since_ms, wanted.until_ms) != (None, None)
+    asked = (
+        ("AND e.peer = ?", wanted.peer),
+        ("AND e.at_ms >= ?", wanted.since_ms is not None),
+        ("AND e.at_ms <= ?", wanted.until_ms is not None),
+        ("AND e.kind = ?", wanted.kind),
+    )
+    where = " ".join(text for text, is_asked in asked if is_asked)
+    return _HISTORY.format(where=where, order="e.at_ms DESC, e.seq" if by_time else "e.seq")
+
+
+def _bindings(wanted: Movements, peer: str) -> tuple[Any, ...]:
+    values = (peer or None, wanted.since_ms, wanted.until_ms, wanted.kind or None)
+    return tuple(value for value in values if value is not None)
+
+
+def find_peer(text: str) -> Query[PeerId]:
+    """The one peer in the book whose id is, or ends with, `text`.
+
+    Raises:
+        RequestError: BAD_REQUEST, there is none, or there are several.
+    """
+    rows = yield "SELECT peer FROM peer", ()
+    found = [peer for (peer,) in rows if text and peer.endswith(text)]
+    if len(found) != 1:
+        how = (
+            f"{len(found)} peers in the book have ids" if found else "no peer in the book has an id"
+        )
+        raise RequestError(
+            f"{how} that ends with {text!r}",
+            code="BAD_REQUEST",
+            next_step="`aivillage-node balance --json` lists them in full",
+        )
+    return PeerId(found[0])

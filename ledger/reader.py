@@ -13,7 +13,18 @@ from typing import TypeVar
 import aiosqlite
 
 from aivillage.ledger.audit import AuditReport, audit
-from aivillage.ledger.queries import Balance, HistoryRow, Query, balance, history
+from aivillage.ledger.books import SCHEMA_VERSION
+from aivillage.ledger.compare import View, view
+from aivillage.ledger.queries import (
+    ALL,
+    Balance,
+    HistoryRow,
+    Movements,
+    Query,
+    balance,
+    find_peer,
+    history,
+)
 from aivillage.protocols.envelope import is_signed_by
 from aivillage.protocols.errors import ConfigError
 
@@ -22,20 +33,35 @@ T = TypeVar("T")
 
 def read_balance(path: Path, stranger_pool: int = 0) -> Balance:
     """Raises: ConfigError: there is no ledger at `path`."""
-    return _read(path, balance(stranger_pool))
+    return read(path, balance(stranger_pool))
 
 
-def read_history(path: Path, limit: int = 50) -> list[HistoryRow]:
-    """Raises: ConfigError: there is no ledger at `path`."""
-    return _read(path, history(limit))
+def read_history(path: Path, limit: int = 50, wanted: Movements = ALL) -> list[HistoryRow]:
+    """Raises: ConfigError: there is no ledger at `path`. RequestError: no such peer."""
+    return read(path, history(limit, wanted))
+
+
+def read_view(path: Path, peer: str) -> View:
+    """Raises: ConfigError: there is no ledger at `path`. RequestError: no such peer."""
+    return read(path, _view(peer))
+
+
+def _view(peer: str) -> Query[View]:
+    found = yield from find_peer(peer)
+    return (yield from view(found))
 
 
 def read_audit(path: Path) -> AuditReport:
     """Raises: ConfigError: there is no ledger at `path`."""
-    return _read(path, audit(is_signed_by))
+    return read(path, audit(is_signed_by))
 
 
-def _read(path: Path, query: Query[T]) -> T:
+def read(path: Path, query: Query[T]) -> T:
+    """Any query, answered from one snapshot.
+
+    Raises:
+        ConfigError: there is no ledger at `path`, or it is damaged.
+    """
     if not path.is_file():
         raise ConfigError(f"there is no ledger at {path}", next_step="aivillage-node init")
     try:
@@ -50,6 +76,12 @@ async def _answer(uri: str, query: Query[T]) -> T:
     async with aiosqlite.connect(uri, uri=True, isolation_level=None) as db:
         await db.execute("PRAGMA query_only=1")
         await db.execute("BEGIN")
+        ((version,),) = await db.execute_fetchall("PRAGMA user_version")
+        if version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"the ledger is of version {version}; this program reads {SCHEMA_VERSION}",
+                next_step="aivillage-node start brings an older one up to date",
+            )
         sql, bindings = next(query)
         while True:
             rows = await db.execute_fetchall(sql, bindings)

@@ -16,8 +16,6 @@ from aivillage.protocols.vouchers import REFUND, ROUTE, ROUTE_MINOR, Item, Vouch
 
 RETRY_SECONDS: Final = 1.0
 """Between two looks at what waits; a voucher that moves a transfer is one too."""
-OLD_SECONDS: Final = 300.0
-"""Between two looks for transfers that are long past their time."""
 
 
 class Routing:
@@ -26,7 +24,6 @@ class Routing:
         self._desk = desk
         self._buying = buying
         self._retry_at: Seconds = 0.0
-        self._old_at: Seconds = desk.now() + OLD_SECONDS
         self._waiting = waiting
         self.on_end: Callable[[bytes, str], None] = lambda xid, state: None
         """A ring of mine is `closed` or `refunded`."""
@@ -120,16 +117,6 @@ class Routing:
         if self._waiting and now >= self._retry_at:
             self._retry_at = now + RETRY_SECONDS
             self._look()
-        if now >= self._old_at:
-            self._old_at = now + OLD_SECONDS
-            self._settle_old()
-
-    def _settle_old(self) -> None:
-        at_ms = self._desk.clock.unix_ms()
-        routed = [pair.peer for pair in self._desk.pairs() if pair.routed]
-        if routed:
-            self._desk.submit(lambda db: transfers.settle_old(db, at_ms), lambda _: None)
-            self._desk.refresh(routed)
 
     def _look(self) -> None:
         advance = self.step()

@@ -203,12 +203,11 @@ CREATE TABLE transfer(
   amount INTEGER NOT NULL CHECK (amount BETWEEN 1 AND 9007199254740991),
   ring BLOB NOT NULL,
   state TEXT NOT NULL
-    CHECK (state IN ('waiting', 'forwarded', 'passed', 'refunded', 'returning', 'returned')),
+    CHECK (state IN ('waiting', 'forwarded', 'refunded', 'returning', 'returned')),
   at_ms INTEGER NOT NULL,
   PRIMARY KEY (xid, previous)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX transfer_pending ON transfer(state) WHERE state IN ('waiting', 'returning');
-CREATE INDEX transfer_forwarded ON transfer(next, amount) WHERE state = 'forwarded';
 
 CREATE TABLE favour(                                  -- work for nothing, and what it was worth
   mine INTEGER NOT NULL,                              -- 1: it was done for me
@@ -330,8 +329,7 @@ BEGIN DELETE FROM route_hop WHERE xid = NEW.xid; END;
 CREATE TRIGGER transfer_moves BEFORE UPDATE ON transfer
 WHEN NEW.xid <> OLD.xid OR NEW.previous <> OLD.previous OR NEW.amount <> OLD.amount
   OR NOT ((OLD.state = 'waiting' AND NEW.state IN ('forwarded', 'refunded'))
-    OR (OLD.state = 'forwarded' AND NEW.state IN ('passed', 'returning', 'returned'))
-    OR (OLD.state = 'passed' AND NEW.state IN ('returning', 'returned'))
+    OR (OLD.state = 'forwarded' AND NEW.state IN ('returning', 'returned'))
     OR (OLD.state = 'returning' AND NEW.state = 'returned'))
 BEGIN SELECT RAISE(ABORT, 'a transfer goes on, or back, once'); END;
 CREATE TRIGGER transfer_stays BEFORE DELETE ON transfer

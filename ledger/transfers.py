@@ -40,8 +40,6 @@ STEPS_PER_EXPOSURE: Final = 4
 """A transfer is at most a quarter of what I risk at each member: four may be under way."""
 AT_ONCE: Final = 64
 """Transfers looked at in one transaction; the rest follows in the next."""
-PASSED_AFTER_MS: Final = 3_600_000
-"""Later than this after its time a transfer is not expected to come back."""
 
 Sign = Callable[[PeerId, Item], Voucher | None]
 """Signs one item to a peer, durable with the transaction; None: it was signed before."""
@@ -175,14 +173,20 @@ def take(db: apsw.Connection, peer: PeerId, item: Item, increase: MicroCredits, 
             (item.id, peer, _next(db, item), item.amount, _packed(item), at_ms),
         )
     elif item.kind == REFUND:
-        db.execute(
-            "UPDATE transfer SET state = 'returning' WHERE xid = ? AND next = ? AND amount = ?"
-            " AND state IN ('forwarded', 'passed')",
-            (item.id, peer, increase),
-        )
+        _heed_refund(db, item.id)
         ring = one(db, "SELECT ring FROM route WHERE xid = ?", (item.id,))
         if ring is not None and name_of(db, _keys(ring[0])[1]) == peer:
             _end(db, item.id, "refunded", at_ms)
+
+
+def _heed_refund(db: apsw.Connection, xid: bytes) -> None:
+    """What I passed on came back; after a loss I may hear of that first."""
+    db.execute(
+        "UPDATE transfer SET state = 'returning' WHERE xid = ? AND state = 'forwarded'"
+        " AND EXISTS (SELECT 1 FROM item i WHERE i.mine = 0 AND i.peer = transfer.next"
+        " AND i.kind = ? AND i.id = transfer.xid AND i.amount = transfer.amount)",
+        (xid, REFUND),
+    )
 
 
 def _next(db: apsw.Connection, item: Item) -> PeerId:
@@ -238,7 +242,7 @@ def _step(db: apsw.Connection, transfer: Transfer, reach: Reach, at_ms: int) -> 
     if transfer.previous not in reach.ready:
         return "wait"
     if transfer.state == "returning":
-        return "returned"
+        return "returned" if _is_worth_it(db, transfer) else "wait"
     if _is_signed(db, transfer.next, ROUTE, transfer.xid):
         return "forwarded"
     if _is_signed(db, transfer.previous, REFUND, transfer.xid):
@@ -247,6 +251,16 @@ def _step(db: apsw.Connection, transfer: Transfer, reach: Reach, at_ms: int) -> 
         return "forwarded" if transfer.next in reach.ready else "wait"
     is_neighbour = read_pair(db, transfer.next).known
     return "wait" if is_neighbour and transfer.next not in reach.met else "refunded"
+
+
+def _is_worth_it(db: apsw.Connection, transfer: Transfer) -> bool:
+    """I14: what came back is the next one's promise, and within its line that is as good as pay.
+
+    Beyond line and exposure it stays here, unpaid, until the next one owes less: so however many
+    come back at once, nobody who pays is owed more than its owner allowed.
+    """
+    after = read_pair(db, transfer.next)
+    return after.owed <= after.line + after.exposure
 
 
 def _take_step(db: apsw.Connection, sign: Sign, transfer: Transfer, step: str) -> list[Sent]:
@@ -260,6 +274,8 @@ def _take_step(db: apsw.Connection, sign: Sign, transfer: Transfer, step: str) -
         "UPDATE transfer SET state = ? WHERE xid = ? AND previous = ?",
         (step, transfer.xid, transfer.previous),
     )
+    if step == "forwarded":
+        _heed_refund(db, transfer.xid)
     return [Sent(target, voucher, read_pair(db, target))] if voucher is not None else []
 
 
@@ -279,7 +295,6 @@ def _may_forward(db: apsw.Connection, transfer: Transfer) -> bool:
         and bool(previous.known and after.known)
         and previous.owed <= previous.line
         and amount - after.balance <= after.received_line
-        and after.routed + amount <= after.exposure
     )
 
 
@@ -299,9 +314,10 @@ def adopt(db: apsw.Connection, peer: PeerId, item: Item, at_ms: int) -> None:
             _end_if_known(db, item.id, others, at_ms)
     elif item.kind == ROUTE:
         _mark(db, item.id, "next", peer, "forwarded", ("waiting",))
+        _heed_refund(db, item.id)
     elif item.kind == REFUND:
         _mark(db, item.id, "previous", peer, "refunded", ("waiting",))
-        _mark(db, item.id, "previous", peer, "returned", ("forwarded", "passed", "returning"))
+        _mark(db, item.id, "previous", peer, "returned", ("forwarded", "returning"))
 
 
 def _end_if_known(db: apsw.Connection, xid: bytes, others: Sequence[PeerId], at_ms: int) -> None:
@@ -322,14 +338,6 @@ def _mark(
             f"UPDATE transfer SET state = ? WHERE xid = ? AND {side} = ? AND state = ?",  # noqa: S608
             (state, xid, peer, old),
         )
-
-
-def settle_old(db: apsw.Connection, at_ms: int) -> None:
-    """Transfers long past their time no longer count as what the next may come to owe."""
-    oldest = max(0, at_ms - PASSED_AFTER_MS).to_bytes(8, "big")
-    db.execute(
-        "UPDATE transfer SET state = 'passed' WHERE state = 'forwarded' AND xid < ?", (oldest,)
-    )
 
 
 def names(ring: bytes) -> tuple[PeerId, ...]:

@@ -18,6 +18,7 @@ from aivillage.ledger.ledger import NodeBook, open_ledger
 from aivillage.node import identity, lock, rotation
 from aivillage.node.addresses import Addresses, addresses_of
 from aivillage.node.buyer import Buyer
+from aivillage.node.clearing import Clearing
 from aivillage.node.config import Origin, Settings
 from aivillage.node.control import Control, open_control
 from aivillage.node.desk import Desk
@@ -115,6 +116,7 @@ async def open_node(
         villagers.on_succeeded = discovery.rename
         gossiper = Gossiper(links.all, villagers.is_member, discovery.accept)
         discovery.is_neighbour = villagers.is_member
+        villagers.heard_of = discovery.offers
         seller = Seller(
             settings=settings, prices=PriceList(key, settings.price_percent), workers=workers,
             book=ledger, events=events, nursery=nursery,
@@ -124,6 +126,8 @@ async def open_node(
             offer_seconds=settings.offer_seconds,
         )  # fmt: skip
         market = Market(links, discovery, ledger, herald.advertise)
+        clearing = Clearing(ledger, villagers.hubs, events)
+        market.clear = clearing.try_clear
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.buy = buyer.buy
@@ -134,11 +138,18 @@ async def open_node(
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
-            stop=stop, started=time.time(), addresses=addresses, owners=owners, grants=grants,
+            stop=stop, started=time.time(), addresses=addresses, clearing=clearing,
+            owners=owners, grants=grants,
         )  # fmt: skip
         await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
         async with open_control(paths.socket, Control(desk.handlers(), buyer, hello, events)):
-            for service in (monitor.run, villagers.keep_in_touch, herald.run):
+            for service in (
+                monitor.run,
+                villagers.keep_in_touch,
+                villagers.end_grants,
+                herald.run,
+                clearing.run,
+            ):
                 tasks.serve(service)
             yield desk
             switch.farewell()

@@ -14,6 +14,7 @@ from aivillage.ledger.ledger import NodeBook
 from aivillage.node import results, who
 from aivillage.node.addresses import Addresses
 from aivillage.node.buyer import Buyer
+from aivillage.node.clearing import Clearing
 from aivillage.node.config import Origin
 from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
@@ -57,6 +58,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     stop: trio.Event
     started: float
     addresses: Addresses
+    clearing: Clearing
     owners: Owners
     grants: Grants
 
@@ -72,6 +74,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "balance": self.on_balance,
             "history": self.on_history,
             "audit": self.on_audit,
+            "settle": self.on_settle,
             "invite": self.on_invite,
             "join": self.on_join,
             "owner": self.on_owner,
@@ -218,6 +221,23 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         report = await self.ledger.audit()
         return dict(msgspec.to_builtins(report))
 
+    async def on_settle(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Moves what we owe a peer, or pays it ahead, from what others owe or lend us."""
+        peer = self._neighbour(str(args["peer"]))
+        amount = args.get("micro_credits")
+        wanted = self.ledger.owed_to(peer) if amount is None else msgspec.convert(amount, Amount)
+        if not wanted:
+            raise RequestError(
+                f"you owe {peer[-8:]} nothing", next_step="name an amount to pay it ahead"
+            )
+        cleared = await self.clearing.clear(peer, wanted)
+        return {"peer": peer, "asked": wanted} | dict(msgspec.to_builtins(cleared))
+
+    def _neighbour(self, name: str) -> PeerId:
+        """The peer of the book or the neighbourhood with that id, or end of an id."""
+        booked = {view.peer for view in self.ledger.views()}
+        return who.named(name, booked | {link.peer for link in self.links.all()})
+
     async def on_invite(self, args: dict[str, Any]) -> dict[str, Any]:
         line = args.get("line_micro_credits")
         return {
@@ -238,7 +258,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
 
     async def on_grant(self, args: dict[str, Any]) -> dict[str, Any]:
         amount = msgspec.convert(args["amount_micro_credits"], Amount)
-        holder = who.named(str(args["peer"]), self._known())
+        holder = self._neighbour(str(args["peer"]))
         granted = await self.grants.issue(holder, amount, int(args["days"]))
         sent = self.villagers.give_grant(holder, granted)
         return {"holder": holder, "token": to_token(granted), "sent": sent}
@@ -251,11 +271,6 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         if await self.grants.take(granted):
             self.villagers.show_grant(granted.envelope)
         return await self.on_grants({})
-
-    def _known(self) -> set[PeerId]:
-        """Whom the owner can name by the end of an id."""
-        booked = {view.peer for view in self.ledger.views()}
-        return booked | {link.peer for link in self.links.all()}
 
     async def on_config(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
         return [msgspec.to_builtins(origin) for origin in self.origins]

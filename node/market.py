@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 import msgspec
@@ -37,6 +37,10 @@ OTHERS_SECONDS: Final = 0.25
 QUOTE_MARGIN_MS: Final = 2_000
 REFUSALS: Final = frozenset({"INSUFFICIENT_CREDITS", "OWNER_LIMIT"})
 """Of a seller that is there: to wait for others' offers would only hide what it said."""
+
+
+Clear = Callable[[PeerId, MicroCredits], Awaitable[MicroCredits]]
+"""(creditor, amount) -> how much of it was moved."""
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +91,8 @@ class Market:
         self._discovery = discovery
         self._advertise = advertise
         self._quotes: dict[tuple[PeerId, str], Quoted] = {}
+        self.clear: Clear = _clears_nothing
+        """Moves what we owe a seller onto others, so that it lends us again."""
 
     async def choose(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> Choice:
         """The best seller for `need`.
@@ -161,6 +167,8 @@ class Market:
             self.forget_quote(link.peer, need.operation)
             quoted = await self._quote(need, link)
             price = price_of_rest(quoted.quote.terms, need.usage, need.done)
+        if self._room(link, quoted) < price <= need.budget:
+            await self.clear(link.peer, price - self._room(link, quoted))
         quote, reply, room = quoted.quote, quoted.reply, self._room(link, quoted)
         if price > need.budget:
             raise RequestError(
@@ -255,6 +263,10 @@ class Market:
             next_step="`aivillage-node peers` shows who is there; invite one that offers it, "
             "or do it here: submit --local",
         )
+
+
+async def _clears_nothing(_creditor: PeerId, _amount: MicroCredits) -> MicroCredits:
+    return 0
 
 
 def _seconds(quote: Quote, need: Need, candidate: Candidate) -> Seconds:

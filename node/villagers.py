@@ -6,7 +6,7 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import trio
@@ -26,13 +26,16 @@ from aivillage.node.membership import Membership
 from aivillage.node.owners import Owners
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, PeerError, RefusedError, RequestError
-from aivillage.protocols.messages import ADDRESSES_MAX
+from aivillage.protocols.messages import ADDRESSES_MAX, Offer
 from aivillage.protocols.types import AMOUNT_MAX, MicroCredits, PeerId, Seconds
 
 JOIN_SECONDS: Final = 15.0
 GRANTED_MINOR: Final = 1
+GRANTS_LOOK_SECONDS: Final = 1.0
 DIAL_SECONDS: Final = 10.0
 BACKOFF_SECONDS: Final = (1.0, 60.0)
+NEIGHBOURS: Final = 16
+"""With so many we leave it to others to come to us: a link costs both sides pings and gossip."""
 
 
 class Villagers:
@@ -68,6 +71,8 @@ class Villagers:
         self._trusting: dict[PeerId, trio.Event] = {}
         self._members: dict[PeerId, Link] = {}
         self.on_succeeded: Callable[[PeerId, PeerId], None] = lambda old, new: None
+        self.heard_of: Callable[[], Iterable[Offer]] = tuple
+        """Offers that came by gossip: of people of our village whom we may not have met."""
 
     def line_of(self, link: Link) -> MicroCredits | None:
         """What a neighbour's certificates let it owe us, grants apart; None for a stranger."""
@@ -86,6 +91,15 @@ class Villagers:
     def members(self) -> list[Link]:
         """Links with people of our village."""
         return list(self._members.values())
+
+    def hubs(self) -> list[PeerId]:
+        """With whom everybody here has an account: the village's founder, its treasury."""
+        wanted = self.membership.village
+        return [
+            peer
+            for peer in self._members
+            if any(village.village_of(name) == wanted for name in self._book.names_of(peer))
+        ]
 
     def is_member(self, peer: PeerId) -> bool:
         """Whether `peer` is linked, and of our village."""
@@ -261,17 +275,26 @@ class Villagers:
         self._members.pop(link.peer, None)
         self._grants.left(link.peer)
 
+    async def end_grants(self) -> None:
+        """When a grant is over, its holder's line is what it was."""
+        while True:
+            for peer in self._grants.over():
+                if peer in self._members:
+                    await self._lend_again(self._members[peer])
+            await trio.sleep(GRANTS_LOOK_SECONDS)
+
     async def keep_in_touch(self) -> None:
         """Dials known villagers that are not linked, ever more rarely where nobody answers.
 
-        And looks whether a grant is over: then its holder's line is what it was.
+        While we have few neighbours, also those we only heard of: who is acquainted with more
+        people has more ways to be paid.
         """
         while True:
             for known in await self._jobs.known_peers():
                 self._dial_if_due(known.id, known.addresses)
-            for peer in self._grants.over():
-                if peer in self._members:
-                    await self._lend_again(self._members[peer])
+            if len(self._members) < NEIGHBOURS:
+                for offer in self.heard_of():
+                    self._dial_if_due(offer.seller, offer.addresses)
             await trio.sleep(random.uniform(0.5, 1.5))
 
     def _dial_if_due(self, peer: PeerId, addresses: tuple[str, ...]) -> None:

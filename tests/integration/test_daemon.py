@@ -21,7 +21,9 @@ READS = [
     ("peers",),
     ("balance",),
     ("history",),
+    ("history", "--since", "1d"),
     ("audit",),
+    ("export", "--beancount"),
     ("operations",),
     ("jobs", "list"),
     ("config",),
@@ -29,7 +31,7 @@ READS = [
     ("paths",),
     ("doctor",),
 ]
-NEEDS_NO_DAEMON = {"balance", "history", "audit", "config", "paths", "doctor"}
+NEEDS_NO_DAEMON = {"balance", "history", "audit", "export", "config", "paths", "doctor"}
 
 
 @pytest.fixture
@@ -104,6 +106,24 @@ def test_the_money_reads_the_same_with_and_without_a_daemon(yard):
     for daemon in (ann, bob):
         assert daemon.stop() == 0
     assert running == _money_of([ann, bob])
+
+
+def test_a_statement_of_a_running_node_convinces_the_other(yard, tmp_path):
+    ann, bob = yard.village("ann", "bob")
+    yard.know_each_other(ann, bob)
+    job = bob.submit("mesh.noop", note="x", parts=3)
+    assert bob.job_ended(job, 30)["state"] == "done"
+    settled([ann, bob], 10)
+    for teller, hearer in ((ann, bob), (bob, ann)):
+        path = tmp_path / f"{teller.name}.json"
+        whole = teller.run("statement", "--peer", hearer.peer[-8:], "--output", str(path))
+        assert whole.code == 0, whole
+        heard = hearer.run("verify-statement", str(path))
+        assert (heard.code, f"{bob.peer} owes {ann.peer} 0.00004" in heard.out) == (0, True), heard
+    one = bob.run("statement", "--peer", ann.peer, "--job", job[:10])
+    assert one.code == 0, one
+    assert one.json["amount"] == 40
+    assert one.json["proofs"][0]["attested"]
 
 
 def _money_of(daemons: list[Daemon]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from aivillage.ledger.audit import audit
 from aivillage.ledger.queries import run
 from aivillage.protocols.vouchers import (
     ARREARS,
+    GIFT,
     JOB,
     Message,
     Receipt,
@@ -20,6 +21,7 @@ from aivillage.protocols.vouchers import (
     Voucher,
     VoucherBody,
 )
+from tests.simulation import rings
 from tests.simulation.world import CEILING, EXPOSURE, LINE, POOL, UNIT_MAX, Node, World, broken
 
 
@@ -69,11 +71,18 @@ def at_every_step(world: World) -> None:
             signed = _signed(node, pairs)
             if node.lossless:
                 _exposure(world, node, pairs, signed)
+                rings.at_every_step(node)
+
+
+_SIGNED_FOR_WORK = """
+  SELECT peer, sum(CASE sealed WHEN 1 THEN service ELSE cum - attr + service END)
+  FROM lane_in GROUP BY peer
+"""
 
 
 def _signed(node: Node, pairs: list[books.Pair]) -> dict[str, int]:
     """I8: what counts as paid was signed."""
-    signed = dict(books.rows(node.db, "SELECT peer, sum(cum) FROM lane_in GROUP BY peer"))
+    signed = dict(books.rows(node.db, _SIGNED_FOR_WORK))
     for pair in pairs:
         if pair.paid > signed.get(pair.peer, 0):
             raise broken("I8", f"node {node.index} counts more as paid than was signed")
@@ -88,17 +97,31 @@ def _exposure(world: World, node: Node, pairs: list[books.Pair], signed: dict[st
         delivered = node.delivered.get(pair.peer, 0)
         unsigned = delivered - signed.get(pair.peer, 0)
         if not pair.known:
-            strangers += max(0, unsigned) + max(0, pair.balance)
+            strangers += max(0, unsigned) + max(0, _owed_for_work(node, pair.peer))
             continue
         name = f"node {node.index}: delivered {delivered}, {pair}"
         if delivered - pair.paid > EXPOSURE + pair.written_off:
             raise broken("I1", name)
         if pair.written_off > pair.paid // 16 + allowance:
             raise broken("I2", name)
-        if pair.balance + max(0, unsigned - pair.written_off) > LINE:
+        held = rings.held_back(node, pair.peer)
+        if pair.balance - held + max(0, unsigned - pair.written_off) > LINE + EXPOSURE:
             raise broken("I14", name)
     if strangers > POOL:
         raise broken("I3", f"node {node.index}: strangers have {strangers}")
+
+
+def _owed_for_work(node: Node, peer: str) -> int:
+    """What is owed for work, less my gifts. Others' gifts and transfers are but promises."""
+    row = books.one(
+        node.db,
+        "SELECT coalesce((SELECT sum(service) FROM lane_in WHERE peer = ?1), 0)"
+        " - coalesce((SELECT sum(service) FROM lane_out WHERE peer = ?1), 0)"
+        " - coalesce((SELECT sum(amount) FROM item"
+        "  WHERE mine = 1 AND peer = ?1 AND kind = ?2), 0)",
+        (peer, GIFT),
+    )
+    return int(row[0]) if row else 0
 
 
 def paid_for_work(world: World, accepted: dict[tuple[str, str], int]) -> None:
@@ -106,7 +129,7 @@ def paid_for_work(world: World, accepted: dict[tuple[str, str], int]) -> None:
     for node in world.nodes:
         if not (node.honest and node.lossless):
             continue
-        signed = dict(books.rows(node.db, "SELECT peer, sum(cum) FROM lane_out GROUP BY peer"))
+        signed = dict(books.rows(node.db, "SELECT peer, sum(service) FROM lane_out GROUP BY peer"))
         for pair in books.read_pairs(node.db):
             paid = signed.get(pair.peer, 0)
             if paid > accepted.get((node.id, pair.peer), 0) + pair.arrears:
@@ -124,6 +147,7 @@ def paid_for_work(world: World, accepted: dict[tuple[str, str], int]) -> None:
 
 
 def when_quiet(world: World) -> None:
+    rings.when_quiet(world)
     for a in world.nodes:
         if not a.honest:
             continue
@@ -167,7 +191,7 @@ def can_work_again(world: World, seller: Node, buyer: Node) -> None:
     """Healing: a pair with line left is not blocked for ever by what crashes left behind."""
     pair = books.read_pair(seller.db, buyer.id)
     partner = seller.ledger.desk.partner(buyer.id)
-    if pair.known and pair.line - pair.balance >= 2 * UNIT_MAX:
+    if pair.known and pair.line - pair.balance - pair.routed >= 2 * UNIT_MAX:
         seller.ledger.selling.want_room(buyer.id, UNIT_MAX)
         world.flush(seller)
         if partner.pair.reserved - partner.delivered < UNIT_MAX:

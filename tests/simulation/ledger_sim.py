@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
-from tests.simulation import invariants, mutants
+from tests.simulation import invariants, mutants, rings
 from tests.simulation.world import BrokenError, Node, World, broken
 
 STEPS = 200
@@ -27,6 +27,7 @@ class Outcome:
     crashes: int
     restores: int
     vouchers: int
+    transfers: int
 
 
 def run_seed(seed: int, mutant: str = "", steps: int = STEPS) -> Outcome:
@@ -38,13 +39,16 @@ def run_seed(seed: int, mutant: str = "", steps: int = STEPS) -> Outcome:
             live(world, steps)
         except BrokenError as error:
             failure = str(error)
-    return Outcome(seed, failure, world.crashes, world.restores, world.vouchers)
+    return Outcome(
+        seed, failure, world.crashes, world.restores, world.vouchers, rings.closed(world)
+    )
 
 
 def live(world: World, steps: int) -> None:
     seen = {}
     for _ in range(steps):
         world.trade()
+        rings.trade(world)
         seen.update({work.attempt: work for work in world.work})
         world.advance()
         invariants.at_every_step(world)
@@ -79,7 +83,7 @@ def at_rest(world: World) -> bool:
         node.up for node in world.nodes
     ):
         return False
-    if any(node.runner.queue for node in world.nodes):
+    if any(node.runner.queue for node in world.nodes) or not rings.at_rest(world):
         return False
     pairs = [(a, b) for a in world.nodes for b in world.nodes if a is not b]
     return all(_pair_at_rest(world, a, b) for a, b in pairs)
@@ -128,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         "crashes": sum(outcome.crashes for outcome in outcomes),
         "restores": sum(outcome.restores for outcome in outcomes),
         "vouchers": sum(outcome.vouchers for outcome in outcomes),
+        "transfers": sum(outcome.transfers for outcome in outcomes),
         "cpu_seconds": round(time.process_time() - started, 1),
         "commit": commit(),
     }

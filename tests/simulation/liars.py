@@ -28,6 +28,9 @@ LIES = (
     "claims",
     "inflates_items",
     "contradicts",
+    "stops",
+    "replays",
+    "mutates",
 )
 
 
@@ -38,6 +41,11 @@ def wants_to_crash(world: World, node: Node) -> bool:
 
 def twist(world: World, node: Node, peer: Node, blob: bytes) -> bytes:
     epoch, message = decode(blob)
+    if node.lie == "replays":
+        world.heard.append(blob)
+        return world.rng.choice(world.heard) if world.chance(0.2) else blob
+    if node.lie == "mutates" and world.chance(0.2):
+        return _mutated(world, blob)
     match node.lie, message:
         case "withholds", SyncReply():
             return encode(epoch, msgspec.structs.replace(message, yours=()))
@@ -48,6 +56,13 @@ def twist(world: World, node: Node, peer: Node, blob: bytes) -> bytes:
         case "contradicts", Voucher() if world.chance(0.3):
             return encode(epoch, _resigned(node, message, -1, 0))
     return blob
+
+
+def _mutated(world: World, blob: bytes) -> bytes:
+    """A byte changed, cut off or put in: it may still be a message."""
+    place = world.rng.randrange(len(blob))
+    change = world.rng.choice((bytes([world.rng.randrange(256)]), b"", blob[place : place + 1] * 2))
+    return blob[:place] + change + blob[place + 1 :]
 
 
 def _claims(world: World, peer: Node) -> tuple[Claim, ...]:

@@ -73,6 +73,7 @@ class Rates:
     restore: float
     clock_jump: float
     commit: float
+    transfer: float
 
     @classmethod
     def draw(cls, rng: random.Random) -> Rates:
@@ -84,7 +85,7 @@ class Rates:
             maybe(0.25), maybe(0.2), int(maybe(10)), maybe(0.05), *crash,
             lost_tail=maybe(0.5) if rng.random() < 0.4 else 0.0,
             restore=maybe(0.5) if rng.random() < 0.4 else 0.0,
-            clock_jump=maybe(0.02), commit=rng.uniform(0.2, 1.0),
+            clock_jump=maybe(0.02), commit=rng.uniform(0.2, 1.0), transfer=maybe(0.6),
         )  # fmt: skip
 
     def calm(self) -> None:
@@ -193,8 +194,12 @@ class Node:
             self.world.rng.randbytes(8), self.runner,
         )  # fmt: skip
         self.ledger.desk.on_error = self._on_error
+        if self.lie == "stops":
+            self.ledger.routing.step = lambda: lambda db: []  # type: ignore[method-assign]
 
     def _on_error(self, error: AivillageError) -> None:
+        if error.code in {"INSUFFICIENT_CREDITS", "BAD_REQUEST"}:
+            return  # a transfer that the owner's lines do not allow
         raise broken("I0", f"a step of node {self.index} failed: {error}")
 
     def committed(self) -> None:
@@ -231,7 +236,9 @@ class World:
     seed: int
     runner_type: type[Runner] = Runner
     settings: Settings = field(
-        default_factory=lambda: Settings(stranger_pool=POOL, heal_seconds=10.0)
+        default_factory=lambda: Settings(
+            stranger_pool=POOL, heal_seconds=10.0, idle_seconds=5.0, route_seconds=20.0
+        )
     )
 
     def __post_init__(self) -> None:
@@ -245,8 +252,10 @@ class World:
         self.crashes = self.vouchers = self.restores = self.jumped_seconds = 0
         liar_count = self.rng.choice((0, 0, 1, 2))
         lies = [self.rng.choice(liars.LIES) for _ in range(liar_count)]
+        self.heard: list[bytes] = []
         self.nodes = [
-            Node(self, index, lies[index] if index < len(lies) else "") for index in range(4)
+            Node(self, index, lies[index] if index < len(lies) else "")
+            for index in range(self.rng.choice((3, 4, 4, 5, 6)))
         ]
         self.work: list[Work] = []
         self._set_lines()
@@ -276,7 +285,7 @@ class World:
             self.guard(
                 node,
                 lambda node=node, peer=peer: node.ledger.connected(
-                    peer.id, peer.ledger.desk.epoch, self.sender(node, peer, number)
+                    peer.id, peer.ledger.desk.epoch, self.sender(node, peer, number), 1
                 ),
             )
 

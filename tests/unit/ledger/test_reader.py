@@ -1,5 +1,6 @@
 """Reads without a daemon."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,11 @@ def test_another_file_is_a_config_error(tmp_path):
     path.write_bytes(b"not a database, but long enough to be taken for one" * 50)
     with pytest.raises(ConfigError, match="cannot be read"):
         reader.read_history(path)
+
+
+def test_a_book_of_another_version_says_how_to_bring_it_up_to_date(tmp_path):
+    path = tmp_path / "ledger.db"
+    shutil.copy(ROOT / "tests" / "data" / "ledger_v1_buyer.db", path)
+    with pytest.raises(ConfigError, match="is of version 1") as caught:
+        reader.read_audit(path)
+    assert "start" in caught.value.next_step

@@ -1,0 +1,339 @@
+"""Whether a statement is true: each figure in it is worked out anew from the signed bytes.
+
+Pure, and without a book: it runs on any machine. docs/statement.md says what a statement proves
+and what it cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+
+from aivillage.ledger.documents import (
+    SERVICE,
+    Direction,
+    Document,
+    JobProof,
+    JobStatement,
+    LaneTotal,
+    ShownItem,
+    SignedReceipt,
+    SignedVoucher,
+    Statement,
+    wrong,
+)
+from aivillage.protocols.errors import PeerError
+from aivillage.protocols.types import PeerId, as_credits, peer_id
+from aivillage.protocols.vouchers import (
+    Item,
+    Receipt,
+    ReceiptBody,
+    ReceiptRow,
+    Verify,
+    VoucherBody,
+    bad,
+    check_receipt,
+    decode_body,
+    digest,
+    voucher_prefixed,
+)
+
+
+class Proof(msgspec.Struct, frozen=True, kw_only=True):
+    """What a verified document proves, in words. `amount`: its net, or the job's price."""
+
+    issuer: PeerId
+    peer: PeerId
+    amount: int
+    proven: str
+    not_proven: str
+
+
+def verify_document(document: Document, verify: Verify) -> Proof:
+    """What `document` proves. `verify` must be the real thing.
+
+    Raises:
+        StatementError: the first thing in it that is wrong.
+    """
+    for party in (document.issuer, document.peer):
+        if peer_id(bytes.fromhex(party.public_key)) != party.peer:
+            raise wrong(f"{party.peer} is not the id of its key")
+    if document.issuer == document.peer:
+        raise wrong("it is about one peer alone")
+    if isinstance(document, Statement):
+        return _verify_pair(document, verify)
+    return _verify_job(document, verify)
+
+
+# ------------------------------------------------------------------ one pair
+
+
+def _verify_pair(document: Statement, verify: Verify) -> Proof:
+    issuer, peer = (bytes.fromhex(p.public_key) for p in (document.issuer, document.peer))
+    to, by = document.owed_to_issuer, document.owed_by_issuer
+    for stated, payer, payee in ((to, peer, issuer), (by, issuer, peer)):
+        _compare(stated, summed(stated.vouchers, stated.receipts, (payer, payee), verify))
+    if document.net != to.total - by.total:
+        raise wrong(f"its net is {document.net}, what was signed gives {to.total - by.total}")
+    if document.since_ms > document.until_ms:
+        raise wrong("it ends before it begins")
+    return _pair_proof(document)
+
+
+def _compare(stated: Direction, found: Direction) -> None:
+    for one, other in zip_longest(stated.lanes, found.lanes):
+        if one != other:
+            lane = (one or other).lane
+            raise wrong(f"what it states of lane {lane} is not what was signed there")
+    if stated.total != found.total:
+        raise wrong(f"its total is {stated.total}, what was signed gives {found.total}")
+    if stated.confirmed != found.confirmed:
+        raise wrong(f"{stated.confirmed} is stated as confirmed, receipts give {found.confirmed}")
+
+
+def summed(
+    vouchers: Sequence[SignedVoucher],
+    receipts: Sequence[SignedReceipt],
+    keys: tuple[bytes, bytes],
+    verify: Verify,
+) -> Direction:
+    """These vouchers and receipts with what they add up to. `keys`: of payer and payee.
+
+    Raises:
+        StatementError: a signature, payee, root, receipt or order is wrong.
+    """
+    by_lane: dict[bytes, dict[int, _Checked]] = {}
+    for voucher in vouchers:
+        checked = check_shown(voucher, keys, verify)
+        lane = by_lane.setdefault(checked.body.lane, {})
+        if lane.setdefault(checked.body.n, checked) is not checked:
+            raise wrong(f"{checked.name} is in it twice")
+    confirmed = _confirmed(by_lane, receipts, keys, verify)
+    lanes = [_lane_total(by_lane[lane], confirmed) for lane in sorted(by_lane)]
+    return Direction(
+        total=sum(lane.cum for lane in lanes),
+        confirmed=sum(lane.confirmed for lane in lanes),
+        lanes=lanes,
+        vouchers=list(vouchers),
+        receipts=list(receipts),
+    )
+
+
+class _Checked(NamedTuple):
+    """A voucher whose signature, payee and root are right."""
+
+    body: VoucherBody
+    hash: bytes
+    name: str
+
+
+def check_shown(voucher: SignedVoucher, keys: tuple[bytes, bytes], verify: Verify) -> _Checked:
+    """Raises: StatementError: the payer did not sign this, to this payee, with these items."""
+    encoded = bytes.fromhex(voucher.body)
+    try:
+        body = decode_body(encoded, VoucherBody)
+    except PeerError as error:
+        raise wrong(error.message) from None
+    name = f"voucher {body.n} on lane {body.lane.hex()}"
+    payer, payee = keys
+    if body.payee != payee:
+        raise wrong(f"{name} is not made out to {peer_id(payee)}")
+    if not verify(payer, voucher_prefixed(encoded), bytes.fromhex(voucher.signature)):
+        raise wrong(f"{name} is not signed by {peer_id(payer)}")
+    if digest(b"".join(_hash_of(item, name) for item in voucher.items)) != body.root:
+        raise wrong(f"{name} has other items than were signed")
+    return _Checked(body, digest(encoded), name)
+
+
+def _hash_of(shown: ShownItem, name: str) -> bytes:
+    if bool(shown.item) == bool(shown.hash) or len(shown.hash) not in {0, 64}:
+        raise wrong(f"{name} has an item that is neither shown nor hashed")
+    return digest(bytes.fromhex(shown.item)) if shown.item else bytes.fromhex(shown.hash)
+
+
+_Lanes: TypeAlias = dict[bytes, dict[int, _Checked]]
+
+
+def _confirmed(
+    by_lane: _Lanes, receipts: Sequence[SignedReceipt], keys: tuple[bytes, bytes], verify: Verify
+) -> set[bytes]:
+    """Hashes of the voucher bodies that the payee confirmed."""
+    confirmed: set[bytes] = set()
+    for receipt in receipts:
+        body = _receipt_body(receipt, keys, verify)
+        lane = by_lane.get(body.lane, {})
+        hashes = {row.body_hash for row in body.rows if _row_fits(row, body.lane, lane)}
+        if not hashes:
+            raise wrong(f"a receipt on lane {body.lane.hex()} confirms nothing that is shown")
+        confirmed |= hashes
+    return confirmed
+
+
+def _row_fits(row: ReceiptRow, lane: bytes, shown: dict[int, _Checked]) -> bool:
+    """Whether `row` confirms a voucher that is shown; others need not be."""
+    voucher = shown.get(row.n)
+    if voucher is not None and voucher.hash != row.body_hash:
+        raise wrong(f"a receipt confirms another voucher {row.n} on lane {lane.hex()}")
+    return voucher is not None
+
+
+def _receipt_body(receipt: SignedReceipt, keys: tuple[bytes, bytes], verify: Verify) -> ReceiptBody:
+    try:
+        signed = Receipt(bytes.fromhex(receipt.body), bytes.fromhex(receipt.signature))
+        return check_receipt(signed, *keys, verify)
+    except PeerError as error:
+        raise wrong(error.message) from None
+
+
+def _lane_total(vouchers: dict[int, _Checked], confirmed: set[bytes]) -> LaneTotal:
+    cum = confirmed_cum = 0
+    for n in sorted(vouchers):
+        voucher = vouchers[n]
+        if voucher.body.cum < cum:
+            raise wrong(f"{voucher.name}: cum falls as n rises")
+        cum = voucher.body.cum
+        confirmed_cum = cum if voucher.hash in confirmed else confirmed_cum
+    last = vouchers[max(vouchers)].body
+    return LaneTotal(lane=last.lane.hex(), n=last.n, cum=cum, confirmed=confirmed_cum)
+
+
+def _pair_proof(document: Statement) -> Proof:
+    issuer, peer = document.issuer.peer, document.peer.peer
+    to, by = document.owed_to_issuer, document.owed_by_issuer
+    debtor, creditor = (peer, issuer) if document.net >= 0 else (issuer, peer)
+    return Proof(
+        issuer=issuer,
+        peer=peer,
+        amount=document.net,
+        proven=(
+            f"{peer} signed for at least {as_credits(to.total)} credits to {issuer}, and {issuer}"
+            f" for at least {as_credits(by.total)} to {peer}, which confirmed"
+            f" {as_credits(by.confirmed)} of it; by these vouchers {debtor} owes {creditor}"
+            f" {as_credits(abs(document.net))}"
+        ),
+        not_proven=(
+            f"that nothing was left out: if vouchers of {peer} were, it owes more than this;"
+            f" if vouchers of {issuer} itself were, it owes more and the net is too much in its"
+            f" favour, and only {peer} can show them. The dates are {issuer}'s word, and what"
+            " was paid outside the mesh is in no voucher"
+        ),
+    )
+
+
+# ------------------------------------------------------------------ one attempt
+
+
+def _verify_job(document: JobStatement, verify: Verify) -> Proof:
+    parties = {party.peer: party for party in (document.issuer, document.peer)}
+    if document.payer not in parties:
+        raise wrong(f"its payer {document.payer} is neither of the two")
+    payer = parties.pop(document.payer)
+    (payee,) = parties.values()
+    keys = (bytes.fromhex(payer.public_key), bytes.fromhex(payee.public_key))
+    found = [
+        job_proof(bytes.fromhex(document.attempt), proof.voucher, proof.receipt, keys, verify)
+        for proof in document.proofs
+    ]
+    for stated, true in zip(document.proofs, found, strict=True):
+        _compare_proofs(stated, true)
+    if len({proof.kind for proof in found}) != len(found):
+        raise wrong("it counts one item twice")
+    amount = sum(proof.amount for proof in found)
+    if document.amount != amount:
+        raise wrong(f"its amount is {document.amount}, what was signed gives {amount}")
+    return _job_proof_in_words(document, payee.peer)
+
+
+def _compare_proofs(stated: JobProof, true: JobProof) -> None:
+    for field in JobProof.__struct_fields__:
+        if getattr(stated, field) != getattr(true, field):
+            raise wrong(
+                f"its {field.replace('_', ' ')} is {getattr(stated, field)},"
+                f" what was signed gives {getattr(true, field)}"
+            )
+
+
+def job_proof(
+    attempt: bytes,
+    voucher: SignedVoucher,
+    receipt: SignedReceipt | None,
+    keys: tuple[bytes, bytes],
+    verify: Verify,
+) -> JobProof:
+    """What one voucher says of `attempt`. `keys`: of payer and payee.
+
+    Raises:
+        StatementError: it says nothing, or something in it is wrong.
+    """
+    checked = check_shown(voucher, keys, verify)
+    shown = [_item(entry, checked.name) for entry in voucher.items if entry.item]
+    named = [item for item in shown if item.id == attempt and item.kind in SERVICE]
+    if len(shown) != 1 or len(named) != 1:
+        raise wrong(f"{checked.name} does not show this attempt alone")
+    item = named[0]
+    if item.amount > checked.body.cum:
+        raise wrong(f"{checked.name} names more for the attempt than it pays in all")
+    row = _row(receipt, checked, keys, verify)
+    return JobProof(
+        kind=item.kind,
+        amount=item.amount,
+        final=item.final,
+        quote_hash=item.quote_hash.hex(),
+        out_hash=item.out_hash.hex(),
+        confirmed=row is not None,
+        attested=row is not None and row.attest,
+        voucher=voucher,
+        receipt=receipt,
+    )
+
+
+def _item(shown: ShownItem, name: str) -> Item:
+    encoded = bytes.fromhex(shown.item)
+    try:
+        item = msgspec.msgpack.decode(encoded, type=Item)
+        if msgspec.msgpack.encode(item) != encoded:
+            raise bad("has an item that is not in canonical form")
+    except (msgspec.DecodeError, RecursionError, PeerError) as error:
+        raise wrong(f"{name} shows something that is no item: {error}") from None
+    return item
+
+
+def _row(
+    receipt: SignedReceipt | None, checked: _Checked, keys: tuple[bytes, bytes], verify: Verify
+) -> ReceiptRow | None:
+    if receipt is None:
+        return None
+    body = _receipt_body(receipt, keys, verify)
+    if body.lane == checked.body.lane:
+        for row in body.rows:
+            if _row_fits(row, body.lane, {checked.body.n: checked}):
+                return row
+    raise wrong(f"its receipt does not confirm {checked.name}")
+
+
+def _job_proof_in_words(document: JobStatement, payee: PeerId) -> Proof:
+    payer, proofs = document.payer, document.proofs
+    ended = (
+        "in all" if any(proof.final for proof in proofs) else "at least, it is not the last word"
+    )
+    answer = "has not confirmed it here"
+    if all(proof.confirmed for proof in proofs):
+        attested = all(proof.attested for proof in proofs)
+        answer = "confirmed it" + (", and that it knows the attempt and its output" * attested)
+    return Proof(
+        issuer=document.issuer.peer,
+        peer=document.peer.peer,
+        amount=document.amount,
+        proven=(
+            f"{payer} signed {as_credits(document.amount)} credits {ended} to {payee} for attempt"
+            f" {document.attempt}; {payee} {answer}"
+        ),
+        not_proven=(
+            f"what is owed today: vouchers for other work, either way, are left out. A later"
+            f" voucher for the same attempt may have been left out too; it can only raise what"
+            f" {payer} signed. What {payee} confirmed is the money, and the output only by its hash"
+        ),
+    )
