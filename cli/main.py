@@ -183,9 +183,10 @@ def _ledger_commands(command: Command) -> None:
     history.add_argument("--kind", default="", help="of entry: pay, receive, write-off...")
     history.add_argument("--csv", action="store_true", help="for spreadsheets: every voucher")
     _proof_commands(command)
-    command(
+    audit = command(
         "audit", "aivillage.cli.credits:audit", "recompute the whole book; exit 7 if it is wrong"
     )
+    audit.add_argument("--peer", metavar="ID", help="compare with this peer's book instead")
 
 
 def _proof_commands(command: Command) -> None:

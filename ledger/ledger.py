@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aivillage.ledger import books, corrections
 from aivillage.ledger.audit import AuditReport, audit
 from aivillage.ledger.compaction import Compacted, compact
+from aivillage.ledger.compare import View, view
 from aivillage.ledger.core import Ledger, PartnerView
 from aivillage.ledger.desk import Clock, Done, Failed, Settings
 from aivillage.ledger.exposure import Word
@@ -294,6 +295,10 @@ class NodeBook:
 
     async def history(self, limit: int = 50) -> list[HistoryRow]:
         return await self._read(history(limit))
+
+    async def pair_view(self, peer: PeerId) -> View:
+        """What the book says about `peer`, to compare with what its own says."""
+        return await self._read(view(self._ledger.desk.name(peer)))
 
     async def audit(self) -> AuditReport:
         signer = self._ledger.desk.signer

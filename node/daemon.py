@@ -34,6 +34,7 @@ from aivillage.node.market import Market
 from aivillage.node.membership import Membership
 from aivillage.node.monitor import Monitor
 from aivillage.node.owners import Owners
+from aivillage.node.pairs import Pairs
 from aivillage.node.paths import Paths
 from aivillage.node.pricelist import PriceList
 from aivillage.node.pursuit import Trade
@@ -134,12 +135,13 @@ async def open_node(
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         seller.acquainted = villagers.acquainted
         seller.allowances.is_member = lambda link: villagers.line_of(link) is not None
-        switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald)
+        pairs = Pairs(ledger, tasks)
+        switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald, pairs)
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
             stop=stop, started=time.time(), addresses=addresses, clearing=clearing,
-            owners=owners, grants=grants,
+            owners=owners, grants=grants, pairs=pairs,
         )  # fmt: skip
         await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
         async with open_control(paths.socket, Control(desk.handlers(), buyer, hello, events)):

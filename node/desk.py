@@ -23,10 +23,11 @@ from aivillage.node.jobs import JobRow, Jobs, KnownPeer
 from aivillage.node.links import Links
 from aivillage.node.monitor import Monitor
 from aivillage.node.owners import Owners
+from aivillage.node.pairs import Pairs
 from aivillage.node.paths import Paths
 from aivillage.node.seller import Seller
 from aivillage.node.villagers import Villagers
-from aivillage.protocols.errors import RequestError
+from aivillage.protocols.errors import RefusedError, RequestError
 from aivillage.protocols.messages import Offer
 from aivillage.protocols.types import Amount, PeerId
 
@@ -61,6 +62,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     clearing: Clearing
     owners: Owners
     grants: Grants
+    pairs: Pairs
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
         """What can be asked, by name."""
@@ -74,6 +76,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "balance": self.on_balance,
             "history": self.on_history,
             "audit": self.on_audit,
+            "audit_peer": self.on_audit_peer,
             "settle": self.on_settle,
             "invite": self.on_invite,
             "join": self.on_join,
@@ -220,6 +223,19 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     async def on_audit(self, _args: dict[str, Any]) -> dict[str, Any]:
         report = await self.ledger.audit()
         return dict(msgspec.to_builtins(report))
+
+    async def on_audit_peer(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Compares our book with a neighbour's, about the two of us."""
+        peer = self.ledger.names_of(self._neighbour(str(args["peer"])))[0]
+        link = self.links.get(peer)
+        if link is None:
+            raise RefusedError(
+                f"{peer[-8:]} is not here", code="NO_PEER", next_step="aivillage-node peers"
+            )
+        found = msgspec.to_builtins(await self.pairs.compare(link), builtin_types=(bytes,))
+        for difference in found["differences"]:
+            difference["lane"] = difference["lane"].hex()
+        return {"peer": peer} | dict(found)
 
     async def on_settle(self, args: dict[str, Any]) -> dict[str, Any]:
         """Moves what we owe a peer, or pays it ahead, from what others owe or lend us."""

@@ -29,6 +29,7 @@ from aivillage.protocols.messages import (
     Join,
     Ledger,
     ListOperations,
+    PairQuestion,
     Ping,
     Pong,
     QuoteRequest,
@@ -45,7 +46,7 @@ log = logging.getLogger("aivillage.links")
 NOT_FOR_PEERS: Final = (Hello, Ask, Answer, Submit, Text, Tunnel)
 """A second hello, and what only the owner's control socket may say."""
 
-QUESTIONS: Final = (QuoteRequest, Join, Standing, ListOperations, Fetch, Granted)
+QUESTIONS: Final = (QuoteRequest, Join, Standing, ListOperations, Fetch, Granted, PairQuestion)
 """What costs us far more than the asker."""
 
 

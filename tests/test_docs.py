@@ -65,6 +65,7 @@ def test_a_message_is_documented_under_its_tag(kind):
         messages.CERTIFICATES_MAX,
         messages.SUCCESSIONS_MAX,
         messages.GRANTS_MAX,
+        messages.PAIR_LANES_MAX,
         envelope.ENVELOPE_BYTES_MAX,
         pricing.UNITS_MAX,
     ],
