@@ -111,9 +111,7 @@ async def open_node(
             key=key, settings=settings, membership=membership, links=links, jobs=jobs,
             book=ledger, events=events, tasks=tasks, owners=owners, grants=grants,
         )  # fmt: skip
-        discovery = Discovery(key)
-        for known in await jobs.known_peers():
-            discovery.records[known.id] = Record(known.units_per_second, known.good, known.bad)
+        discovery = await _discovery(key, jobs)
         villagers.on_succeeded = discovery.rename
         gossiper = Gossiper(links.all, villagers.is_member, discovery.accept)
         discovery.is_neighbour = villagers.is_member
@@ -145,17 +143,19 @@ async def open_node(
         )  # fmt: skip
         await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
         async with open_control(paths.socket, Control(desk.handlers(), buyer, hello, events)):
-            for service in (
-                monitor.run,
-                villagers.keep_in_touch,
-                villagers.end_grants,
-                herald.run,
-                clearing.run,
-            ):
+            for service in (monitor.run, *villagers.services, herald.run, clearing.run):
                 tasks.serve(service)
             yield desk
             switch.farewell()
         nursery.cancel_scope.cancel()
+
+
+async def _discovery(key: Ed25519PrivateKey, jobs: Jobs) -> Discovery:
+    """With what former runs measured of others."""
+    found = Discovery(key)
+    for known in await jobs.known_peers():
+        found.records[known.id] = Record(known.units_per_second, known.good, known.bad)
+    return found
 
 
 async def _papers(

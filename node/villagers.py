@@ -27,6 +27,7 @@ from aivillage.node.owners import Owners
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, PeerError, RefusedError, RequestError
 from aivillage.protocols.messages import ADDRESSES_MAX, Offer
+from aivillage.protocols.ports import SomebodyElseError
 from aivillage.protocols.types import AMOUNT_MAX, MicroCredits, PeerId, Seconds
 
 JOIN_SECONDS: Final = 15.0
@@ -73,6 +74,7 @@ class Villagers:
         self.on_succeeded: Callable[[PeerId, PeerId], None] = lambda old, new: None
         self.heard_of: Callable[[], Iterable[Offer]] = tuple
         """Offers that came by gossip: of people of our village whom we may not have met."""
+        self.services = (self.keep_in_touch, self.end_grants)
 
     def line_of(self, link: Link) -> MicroCredits | None:
         """What a neighbour's certificates let it owe us, grants apart; None for a stranger."""
@@ -314,12 +316,22 @@ class Villagers:
             for address in addresses[:ADDRESSES_MAX]:
                 with trio.move_on_after(DIAL_SECONDS):
                     try:
-                        await self._links.connect(address)
+                        await self._reach_heir(peer, address)
                     except AivillageError:
                         continue  # the next address; the backoff brings us back
                     return
         finally:
             self._dialling.discard(peer)
+
+    async def _reach_heir(self, peer: PeerId, address: str) -> None:
+        """Links with `peer`, or, if somebody else lives there, with its next key."""
+        try:
+            await self._links.connect(address)
+        except SomebodyElseError as error:
+            there = address.replace(f"/p2p/{peer}", f"/p2p/{error.found}")
+            link = await self._links.connect(there)
+            if self._book.names_of(peer)[0] != link.peer and not self.is_member(link.peer):
+                link.close("not the peer that was looked for")
 
     # ------------------------------------------------------------------ joining
     def invite(self, addresses: tuple[str, ...], line: MicroCredits | None) -> str:

@@ -9,7 +9,7 @@ from aivillage.node import rotation, succession, village
 from aivillage.node.identity import KEY_FILE, load
 from aivillage.protocols import messages
 from aivillage.protocols.errors import PeerError
-from tests.conftest import make_key
+from tests.conftest import make_key, make_peer
 from tests.simulation.mesh import (
     Node,
     certificate,
@@ -60,6 +60,31 @@ async def test_a_seller_with_a_new_key_is_paid_on_the_same_account(tmp_path):
         assert buyer.desk.discovery.record_of(seller.peer) is record
         assert record.good == 2
         assert [known.id for known in await buyer.desk.jobs.known_peers()] == [seller.peer]
+
+
+async def test_people_find_each_other_though_both_changed_their_keys(tmp_path):
+    async with open_mesh(tmp_path) as mesh:
+        buyer = await mesh.add("buyer", serve=False)
+        seller = await mesh.add("seller")
+        await mesh.knows(buyer, seller)
+        for node in (buyer, seller):
+            await until(lambda n=node: n.desk.ledger.views())
+            await rotate(node)
+        for node in (buyer, seller):
+            await mesh.start(node, stranger=True)
+        # Each knows only an address with a key that is no more.
+        await until(lambda: buyer.desk.links.get(seller.peer))
+        assert buyer.desk.villagers.is_member(seller.peer)
+
+
+async def test_whoever_took_over_a_lost_peers_address_is_left_alone(tmp_path):
+    async with open_mesh(tmp_path) as mesh:
+        node = await mesh.add("node")
+        stranger = await mesh.add("stranger", stranger=True, serve=False)
+        address = f"/memory/{stranger.name}/p2p/{make_peer(99)}"
+        await node.desk.jobs.saw_peer(make_peer(99), (address,))
+        await until(lambda: stranger.events("peer_up"))
+        await until(lambda: node.desk.links.get(stranger.peer) is None)
 
 
 async def test_what_was_in_flight_when_the_key_changed_arrives(tmp_path):
