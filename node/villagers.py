@@ -71,6 +71,7 @@ class Villagers:
         self._dialling: set[PeerId] = set()
         self._trusting: dict[PeerId, trio.Event] = {}
         self._members: dict[PeerId, Link] = {}
+        self._following = trio.Lock()
         self.on_succeeded: Callable[[PeerId, PeerId], None] = lambda old, new: None
         self.heard_of: Callable[[], Iterable[Offer]] = tuple
         """Offers that came by gossip: of people of our village whom we may not have met."""
@@ -114,13 +115,15 @@ class Villagers:
         Raises:
             PeerError: OWNER_LIMIT, this key was replaced: whoever has it may have stolen it.
         """
-        for step in self._new_steps(succession.chain(hello.successions, peer), hello):
-            try:
-                await self._book.succeed(step.old, step.new, step.proof)
-            except RequestError as error:
-                self._events.emit("succession_refused", level=30, peer=peer, reason=str(error))
-                break
-            await self._follow(step.old, step.new)
+        chain = succession.chain(hello.successions, peer)
+        async with self._following:  # two streams of one peer would follow it twice
+            for step in self._new_steps(chain, hello):
+                try:
+                    await self._book.succeed(step.old, step.new, step.proof)
+                except RequestError as error:
+                    self._events.emit("succession_refused", level=30, peer=peer, reason=str(error))
+                    break
+                await self._follow(step.old, step.new)
         now_called = self._book.names_of(peer)[0]
         if now_called != peer:
             raise PeerError(

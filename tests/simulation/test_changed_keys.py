@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import trio
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from aivillage.node import rotation, succession, village
@@ -163,6 +164,22 @@ async def test_a_link_of_the_old_key_ends_when_the_new_one_comes(tmp_path):
         await until(lambda: seller.ledger.view(new.peer).connected)
         assert seller.ledger.view(new.peer).line > 0
         assert seller.desk.villagers.members() == [seller.desk.links.get(new.peer)]
+
+
+async def test_two_streams_of_a_new_key_are_followed_once(tmp_path):
+    async with open_mesh(tmp_path) as mesh:
+        seller = await mesh.add("seller")
+        buyer = await mesh.add("buyer", serve=False)
+        await mesh.knows(buyer, seller)
+        await rotate(buyer)
+        await mesh.start(buyer, stranger=True)
+        hello = buyer.desk.links._hello()
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(seller.desk.villagers.admit, buyer.peer, hello)
+            nursery.start_soon(mesh.link, buyer, seller)
+        assert len(seller.events("key_changed")) == 1
+        assert seller.ledger.view(buyer.peer).connected
 
 
 async def test_two_changes_that_a_peer_missed_are_followed_at_once(tmp_path):
