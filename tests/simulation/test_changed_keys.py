@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from aivillage.node import rotation, succession, village
 from aivillage.node.identity import KEY_FILE, load
 from aivillage.protocols import messages
-from aivillage.protocols.errors import PeerError
+from aivillage.protocols.errors import LedgerError, PeerError
 from tests.conftest import make_key, make_peer
 from tests.simulation.mesh import (
     Node,
@@ -180,6 +180,49 @@ async def test_two_streams_of_a_new_key_are_followed_once(tmp_path):
             nursery.start_soon(mesh.link, buyer, seller)
         assert len(seller.events("key_changed")) == 1
         assert seller.ledger.view(buyer.peer).connected
+
+
+def tried_only(rings):
+    """A book's `route` that notes the ring and moves nothing."""
+
+    async def route(ring, _amount):
+        rings.append(ring)
+        return "refunded"
+
+    return route
+
+
+async def test_debts_move_around_a_ring_of_changed_keys(tmp_path):
+    async with open_mesh(tmp_path) as mesh:
+        ann, bob, cat = [await mesh.add(name) for name in ("ann", "bob", "cat")]
+        for one, other in ((ann, bob), (bob, cat), (cat, ann)):
+            await mesh.link(one, other)
+        await mesh.knows(bob, ann)
+        await mesh.knows(ann, cat)
+        assert result_of(await bob.ask("hello", tokens=3, peer=ann.peer))
+        assert result_of(await ann.ask("hello", tokens=3, peer=cat.peer))
+        price = price_of("hello", 3)
+        for node in (bob, cat):
+            await rotate(node)
+        for node in (bob, cat):
+            await mesh.start(node, stranger=True)
+        for one, other in ((ann, bob), (bob, cat), (cat, ann)):
+            await mesh.link(one, other)
+        for one, other in ((ann, bob), (ann, cat), (bob, cat)):
+            await until(lambda a=one, b=other: a.ledger.view(b.peer).synced)
+            await until(lambda a=one, b=other: b.ledger.view(a.peer).line)
+        await until(lambda: ann.ledger.view(bob.peer).owed_to_me == price)
+        done = await ann.desk.on_settle({"peer": cat.peer})
+        assert done["amount"] == price
+        await settled(bob, cat, price)
+        # Nobody pays itself, by whichever of its ids it is asked for.
+        tried = []
+        ann.ledger.route = tried_only(tried)
+        with pytest.raises(LedgerError):
+            await ann.desk.on_settle({"peer": cat.peer, "micro_credits": 5_000})
+        assert tried
+        assert all(len({*map(ann.ledger.names_of, ring)}) == len(ring) for ring in tried)
+        assert ann.ledger.view(bob.peer).owed_to_me == ann.ledger.view(cat.peer).owed_by_me == 0
 
 
 async def test_two_changes_that_a_peer_missed_are_followed_at_once(tmp_path):
