@@ -144,6 +144,9 @@ def audit(args: argparse.Namespace) -> int:
     """Exit 7 where the book is wrong, and the first entry that is."""
     from aivillage.ledger import reader
 
+    if args.peer:
+        return _compare(args)
+
     found = _ask(args, "audit", lambda: reader.read_audit(places(args).ledger))
     if args.json:
         show.as_json(found)
@@ -155,3 +158,18 @@ def audit(args: argparse.Namespace) -> int:
     else:
         print(f"THE BOOK IS WRONG: {found['first_error']}")
     return EXIT_OK if found["ok"] else EXIT_AUDIT
+
+
+def _compare(args: argparse.Namespace) -> int:
+    """Exit 7 where this book and the peer's say different things, and the gravest of them."""
+    with connect(args) as client:
+        found = client.ask("audit_peer", peer=args.peer)
+    if args.json:
+        show.as_json(found)
+    elif found["agree"]:
+        print(f"both books agree, {as_credits(found['in_transit'])} credits in transit")
+    else:
+        print(f"THE BOOKS DIFFER: {found['first']}")
+    if found["left_out"]:
+        show.note(f"{found['left_out']} lanes of old boots did not fit, and were not compared")
+    return EXIT_OK if found["agree"] else EXIT_AUDIT

@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         found.set_defaults(run=run, parser=found)
         return found
 
-    _node_commands(command)
+    _node_commands(command, common)
     _job_commands(command, common)
     _ledger_commands(command)
     return parser
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 Command = Callable[[str, str, str], argparse.ArgumentParser]
 
 
-def _node_commands(command: Command) -> None:
+def _node_commands(command: Command, common: argparse.ArgumentParser) -> None:
     command("init", "aivillage.cli.node:init", "make an identity and a data folder")
     start = command("start", "aivillage.cli.node:start", "run the node until Ctrl-C or `stop`")
     start.add_argument("--join", metavar="TOKEN", help="join a village first (implies init)")
@@ -80,6 +80,13 @@ def _node_commands(command: Command) -> None:
     invite.add_argument("--line", metavar="CREDITS", help="what the guest may owe")
     join = command("join", "aivillage.cli.node:join", "join the village that a token invites to")
     join.add_argument("token")
+    command(
+        "rotate-key",
+        "aivillage.cli.keys:rotate_key",
+        "a new key for this node, which must stand still; balances go on",
+    )
+    _owner_commands(command, common)
+    _grant_commands(command, common)
     command("paths", "aivillage.cli.node:show_paths", "where everything of this node lives")
     config = command("config", "aivillage.cli.node:config", "the settings in force")
     config.add_argument("action", choices=["show"], nargs="?", default="show")
@@ -90,6 +97,29 @@ def _node_commands(command: Command) -> None:
     )
     demo.add_argument("--tokens", type=int, default=48, help="length of the answers")
     demo.add_argument("--keep", action="store_true", help="leave the data folders behind")
+
+
+def _grant_commands(command: Command, common: argparse.ArgumentParser) -> None:
+    grant = command("grant", "aivillage.cli.grants:grant", "let a member owe more, as the founder")
+    grant.add_argument("peer", metavar="PEER", help="its id, or the end of it")
+    grant.add_argument("credits", metavar="CREDITS")
+    grant.add_argument("--days", type=int, default=30, help="how long it counts, at most 365")
+    grants = command("grants", "aivillage.cli.grants:grants", "the grants issued and held here")
+    actions = grants.add_subparsers(metavar="import", dest="action")
+    take = actions.add_parser("import", parents=[common], help="take a grant that came as a token")
+    take.add_argument("token")
+
+
+def _owner_commands(command: Command, common: argparse.ArgumentParser) -> None:
+    owner = command("owner", "aivillage.cli.owner:owner", "several devices under one owner's key")
+    actions = owner.add_subparsers(metavar="init|adopt|join|show", required=True, dest="action")
+    actions.add_parser("init", parents=[common], help="make an owner's key here")
+    adopt = actions.add_parser("adopt", parents=[common], help="a token that makes a device yours")
+    adopt.add_argument("device", help="its peer id; `aivillage-node status` there shows it")
+    adopt.add_argument("--days", type=int, default=90, help="how long it counts, 30 to 365")
+    join = actions.add_parser("join", parents=[common], help="become the device that a token says")
+    join.add_argument("token")
+    actions.add_parser("show", parents=[common], help="whose device this is, and the others met")
 
 
 def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
@@ -153,9 +183,10 @@ def _ledger_commands(command: Command) -> None:
     history.add_argument("--kind", default="", help="of entry: pay, receive, write-off...")
     history.add_argument("--csv", action="store_true", help="for spreadsheets: every voucher")
     _proof_commands(command)
-    command(
+    audit = command(
         "audit", "aivillage.cli.credits:audit", "recompute the whole book; exit 7 if it is wrong"
     )
+    audit.add_argument("--peer", metavar="ID", help="compare with this peer's book instead")
 
 
 def _proof_commands(command: Command) -> None:

@@ -142,6 +142,18 @@ def own_keys(db: apsw.Connection) -> tuple[bytes, ...]:
     return tuple(key for (key,) in rows(db, "SELECT public_key FROM identity ORDER BY n DESC"))
 
 
+def own_proofs(db: apsw.Connection) -> tuple[bytes, ...]:
+    """What each key but the first was named with by the one before it, the oldest first."""
+    return tuple(
+        proof for (proof,) in rows(db, "SELECT proof FROM identity WHERE n > 1 ORDER BY n")
+    )
+
+
+def add_own_key(db: apsw.Connection, key: bytes, proof: bytes, at_ms: int) -> None:
+    """This book goes by `key` from now on; the key in force so far signed `proof`."""
+    db.execute("INSERT INTO identity SELECT max(n) + 1, ?, ?, ? FROM identity", (key, at_ms, proof))
+
+
 def peer_names(db: apsw.Connection) -> dict[PeerId, PeerId]:
     """Later names of peers that changed their key -> the name under which the book has them."""
     return dict(rows(db, "SELECT key_peer, peer FROM peer_key ORDER BY n"))
@@ -161,14 +173,19 @@ def name_of(db: apsw.Connection, key: bytes) -> PeerId:
 
 
 def succeed(db: apsw.Connection, peer: PeerId, key_peer: PeerId, proof: bytes, at_ms: int) -> bool:
-    """`peer` goes by `key_peer` too; False where that was known.
+    """Whose key in force is that of `peer` goes by `key_peer` from now on; False: it did already.
 
     Raises:
-        RequestError: BAD_REQUEST, the new key is one that the book has as somebody else.
+        RequestError: BAD_REQUEST, the new key is one that the book has as somebody else, or
+            `peer` is a key that was replaced by another one.
     """
+    former = public_key(peer)
+    peer = name_of(db, former)
     known = one(db, "SELECT peer FROM peer_key WHERE key_peer = ?", (key_peer,))
     if known is not None and known[0] == peer:
         return False
+    if key_of(db, peer) != former:
+        raise RequestError(f"this key of {peer} was replaced already, by another one")
     if known is not None or one(db, "SELECT 1 FROM peer WHERE peer = ?", (key_peer,)):
         raise RequestError(f"{key_peer} is somebody of its own in this book")
     ensure_peer(db, peer)

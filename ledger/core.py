@@ -128,14 +128,14 @@ class Ledger:
         self, peer: PeerId, key_peer: PeerId, proof: bytes, done: Done, failed: Failed
     ) -> None:
         """`peer` goes by another key from now on; the former key signed `proof`, as was checked."""
-        name, at_ms = self.desk.name(peer), self.desk.clock.unix_ms()
+        at_ms = self.desk.clock.unix_ms()
 
         def succeeded(is_new: bool) -> None:
             if is_new:
-                self.desk.succeed(name, key_peer)
+                self.desk.succeed(self.desk.name(peer), key_peer)
             done()
 
-        self.desk.submit(lambda db: succeed(db, name, key_peer, proof, at_ms), succeeded, failed)
+        self.desk.submit(lambda db: succeed(db, peer, key_peer, proof, at_ms), succeeded, failed)
 
     def set_received(
         self, peer: PeerId, amounts: tuple[MicroCredits, MicroCredits], done: Done, failed: Failed

@@ -18,6 +18,7 @@ from aivillage.ledger import exposure
 from aivillage.ledger.books import (
     Pair,
     own_keys,
+    own_proofs,
     peer_names,
     read_pair,
     read_pairs,
@@ -196,6 +197,8 @@ class Desk:
         self.signer = signer
         self.keys = own_keys(db)
         self.me: PeerId = peer_id(self.keys[-1])
+        self.proofs = own_proofs(db)
+        """Of my changes of key, the oldest first."""
         self.wallet = Wallet(signer, lane)
         self.refusing: AivillageError | None = None
         self.on_room: Callable[[PeerId], None] = lambda peer: None
@@ -220,6 +223,15 @@ class Desk:
         """The name under which the book has `peer`: the first key that it had."""
         return self._names.get(peer, peer)
 
+    def knows(self, peer: PeerId) -> bool:
+        """Whether the book has anything of `peer`, under any of its keys."""
+        return peer in self._names or self.pair(peer) != Pair(peer)
+
+    def keys_of(self, peer: PeerId) -> tuple[bytes, ...]:
+        """All keys that the book has of `peer`, the one in force first."""
+        name = self.name(peer)
+        return self._keys.get(name) or (public_key(name),)
+
     def partner(self, peer: PeerId) -> Partner:
         peer = self._names.get(peer, peer)
         known = self.partners.get(peer)
@@ -231,8 +243,7 @@ class Desk:
 
     def _partner(self, pair: Pair) -> Partner:
         # A crash counts all that was reserved as delivered.
-        keys = self._keys.get(pair.peer) or (public_key(pair.peer),)
-        return Partner(pair, keys, delivered=pair.reserved, epoch=pair.epoch)
+        return Partner(pair, self.keys_of(pair.peer), delivered=pair.reserved, epoch=pair.epoch)
 
     def pair(self, peer: PeerId) -> Pair:
         """The counters as last committed, without making a partner of everybody asked about."""

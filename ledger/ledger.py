@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aivillage.ledger import books, corrections
 from aivillage.ledger.audit import AuditReport, audit
 from aivillage.ledger.compaction import Compacted, compact
+from aivillage.ledger.compare import View, view
 from aivillage.ledger.core import Ledger, PartnerView
 from aivillage.ledger.desk import Clock, Done, Failed, Settings
 from aivillage.ledger.exposure import Word
@@ -30,7 +31,7 @@ from aivillage.ledger.signing import Ed25519Signer
 from aivillage.ledger.store import Store
 from aivillage.protocols.errors import AivillageError, ConfigError, NodeError
 from aivillage.protocols.ports import Book
-from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds, peer_id
 
 T = TypeVar("T")
 TICK_SECONDS: Final = 0.05
@@ -69,6 +70,26 @@ class NodeBook:
         """Why no new money is taken now (DISK_FULL), or None."""
         return self._ledger.desk.refusing
 
+    # keys
+
+    @property
+    def names(self) -> tuple[PeerId, ...]:
+        """The ids that this book ever had, the one in force first."""
+        return tuple(peer_id(key) for key in self._ledger.desk.keys)
+
+    @property
+    def proofs(self) -> tuple[bytes, ...]:
+        """Of the changes of its key, the oldest first."""
+        return self._ledger.desk.proofs
+
+    def names_of(self, peer: PeerId) -> tuple[PeerId, ...]:
+        """The ids that the book has of `peer`, the one in force first."""
+        return tuple(peer_id(key) for key in self._ledger.desk.keys_of(peer))
+
+    def knows(self, peer: PeerId) -> bool:
+        """Whether the book has anything of `peer`."""
+        return self._ledger.desk.knows(peer)
+
     # links
 
     def connected(
@@ -103,10 +124,11 @@ class NodeBook:
         await self._durable(functools.partial(self._ledger.set_received, peer, (line, exposure)))
 
     async def succeed(self, peer: PeerId, key_peer: PeerId, proof: bytes) -> None:
-        """`peer` goes by another key from now on; its proof was checked.
+        """`peer`, by its key in force, goes by another key from now on; its proof was checked.
 
         Raises:
-            RequestError: BAD_REQUEST, the book has that key as somebody else.
+            RequestError: BAD_REQUEST, the book has that key as somebody else, or has another
+                successor of `peer` already.
         """
         await self._durable(functools.partial(self._ledger.succeed, peer, key_peer, proof))
 
@@ -274,13 +296,17 @@ class NodeBook:
     async def history(self, limit: int = 50) -> list[HistoryRow]:
         return await self._read(history(limit))
 
+    async def pair_view(self, peer: PeerId) -> View:
+        """What the book says about `peer`, to compare with what its own says."""
+        return await self._read(view(self._ledger.desk.name(peer)))
+
     async def audit(self) -> AuditReport:
         signer = self._ledger.desk.signer
         return await self._read(audit(signer.verify))
 
     async def _read(self, query: Query[T]) -> T:
         """Over a connection of its own, in a snapshot: readers never wait for the writer."""
-        return await trio.to_thread.run_sync(_read_file, self._path, query)
+        return await trio.to_thread.run_sync(read_file, self._path, query)
 
     async def _answer(self, job: Callable[[apsw.Connection], T]) -> T:
         """What `job` gives, once it is durable."""
@@ -337,7 +363,8 @@ def _log_error(error: AivillageError) -> None:
     log.error("ledger_step_failed", extra={"code": error.code, "reason": error.message})
 
 
-def _read_file(path: Path, query: Query[T]) -> T:
+def read_file(path: Path, query: Query[T]) -> T:
+    """Answers `query` from a book that is there, and up to date."""
     db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
     try:
         db.execute("PRAGMA query_only=1")
@@ -355,7 +382,12 @@ def _keep_private(path: Path) -> None:
             file.chmod(_PRIVATE)
 
 
-def _open_file(path: Path, signer: Ed25519Signer, clock: Clock) -> apsw.Connection:
+def open_file(path: Path, signer: Ed25519Signer, clock: Clock) -> apsw.Connection:
+    """The book of `signer` in `path`, made if missing, brought up to date.
+
+    Raises:
+        ConfigError: CONFIG, the file is no ledger, or another key's.
+    """
     try:
         _keep_private(path)
         db = apsw.Connection(str(path))
@@ -399,7 +431,7 @@ async def open_ledger(
     """
     signer, clock = Ed25519Signer(key), clock or SystemClock()
     settings = settings or Settings()
-    db = await trio.to_thread.run_sync(_open_file, path, signer, clock)
+    db = await trio.to_thread.run_sync(open_file, path, signer, clock)
     store = Store(db)
     make = functools.partial(Ledger, db, signer, settings, clock, os.urandom(8), store)
     try:

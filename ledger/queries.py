@@ -154,6 +154,12 @@ def history(limit: int, wanted: Movements = ALL) -> Query[list[HistoryRow]]:
     return [HistoryRow(**dict(zip(names, row, strict=True))) for row in rows]
 
 
+def keys() -> Query[tuple[bytes, ...]]:
+    """The keys that this book ever had, the one in force first."""
+    rows = yield "SELECT public_key FROM identity ORDER BY n DESC", ()
+    return tuple(key for (key,) in rows)
+
+
 def movements_sql(wanted: Movements) -> str:
     """Walks the index of the peer where there is one, else that of the times, newest first."""
     by_time = not wanted.peer and (wanted.since_ms, wanted.until_ms) != (None, None)

@@ -57,6 +57,7 @@ class Clearing:
         Raises:
             LedgerError: INSUFFICIENT_CREDITS, nothing could be moved, and what was tried.
         """
+        creditor = self._name(creditor)
         if creditor in self._busy:
             raise LedgerError(f"a debt to {creditor[-8:]} is being moved already")
         self._busy.add(creditor)
@@ -87,6 +88,10 @@ class Clearing:
         except AivillageError:
             return 0
 
+    def _name(self, peer: PeerId) -> PeerId:
+        """The id under which the book lists a peer, which a link by its later key has not."""
+        return self._book.names_of(peer)[-1]
+
     def _rings(self, creditor: PeerId, *, only_debtors: bool) -> Iterator[tuple[PeerId, ...]]:
         """The others of each ring worth trying: who pays for us, perhaps a hub, the creditor."""
         sources = [
@@ -94,7 +99,7 @@ class Clearing:
             for view in sorted(self._book.views(), key=lambda view: -view.owed_to_me)
             if view.peer != creditor and _can_pay(view, only_debtors=only_debtors)
         ]
-        hubs = [hub for hub in self._hubs() if hub != creditor]
+        hubs = [hub for hub in map(self._name, self._hubs()) if hub != creditor]
         rings: list[tuple[PeerId, ...]] = [(source, creditor) for source in sources]
         rings += [(s, hub, creditor) for s in sources for hub in hubs if hub != s]
         yield from rings[:RINGS_MAX]

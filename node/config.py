@@ -49,6 +49,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     village_exposure_micro_credits: Annotated[
         Amount, _doc("the part of it that may be unsigned")
     ] = 20_000
+    village_grant_cap_micro_credits: Annotated[
+        Amount | None, _doc("most that grants add to a member's line; not set: the line again")
+    ] = None
+    grant_cap_micro_credits: Annotated[
+        Amount, _doc("most that I, a founder, grant within 30 days")
+    ] = 100_000_000
     stranger_pool_micro_credits: Annotated[
         Amount, _doc("unsigned work for all strangers together")
     ] = 0

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aivillage import __version__
 from aivillage.ledger.desk import Settings as LedgerSettings
 from aivillage.ledger.ledger import NodeBook, open_ledger
-from aivillage.node import identity, lock
+from aivillage.node import identity, lock, rotation
 from aivillage.node.addresses import Addresses, addresses_of
 from aivillage.node.buyer import Buyer
 from aivillage.node.clearing import Clearing
@@ -25,21 +25,25 @@ from aivillage.node.desk import Desk
 from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
 from aivillage.node.gossip import Gossiper
+from aivillage.node.grants import Grants
 from aivillage.node.guard import Tasks
 from aivillage.node.herald import Herald
 from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.node.links import LinkLimits, open_links
 from aivillage.node.market import Market
+from aivillage.node.membership import Membership
 from aivillage.node.monitor import Monitor
+from aivillage.node.owners import Owners
+from aivillage.node.pairs import Pairs
 from aivillage.node.paths import Paths
 from aivillage.node.pricelist import PriceList
 from aivillage.node.pursuit import Trade
 from aivillage.node.seller import Seller
 from aivillage.node.switch import Switch
-from aivillage.node.villagers import Membership, Villagers
+from aivillage.node.villagers import Villagers
 from aivillage.node.worker_process import WorkerLimits
 from aivillage.node.workers import Workers, WorkerSettings, open_workers
-from aivillage.protocols.messages import VERSION_MAJOR, VERSION_MINOR, Hello
+from aivillage.protocols.messages import SUCCESSIONS_MAX, VERSION_MAJOR, VERSION_MINOR, Hello
 from aivillage.protocols.ports import Transport
 
 ENGINE_SLOTS_MAX: Final = 8
@@ -61,10 +65,11 @@ async def run(
     """
     from aivillage.node.transport.libp2p import open_libp2p
 
-    key = identity.load(paths.data_dir)
     os.umask(0o077)  # whatever this node writes is its owner's: books, jobs, blobs
     async with AsyncExitStack() as stack:
         stack.enter_context(lock.held(paths.data_dir))
+        await rotation.settle(paths)
+        key = identity.load(paths.data_dir)
         jobs = await stack.enter_async_context(open_jobs(paths.jobs))
         pool = LedgerSettings(stranger_pool=settings.stranger_pool_micro_credits)
         ledger = await stack.enter_async_context(open_ledger(paths.ledger, key, settings=pool))
@@ -96,20 +101,18 @@ async def open_node(
 ) -> AsyncIterator[Desk]:
     """The services between stores and network, on any transport."""
     events, monitor, stop = Events(), Monitor(paths.data_dir), trio.Event()
-    membership = Membership(identity.peer_of(key), jobs)
-    await membership.load()
+    membership, owners, grants = await _papers(key, settings, jobs, ledger)
     addresses = addresses_of(transport, settings.announce)
-    hello = _hello(ledger, membership, addresses)
+    hello = _hello(ledger, membership, owners, grants, addresses)
     limits = LinkLimits(ping_seconds=settings.heartbeat_seconds)
     async with open_links(transport, hello, limits=limits) as links, trio.open_nursery() as nursery:
         tasks = Tasks(nursery, events)
         villagers = Villagers(
             key=key, settings=settings, membership=membership, links=links, jobs=jobs,
-            book=ledger, events=events, tasks=tasks,
+            book=ledger, events=events, tasks=tasks, owners=owners, grants=grants,
         )  # fmt: skip
-        discovery = Discovery(key)
-        for known in await jobs.known_peers():
-            discovery.records[known.id] = Record(known.units_per_second, known.good, known.bad)
+        discovery = await _discovery(key, jobs)
+        villagers.on_succeeded = discovery.rename
         gossiper = Gossiper(links.all, villagers.is_member, discovery.accept)
         discovery.is_neighbour = villagers.is_member
         villagers.heard_of = discovery.offers
@@ -130,19 +133,40 @@ async def open_node(
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         seller.acquainted = villagers.acquainted
         seller.allowances.is_member = lambda link: villagers.line_of(link) is not None
-        switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald)
+        pairs = Pairs(ledger, tasks)
+        switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald, pairs)
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
             stop=stop, started=time.time(), addresses=addresses, clearing=clearing,
+            owners=owners, grants=grants, pairs=pairs,
         )  # fmt: skip
         await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
         async with open_control(paths.socket, Control(desk.handlers(), buyer, hello, events)):
-            for service in (monitor.run, villagers.keep_in_touch, herald.run, clearing.run):
+            for service in (monitor.run, *villagers.services, herald.run, clearing.run):
                 tasks.serve(service)
             yield desk
             switch.farewell()
         nursery.cancel_scope.cancel()
+
+
+async def _discovery(key: Ed25519PrivateKey, jobs: Jobs) -> Discovery:
+    """With what former runs measured of others."""
+    found = Discovery(key)
+    for known in await jobs.known_peers():
+        found.records[known.id] = Record(known.units_per_second, known.good, known.bad)
+    return found
+
+
+async def _papers(
+    key: Ed25519PrivateKey, settings: Settings, jobs: Jobs, ledger: NodeBook
+) -> tuple[Membership, Owners, Grants]:
+    """What a former run joined, and was given."""
+    membership, owners = Membership(ledger.names[-1], jobs), Owners(ledger, jobs)
+    grants = Grants(key, settings, membership, ledger, jobs)
+    for papers in (membership, owners, grants):
+        await papers.load()
+    return membership, owners, grants
 
 
 def worker_settings(settings: Settings) -> WorkerSettings:
@@ -155,7 +179,13 @@ def worker_settings(settings: Settings) -> WorkerSettings:
     )
 
 
-def _hello(ledger: NodeBook, membership: Membership, addresses: Addresses) -> Callable[[], Hello]:
+def _hello(
+    ledger: NodeBook,
+    membership: Membership,
+    owners: Owners,
+    grants: Grants,
+    addresses: Addresses,
+) -> Callable[[], Hello]:
     """What we say first on every link: as it is at that moment."""
     return lambda: Hello(
         major=VERSION_MAJOR,
@@ -165,6 +195,9 @@ def _hello(ledger: NodeBook, membership: Membership, addresses: Addresses) -> Ca
         clock_unix_ms=int(time.time() * 1000),
         certificates=membership.certificates,
         addresses=addresses(),
+        successions=ledger.proofs[-SUCCESSIONS_MAX:],
+        owner_certificate=owners.certificate,
+        grants=grants.said(),
     )
 
 

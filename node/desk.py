@@ -11,20 +11,23 @@ import trio
 
 from aivillage import __version__
 from aivillage.ledger.ledger import NodeBook
-from aivillage.node import results
+from aivillage.node import results, who
 from aivillage.node.addresses import Addresses
 from aivillage.node.buyer import Buyer
 from aivillage.node.clearing import Clearing
 from aivillage.node.config import Origin
 from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
+from aivillage.node.grants import Grants, from_token, to_token
 from aivillage.node.jobs import JobRow, Jobs, KnownPeer
 from aivillage.node.links import Links
 from aivillage.node.monitor import Monitor
+from aivillage.node.owners import Owners
+from aivillage.node.pairs import Pairs
 from aivillage.node.paths import Paths
 from aivillage.node.seller import Seller
 from aivillage.node.villagers import Villagers
-from aivillage.protocols.errors import RequestError
+from aivillage.protocols.errors import RefusedError, RequestError
 from aivillage.protocols.messages import Offer
 from aivillage.protocols.types import Amount, PeerId
 
@@ -57,6 +60,9 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     started: float
     addresses: Addresses
     clearing: Clearing
+    owners: Owners
+    grants: Grants
+    pairs: Pairs
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
         """What can be asked, by name."""
@@ -70,9 +76,15 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "balance": self.on_balance,
             "history": self.on_history,
             "audit": self.on_audit,
+            "audit_peer": self.on_audit_peer,
             "settle": self.on_settle,
             "invite": self.on_invite,
             "join": self.on_join,
+            "owner": self.on_owner,
+            "owner_join": self.on_owner_join,
+            "grant": self.on_grant,
+            "grants": self.on_grants,
+            "grants_import": self.on_grants_import,
             "config": self.on_config,
             "events": self.on_events,
             "stop": self.on_stop,
@@ -212,6 +224,19 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         report = await self.ledger.audit()
         return dict(msgspec.to_builtins(report))
 
+    async def on_audit_peer(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Compares our book with a neighbour's, about the two of us."""
+        peer = self.ledger.names_of(self._neighbour(str(args["peer"])))[0]
+        link = self.links.get(peer)
+        if link is None:
+            raise RefusedError(
+                f"{peer[-8:]} is not here", code="NO_PEER", next_step="aivillage-node peers"
+            )
+        found = msgspec.to_builtins(await self.pairs.compare(link), builtin_types=(bytes,))
+        for difference in found["differences"]:
+            difference["lane"] = difference["lane"].hex()
+        return {"peer": peer} | dict(found)
+
     async def on_settle(self, args: dict[str, Any]) -> dict[str, Any]:
         """Moves what we owe a peer, or pays it ahead, from what others owe or lend us."""
         peer = self._neighbour(str(args["peer"]))
@@ -225,15 +250,9 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         return {"peer": peer, "asked": wanted} | dict(msgspec.to_builtins(cleared))
 
     def _neighbour(self, name: str) -> PeerId:
-        """The one peer of the book or the neighbourhood that is called so, by its id's end."""
-        everybody = {view.peer for view in self.ledger.views()}
-        everybody |= {link.peer for link in self.links.all()}
-        found = [peer for peer in everybody if peer.endswith(name)]
-        if len(found) != 1 or not name:
-            raise RequestError(
-                f"{len(found) or 'no'} peers end in {name!r}", next_step="aivillage-node peers"
-            )
-        return found[0]
+        """The peer of the book or the neighbourhood with that id, or end of an id."""
+        booked = {view.peer for view in self.ledger.views()}
+        return who.named(name, booked | {link.peer for link in self.links.all()})
 
     async def on_invite(self, args: dict[str, Any]) -> dict[str, Any]:
         line = args.get("line_micro_credits")
@@ -244,6 +263,30 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     async def on_join(self, args: dict[str, Any]) -> dict[str, Any]:
         inviter = await self.villagers.join(str(args["token"]))
         return {"inviter": inviter, "village": self.villagers.membership.village.hex()}
+
+    async def on_owner(self, _args: dict[str, Any]) -> dict[str, Any]:
+        return self.owners.shown()
+
+    async def on_owner_join(self, args: dict[str, Any]) -> dict[str, Any]:
+        await self.owners.join(str(args["token"]), int(time.time() * 1000))
+        await self.villagers.say_hello_again()
+        return self.owners.shown()
+
+    async def on_grant(self, args: dict[str, Any]) -> dict[str, Any]:
+        amount = msgspec.convert(args["amount_micro_credits"], Amount)
+        holder = self._neighbour(str(args["peer"]))
+        granted = await self.grants.issue(holder, amount, int(args["days"]))
+        sent = self.villagers.give_grant(holder, granted)
+        return {"holder": holder, "token": to_token(granted), "sent": sent}
+
+    async def on_grants(self, _args: dict[str, Any]) -> dict[str, Any]:
+        return dict(msgspec.to_builtins(self.grants.listing()))
+
+    async def on_grants_import(self, args: dict[str, Any]) -> dict[str, Any]:
+        granted = from_token(str(args["token"]))
+        if await self.grants.take(granted):
+            self.villagers.show_grant(granted.envelope)
+        return await self.on_grants({})
 
     async def on_config(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
         return [msgspec.to_builtins(origin) for origin in self.origins]

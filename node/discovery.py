@@ -71,6 +71,11 @@ class Discovery:
     def record_of(self, peer: PeerId) -> Record:
         return self.records.setdefault(peer, Record())
 
+    def rename(self, old: PeerId, new: PeerId) -> None:
+        """A peer changed its key: how it did follows it."""
+        if old in self.records:
+            self.records[new] = self.records.pop(old)
+
     # ------------------------------------------------------------------ heard
     def accept(self, signer: PeerId, news: News, envelope: bytes) -> bool:
         """Keeps news; False where it is stale, forged in the author's name, or our own.

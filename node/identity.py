@@ -13,23 +13,25 @@ from aivillage.protocols.errors import ConfigError
 from aivillage.protocols.types import PeerId, peer_id
 
 KEY_FILE: Final = "identity.key"
+NEXT_FILE: Final = "identity.next"
+"""A key that is to follow, while it does."""
 
 
 def peer_of(key: Ed25519PrivateKey) -> PeerId:
     return peer_id(key.public_key().public_bytes_raw())
 
 
-def exists(data_dir: Path) -> bool:
-    return (data_dir / KEY_FILE).exists()
+def exists(data_dir: Path, name: str = KEY_FILE) -> bool:
+    return (data_dir / name).exists()
 
 
-def create(data_dir: Path) -> Ed25519PrivateKey:
-    """A new key in `data_dir`, readable by the owner only, whole or not at all.
+def create(data_dir: Path, name: str = KEY_FILE) -> Ed25519PrivateKey:
+    """A new key in the file `name` of `data_dir`, readable by the owner only, whole or not at all.
 
     Raises:
         ConfigError: there is a key already, or the folder cannot be written.
     """
-    path = data_dir / KEY_FILE
+    path = data_dir / name
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(
         serialization.Encoding.PEM,
@@ -65,13 +67,34 @@ def _write_whole(path: Path, pem: bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
-def load(data_dir: Path) -> Ed25519PrivateKey:
-    """The key in `data_dir`.
+def forget_next(data_dir: Path) -> None:
+    """Drops the key that was to follow and did not."""
+    (data_dir / NEXT_FILE).unlink()
+
+
+def replace(data_dir: Path, former: PeerId) -> None:
+    """The next key becomes the key; the one of `former` is kept beside it, named by its end.
+
+    At any moment there is a whole key, and doing it again is no error.
+    """
+    path, kept = data_dir / KEY_FILE, data_dir / f"identity-{former[-8:]}.old"
+    if not kept.exists():
+        os.link(path, kept)
+    (data_dir / NEXT_FILE).replace(path)
+    descriptor = os.open(data_dir, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the folder's own entries: a power cut must not undo the rename
+    finally:
+        os.close(descriptor)
+
+
+def load(data_dir: Path, name: str = KEY_FILE) -> Ed25519PrivateKey:
+    """The key in the file `name` of `data_dir`.
 
     Raises:
         ConfigError: no key, not a key, or one that others can read.
     """
-    path = data_dir / KEY_FILE
+    path = data_dir / name
     try:
         if path.stat().st_mode & 0o077:
             raise ConfigError(f"others can read {path}", next_step=f"chmod 600 {path}")

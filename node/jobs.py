@@ -302,6 +302,10 @@ class Jobs:
             (peer, msgspec.msgpack.encode(addresses), time.time()),
         )
 
+    async def rename_peer(self, old: PeerId, new: PeerId) -> None:
+        """What is known of a peer follows it to its next key."""
+        await self._write("UPDATE OR REPLACE known_peer SET id=? WHERE id=?", (new, old))
+
     async def rate_peer(self, peer: PeerId, good: int, bad: int, units_per_second: float) -> None:
         """Keeps what discovery counts of a peer."""
         await self._keep_writing(
@@ -362,6 +366,22 @@ class Jobs:
             " ON CONFLICT(key) DO UPDATE SET value=excluded.value",
             (key, value),
         )
+
+    async def set_durably(self, key: str, value: bytes) -> None:
+        """A setting that outlasts a power cut too: what is counted against a cap."""
+
+        def work() -> None:
+            try:
+                self._db.pragma("synchronous", 2)
+                with self._db:
+                    self._db.execute("INSERT OR REPLACE INTO setting VALUES(?,?)", (key, value))
+            except apsw.Error as error:
+                raise _typed(error) from error
+            finally:
+                self._db.pragma("synchronous", 1)
+
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(work, limiter=self._limiter)
 
 
 @asynccontextmanager

@@ -24,10 +24,12 @@ from aivillage.protocols.messages import (
     Failure,
     Fetch,
     Frame,
+    Granted,
     Hello,
     Join,
     Ledger,
     ListOperations,
+    PairQuestion,
     Ping,
     Pong,
     QuoteRequest,
@@ -44,7 +46,7 @@ log = logging.getLogger("aivillage.links")
 NOT_FOR_PEERS: Final = (Hello, Ask, Answer, Submit, Text, Tunnel)
 """A second hello, and what only the owner's control socket may say."""
 
-QUESTIONS: Final = (QuoteRequest, Join, Standing, ListOperations, Fetch)
+QUESTIONS: Final = (QuoteRequest, Join, Standing, ListOperations, Fetch, Granted, PairQuestion)
 """What costs us far more than the asker."""
 
 

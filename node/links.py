@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import trio
@@ -54,6 +54,7 @@ async def open_links(
             nursery.cancel_scope.cancel()
 
 
+async def _admit_all(_peer: PeerId, _hello: Hello) -> None: ...
 def _ignore_up(_link: Link) -> None: ...
 def _ignore_down(_link: Link, _reason: str) -> None: ...
 def _ignore_message(_link: Link, _frame: Frame) -> None: ...
@@ -71,6 +72,8 @@ class Links:
         nursery: trio.Nursery,
     ) -> None:
         self.transport = transport
+        self.admit: Callable[[PeerId, Hello], Awaitable[None]] = _admit_all
+        """Before a link is up: what its peer's hello proves is noted first, or it is refused."""
         self.on_up: Callable[[Link], None] = _ignore_up
         self.on_down: Callable[[Link, str], None] = _ignore_down
         self.on_message: Callable[[Link, Frame], None] = _ignore_message
@@ -128,6 +131,7 @@ class Links:
         try:
             with trio.fail_after(self._limits.hello_seconds):
                 hello = await self._read_hello(reader)
+                await self.admit(stream.peer, hello)
         except trio.TooSlowError:
             log.info("hello_missed", extra={"peer": stream.peer})
             return
@@ -187,6 +191,7 @@ class Links:
             await stream.write(codec.frame(self._hello()))
             reader = FrameReader(stream, self._limits.frame_bytes_max)
             hello = await self._read_hello(reader)
+            await self.admit(peer, hello)
             self._refuse_when_closing()
         except BaseException:
             with trio.CancelScope(shield=True):

@@ -9,6 +9,7 @@ from aivillage.node.buyer import Buyer
 from aivillage.node.gossip import Gossiper, send_or_drop
 from aivillage.node.herald import Herald
 from aivillage.node.links import Link, Links
+from aivillage.node.pairs import Pairs
 from aivillage.node.seller import Seller
 from aivillage.node.villagers import Villagers
 from aivillage.protocols import messages
@@ -28,6 +29,7 @@ class Switch:
         buyer: Buyer,
         seller: Seller,
         herald: Herald,
+        pairs: Pairs,
     ) -> None:
         self._book = book
         self._villagers = villagers
@@ -46,8 +48,11 @@ class Switch:
             messages.Standing: villagers.on_standing,
             messages.Fetch: _refuse_fetch,
             messages.Join: villagers.on_join,
+            messages.Granted: villagers.on_granted,
+            messages.PairQuestion: pairs.on_question,
         }
         links.on_message = self.on_message
+        links.admit = villagers.admit
         links.on_up = self.on_up
         links.on_down = self.on_down
         links.before_write = self.rider

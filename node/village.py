@@ -7,8 +7,6 @@ certificates leads from it to the founder, each signed by somebody who may invit
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import secrets
 from collections.abc import Iterable, Sequence
@@ -16,14 +14,14 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from aivillage.node import token
 from aivillage.node.identity import peer_of
 from aivillage.protocols.envelope import seal, unseal
-from aivillage.protocols.errors import PeerError, RefusedError, RequestError
+from aivillage.protocols.errors import PeerError, RefusedError
 from aivillage.protocols.messages import CERTIFICATES_MAX, Certificate, Invite
-from aivillage.protocols.types import MicroCredits, PeerId, public_key
+from aivillage.protocols.types import AMOUNT_MAX, MicroCredits, PeerId, public_key
 
 TOKEN_PREFIX: Final = "aiv1."  # noqa: S105
-TOKEN_CHARACTERS_MAX: Final = 4096
 INVITE_DAYS: Final = 7
 CERTIFICATE_DAYS: Final = 365
 DAY_MS: Final = 86_400_000
@@ -50,73 +48,79 @@ def make_invite(
         not_after_unix_ms=now_unix_ms + INVITE_DAYS * DAY_MS,
         line_micro_credits=line,
     )
-    raw = seal(key, "invite", invite)
-    return TOKEN_PREFIX + base64.urlsafe_b64encode(raw).decode().rstrip("=")
+    return token.to_text(TOKEN_PREFIX, seal(key, "invite", invite))
 
 
-def read_invite(token: str) -> Invite:
+def read_invite(text: str) -> Invite:
     """The invite inside a token, its signature checked.
 
     Raises:
         RequestError: BAD_REQUEST, the token is cut, changed or not one.
     """
-    text = token.strip()
-    if not text.startswith(TOKEN_PREFIX) or len(text) > TOKEN_CHARACTERS_MAX:
-        raise _bad_token("it does not start with " + TOKEN_PREFIX)
+    raw = token.from_text(TOKEN_PREFIX, text, "invite")
     try:
-        body = text.removeprefix(TOKEN_PREFIX)
-        raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
         signer, invite = unseal(raw, "invite", Invite)
-    except (binascii.Error, ValueError, PeerError) as error:
-        raise _bad_token(str(getattr(error, "message", error))) from None
+    except PeerError as error:
+        raise token.bad("invite", error.message) from None
     if signer != invite.inviter:
-        raise _bad_token("it is signed by somebody else")
+        raise token.bad("invite", "it is signed by somebody else")
     return invite
 
 
-def _bad_token(reason: str) -> RequestError:
-    return RequestError(
-        f"this invite is not valid: {reason}",
-        next_step="copy the whole token, or ask for a new one",
-    )
-
-
 def redeem(
-    key: Ed25519PrivateKey, token: str, guest: PeerId, now_unix_ms: int
+    key: Ed25519PrivateKey, text: str, guest: PeerId, now_unix_ms: int
 ) -> tuple[bytes, bytes]:
     """(nonce to mark as used, certificate for `guest`) for an invite that I made.
 
     Raises:
         RefusedError: OWNER_LIMIT, not mine or expired.
     """
-    invite = read_invite(token)
+    invite = read_invite(text)
     if invite.inviter != peer_of(key):
         raise RefusedError("this invite was made by another node", code="OWNER_LIMIT")
     if invite.not_after_unix_ms < now_unix_ms:
         raise RefusedError(
             "this invite has expired", code="OWNER_LIMIT", next_step="ask for a new one"
         )
+    lasts = now_unix_ms + CERTIFICATE_DAYS * DAY_MS
+    line = invite.line_micro_credits
+    return invite.nonce, certify(key, invite.village, guest, line=line, not_after_unix_ms=lasts)
+
+
+def certify(
+    key: Ed25519PrivateKey,
+    village: bytes,
+    member: PeerId,
+    *,
+    line: MicroCredits,
+    not_after_unix_ms: int,
+    may_invite: bool = False,
+) -> bytes:
+    """A certificate for `member`, as good as the word of `key` in the village."""
     certificate = Certificate(
-        village=invite.village,
-        issuer=invite.inviter,
-        member=guest,
-        line_micro_credits=invite.line_micro_credits,
-        not_after_unix_ms=now_unix_ms + CERTIFICATE_DAYS * DAY_MS,
+        village=village,
+        issuer=peer_of(key),
+        member=member,
+        line_micro_credits=line,
+        not_after_unix_ms=not_after_unix_ms,
+        may_invite=may_invite,
     )
-    return invite.nonce, seal(key, "certificate", certificate)
+    return seal(key, "certificate", certificate)
 
 
 def membership(
-    certificates: Iterable[bytes], peer: PeerId, village: bytes, now_unix_ms: int
+    certificates: Iterable[bytes], names: Sequence[PeerId], village: bytes, now_unix_ms: int
 ) -> MicroCredits | None:
-    """The line that `village` vouches for `peer`, or None where `peer` is a stranger.
+    """The line that `village` vouches for a peer, or None where it is a stranger.
 
-    The founder belongs by name; anybody else by a chain that ends at the founder.
+    `names`: the ids of all its keys. The founder belongs by name; anybody else by a chain that
+    ends at the founder.
     """
-    if village_of(peer) == village:
-        return 2**53 - 1
-    valid = _valid(list(certificates)[:CERTIFICATES_MAX], village, now_unix_ms)
-    return _vouched(valid, peer, village, frozenset())
+    if any(village_of(name) == village for name in names):
+        return AMOUNT_MAX
+    valid = checked(list(certificates)[:CERTIFICATES_MAX], village, now_unix_ms)
+    lines = [_vouched(valid, name, village, frozenset()) for name in names]
+    return max((line for line in lines if line is not None), default=None)
 
 
 def newest(envelopes: Iterable[bytes]) -> tuple[bytes, ...]:
@@ -156,7 +160,16 @@ def _vouched(
     return max(lines, default=None)
 
 
-def _valid(envelopes: Iterable[bytes], village: bytes, now_unix_ms: int) -> list[Certificate]:
+def may_invite(valid: Sequence[Certificate], names: Sequence[PeerId], village: bytes) -> bool:
+    """Whether the peer with these ids speaks for the village: the founder, or whom it let."""
+    if any(village_of(name) == village for name in names):
+        return True
+    guest = frozenset({PeerId("")})
+    return any(_vouched(valid, name, village, guest) is not None for name in names)
+
+
+def checked(envelopes: Iterable[bytes], village: bytes, now_unix_ms: int) -> list[Certificate]:
+    """The certificates of the village among them that their issuers signed and that last."""
     found = []
     for envelope in envelopes:
         try:

@@ -13,44 +13,30 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.ledger.ledger import NodeBook
-from aivillage.node import village
+from aivillage.node import succession, village
 from aivillage.node.config import Settings
 from aivillage.node.events import Events
 from aivillage.node.gossip import send_or_drop
+from aivillage.node.grants import Grants
 from aivillage.node.guard import Tasks
 from aivillage.node.identity import peer_of
 from aivillage.node.jobs import Jobs
 from aivillage.node.links import Link, Links
+from aivillage.node.membership import Membership
+from aivillage.node.owners import Owners
 from aivillage.protocols import messages
-from aivillage.protocols.errors import AivillageError, PeerError, RefusedError
+from aivillage.protocols.errors import AivillageError, PeerError, RefusedError, RequestError
 from aivillage.protocols.messages import ADDRESSES_MAX, Offer
-from aivillage.protocols.types import MicroCredits, PeerId, Seconds
+from aivillage.protocols.ports import SomebodyElseError
+from aivillage.protocols.types import AMOUNT_MAX, MicroCredits, PeerId, Seconds
 
-VILLAGE_SETTING: Final = "village"
 JOIN_SECONDS: Final = 15.0
+GRANTED_MINOR: Final = 1
+GRANTS_LOOK_SECONDS: Final = 1.0
 DIAL_SECONDS: Final = 10.0
 BACKOFF_SECONDS: Final = (1.0, 60.0)
 NEIGHBOURS: Final = 16
 """With so many we leave it to others to come to us: a link costs both sides pings and gossip."""
-
-
-class Membership:
-    """Which village this node belongs to, and what proves it: what the hello carries."""
-
-    def __init__(self, peer: PeerId, jobs: Jobs) -> None:
-        self.village = village.village_of(peer)
-        self.certificates: tuple[bytes, ...] = ()
-        self._jobs = jobs
-
-    async def load(self) -> None:
-        """What a former run joined."""
-        self.village = await self._jobs.setting(VILLAGE_SETTING) or self.village
-        self.certificates = village.newest(await self._jobs.certificates(self.village))
-
-    async def store(self, joined: bytes, certificates: tuple[bytes, ...]) -> None:
-        await self._jobs.add_certificates(joined, certificates)
-        await self._jobs.set_setting(VILLAGE_SETTING, joined)
-        await self.load()
 
 
 class Villagers:
@@ -67,6 +53,8 @@ class Villagers:
         book: NodeBook,
         events: Events,
         tasks: Tasks,
+        owners: Owners,
+        grants: Grants,
     ) -> None:
         self.peer = peer_of(key)
         self.membership = membership
@@ -77,22 +65,31 @@ class Villagers:
         self._book = book
         self._events = events
         self._tasks = tasks
+        self._owners = owners
+        self._grants = grants
         self._not_before: dict[PeerId, tuple[float, Seconds]] = {}
         self._dialling: set[PeerId] = set()
         self._trusting: dict[PeerId, trio.Event] = {}
         self._members: dict[PeerId, Link] = {}
+        self._following = trio.Lock()
+        self.on_succeeded: Callable[[PeerId, PeerId], None] = lambda old, new: None
         self.heard_of: Callable[[], Iterable[Offer]] = tuple
         """Offers that came by gossip: of people of our village whom we may not have met."""
+        self.services = (self.keep_in_touch, self.end_grants)
 
     def line_of(self, link: Link) -> MicroCredits | None:
-        """What a neighbour may owe us; None for a stranger."""
+        """What a neighbour's certificates let it owe us, grants apart; None for a stranger."""
         now = int(time.time() * 1000)
-        promised = village.membership(
-            link.hello.certificates, link.peer, self.membership.village, now
-        )
+        names = self._book.names_of(link.peer)
+        promised = village.membership(link.hello.certificates, names, self.membership.village, now)
         if promised is None:
             return None
         return min(promised, self._settings.village_line_micro_credits)
+
+    def owner_of(self, link: Link) -> PeerId | None:
+        """Whose device a neighbour is, where it proves it."""
+        now = int(time.time() * 1000)
+        return self._owners.owner_of(link.peer, link.hello.owner_certificate, now)
 
     def members(self) -> list[Link]:
         """Links with people of our village."""
@@ -101,15 +98,72 @@ class Villagers:
     def hubs(self) -> list[PeerId]:
         """With whom everybody here has an account: the village's founder, its treasury."""
         wanted = self.membership.village
-        return [peer for peer in self._members if village.village_of(peer) == wanted]
+        return [
+            peer
+            for peer in self._members
+            if any(village.village_of(name) == wanted for name in self._book.names_of(peer))
+        ]
 
     def is_member(self, peer: PeerId) -> bool:
         """Whether `peer` is linked, and of our village."""
         return peer in self._members
 
+    # ------------------------------------------------------------------ changed keys
+    async def admit(self, peer: PeerId, hello: messages.Hello) -> None:
+        """Follows the changes of key that a hello proves, durably, before its link is up.
+
+        Raises:
+            PeerError: OWNER_LIMIT, this key was replaced: whoever has it may have stolen it.
+        """
+        chain = succession.chain(hello.successions, peer)
+        async with self._following:  # two streams of one peer would follow it twice
+            for step in self._new_steps(chain, hello):
+                try:
+                    await self._book.succeed(step.old, step.new, step.proof)
+                except RequestError as error:
+                    self._events.emit("succession_refused", level=30, peer=peer, reason=str(error))
+                    break
+                await self._follow(step.old, step.new)
+        now_called = self._book.names_of(peer)[0]
+        if now_called != peer:
+            raise PeerError(
+                f"this key was replaced by {now_called}",
+                code="OWNER_LIMIT",
+                next_step="start the node that has the new key",
+            )
+
+    def _new_steps(
+        self, steps: list[succession.Step], hello: messages.Hello
+    ) -> list[succession.Step]:
+        """Those from the latest key on that the book knows; all where they make a member."""
+        for index in range(len(steps) - 1, -1, -1):
+            if self._book.knows(steps[index].new):
+                return steps[index + 1 :]
+        for index in range(len(steps) - 1, -1, -1):
+            if self._book.knows(steps[index].old):
+                return steps[index:]
+        names = [step.old for step in steps]
+        now = int(time.time() * 1000)
+        line = village.membership(hello.certificates, names, self.membership.village, now)
+        return steps if line is not None else []  # keys are free: strangers would fill the book
+
+    async def _follow(self, old: PeerId, new: PeerId) -> None:
+        """The book knows the new key: whoever is here with the old one goes."""
+        self._book.disconnected(old)
+        link = self._links.get(old)
+        if link is not None:
+            link.close("its key was replaced")
+        self._not_before.pop(old, None)
+        self.on_succeeded(old, new)
+        self._events.emit("key_changed", peer=new, former=old)
+        await self._jobs.rename_peer(old, new)
+
     # ------------------------------------------------------------------ links
     def on_up(self, link: Link) -> None:
         """Opens the books with a neighbour, and remembers where it lives."""
+        if self._is_retired(link.peer):  # its key was replaced between its hello and now
+            link.close("its key was replaced")
+            return
         line = self.line_of(link)
         self._not_before.pop(link.peer, None)
         self._book.connected(
@@ -119,12 +173,16 @@ class Villagers:
             link.hello.minor,
         )
         if line is not None:
+            self._grants.met(link.peer, link.hello.grants)
             self._members[link.peer] = link
             self._trusting[link.peer] = trio.Event()
-            self._tasks.start_soon(self._trust, link, line)
-        elif self._book.view(link.peer).known:
-            self._tasks.start_soon(self._forsake, link.peer)
+            self._tasks.start_soon(self._trust, link)
+        elif self._book.view(link.peer).known or self._owners.is_mine(self.owner_of(link)):
+            self._tasks.start_soon(self._forsake, link)
         self._tell("peer_up", link, agent=link.hello.agent)
+
+    def _is_retired(self, peer: PeerId) -> bool:
+        return self._book.names_of(peer)[0] != peer
 
     def _tell(self, event: str, link: Link, **fields: Any) -> None:
         """Strangers come and go: only who looks closely wants to read of each."""
@@ -132,14 +190,9 @@ class Villagers:
         level = logging.INFO if is_member else logging.DEBUG
         self._events.emit(event, level=level, peer=link.peer, member=is_member, **fields)
 
-    async def _trust(self, link: Link, line: MicroCredits) -> None:
+    async def _trust(self, link: Link) -> None:
         try:
-            exposure = min(line, self._settings.village_exposure_micro_credits)
-            await self._book.set_line(link.peer, line, exposure)
-            send_or_drop(
-                link,
-                messages.Standing(line_micro_credits=line, exposure_micro_credits=exposure),
-            )
+            await self._lend(link)
             await self._jobs.saw_peer(link.peer, link.hello.addresses)
         except AivillageError as error:
             self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
@@ -148,12 +201,30 @@ class Villagers:
             if trusting is not None:
                 trusting.set()
 
-    async def _forsake(self, peer: PeerId) -> None:
+    async def _lend(self, link: Link) -> None:
+        """The line of a member, grants included, as of now: to the book, and to itself."""
+        line = self.line_of(link)
+        if line is None:
+            return
+        line = min(AMOUNT_MAX, line + self._grants.guaranteed(link.peer, link.hello.certificates))
+        exposure = min(line, self._settings.village_exposure_micro_credits)
+        await self._owners.set_line(link.peer, line, exposure, self.owner_of(link))
+        send_or_drop(
+            link, messages.Standing(line_micro_credits=line, exposure_micro_credits=exposure)
+        )
+
+    async def _lend_again(self, link: Link) -> None:
+        try:
+            await self._lend(link)
+        except AivillageError as error:
+            self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
+
+    async def _forsake(self, link: Link) -> None:
         """Who belonged once and does not now may owe nothing more; what it owes, it owes."""
         try:
-            await self._book.set_line(peer, 0, 0)
+            await self._owners.set_line(link.peer, 0, 0, self.owner_of(link))
         except AivillageError as error:
-            self._events.emit("peer_not_recorded", level=30, peer=peer, reason=str(error))
+            self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
 
     def on_standing(self, link: Link, standing: messages.Standing) -> None:
         self._tasks.start_soon(self._note_standing, link.peer, standing)
@@ -168,6 +239,34 @@ class Villagers:
         except AivillageError as error:
             self._events.emit("standing_not_recorded", level=30, peer=peer, reason=str(error))
 
+    def on_granted(self, link: Link, granted: messages.Granted) -> None:
+        """A grant to this node, or one that a member shows after its hello."""
+        self._tasks.start_soon(self._note_grant, link, granted)
+
+    async def _note_grant(self, link: Link, granted: messages.Granted) -> None:
+        try:
+            if await self._grants.take(granted):
+                self._events.emit("grant_taken", peer=link.peer)
+                self.show_grant(granted.envelope)
+        except RequestError:  # not ours: then it is the sender's own
+            if self.is_member(link.peer) and self._grants.showed(link.peer, granted.envelope):
+                await self._lend_again(link)
+        except AivillageError as error:
+            self._events.emit("grant_not_kept", level=30, peer=link.peer, reason=str(error))
+
+    def show_grant(self, envelope: bytes) -> None:
+        """Our hellos were said before we had it."""
+        for link in self.members():
+            if link.hello.minor >= GRANTED_MINOR:
+                send_or_drop(link, messages.Granted(envelope=envelope))
+
+    def give_grant(self, holder: PeerId, granted: messages.Granted) -> bool:
+        """Sends a holder its grant; False where it is not here, or would not know the message."""
+        link = self._links.get(self._book.names_of(holder)[0])
+        if link is None or link.hello.minor < GRANTED_MINOR:
+            return False
+        return send_or_drop(link, granted)
+
     async def acquainted(self, peer: PeerId) -> None:
         """Returns once the book knows what a member that just came may owe."""
         trusting = self._trusting.get(peer)
@@ -175,9 +274,19 @@ class Villagers:
             await trusting.wait()
 
     def on_down(self, link: Link, reason: str) -> None:
-        self._book.disconnected(link.peer)
+        if not self._is_retired(link.peer):  # else the books are open with its next key
+            self._book.disconnected(link.peer)
         self._tell("peer_down", link, reason=reason)
         self._members.pop(link.peer, None)
+        self._grants.left(link.peer)
+
+    async def end_grants(self) -> None:
+        """When a grant is over, its holder's line is what it was."""
+        while True:
+            for peer in self._grants.over():
+                if peer in self._members:
+                    await self._lend_again(self._members[peer])
+            await trio.sleep(GRANTS_LOOK_SECONDS)
 
     async def keep_in_touch(self) -> None:
         """Dials known villagers that are not linked, ever more rarely where nobody answers.
@@ -210,12 +319,22 @@ class Villagers:
             for address in addresses[:ADDRESSES_MAX]:
                 with trio.move_on_after(DIAL_SECONDS):
                     try:
-                        await self._links.connect(address)
+                        await self._reach_heir(peer, address)
                     except AivillageError:
                         continue  # the next address; the backoff brings us back
                     return
         finally:
             self._dialling.discard(peer)
+
+    async def _reach_heir(self, peer: PeerId, address: str) -> None:
+        """Links with `peer`, or, if somebody else lives there, with its next key."""
+        try:
+            await self._links.connect(address)
+        except SomebodyElseError as error:
+            there = address.replace(f"/p2p/{peer}", f"/p2p/{error.found}")
+            link = await self._links.connect(there)
+            if self._book.names_of(peer)[0] != link.peer and not self.is_member(link.peer):
+                link.close("not the peer that was looked for")
 
     # ------------------------------------------------------------------ joining
     def invite(self, addresses: tuple[str, ...], line: MicroCredits | None) -> str:
@@ -224,7 +343,7 @@ class Villagers:
         Raises:
             RefusedError: OWNER_LIMIT, only the founder of a village invites.
         """
-        if village.village_of(self.peer) != self.membership.village:
+        if village.village_of(self._book.names[-1]) != self.membership.village:
             raise RefusedError(
                 "only the founder of this village can invite",
                 code="OWNER_LIMIT",
@@ -249,7 +368,7 @@ class Villagers:
         )
         now = int(time.time() * 1000)
         joined = reply.certificates if isinstance(reply, messages.Joined) else ()
-        if village.membership(joined, self.peer, invite.village, now) is None:
+        if village.membership(joined, self._book.names, invite.village, now) is None:
             raise PeerError("the inviter sent no valid certificate", code="BAD_REQUEST")
         await self.membership.store(invite.village, joined)
         await self._jobs.saw_peer(link.peer, link.hello.addresses)
@@ -261,9 +380,14 @@ class Villagers:
         self._events.emit("village_joined", village=invite.village.hex(), inviter=invite.inviter)
         return invite.inviter
 
+    async def say_hello_again(self) -> None:
+        """Our papers changed, and the hellos were said before: links are opened anew."""
+        for link in self._links.all():
+            await self._links.drop(link.peer, "its papers changed")
+
     def _belongs_to(self, wanted: bytes) -> bool:
         known, now = self.membership, int(time.time() * 1000)
-        line = village.membership(known.certificates, self.peer, wanted, now)
+        line = village.membership(known.certificates, self._book.names, wanted, now)
         return known.village == wanted and line is not None
 
     async def _reach(self, addresses: tuple[str, ...], peer: PeerId) -> Link:

@@ -13,14 +13,20 @@ import msgspec
 
 from aivillage.protocols.envelope import ENVELOPE_BYTES_MAX
 from aivillage.protocols.pricing import UNITS_MAX, Terms
-from aivillage.protocols.types import U32, Amount, Count, Measure, MicroCredits, PeerId
-from aivillage.protocols.vouchers import BLOB_BYTES_MAX
+from aivillage.protocols.types import AMOUNT_MAX, U32, Amount, Count, Measure, MicroCredits, PeerId
+from aivillage.protocols.vouchers import BLOB_BYTES_MAX, Lane
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
 VERSION_MAJOR: Final = 1
 VERSION_MINOR: Final = 1
 CALLS_PER_PAIR_MAX: Final = 256
 CERTIFICATES_MAX: Final = 8
+SUCCESSIONS_MAX: Final = 4
+"""Changes of key that a hello proves: a peer that missed more of them meets a stranger."""
+GRANTS_MAX: Final = 4
+"""In a hello: each costs a signature's check."""
+PAIR_LANES_MAX: Final = 8192
+"""Either way in one view: ten boots a day for two years, and 610 KB at most."""
 ADDRESSES_MAX: Final = 8
 ADDRESS_CHARACTERS_MAX: Final = 256
 BLOBS_MAX: Final = 16
@@ -32,6 +38,10 @@ Enveloped: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=ENVELOPE_BYTES_M
 Certificates: TypeAlias = Annotated[
     tuple[Enveloped, ...], msgspec.Meta(max_length=CERTIFICATES_MAX)
 ]
+Successions: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=SUCCESSIONS_MAX)]
+Net: TypeAlias = Annotated[int, msgspec.Meta(ge=-AMOUNT_MAX, le=AMOUNT_MAX)]
+"""Micro-credits either way."""
+Grants: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=GRANTS_MAX)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
 """Of a program, or of a kind of kernel."""
 Address: TypeAlias = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
@@ -58,6 +68,12 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     kernel_classes: Annotated[tuple[Name, ...], msgspec.Meta(max_length=16)] = ()
     addresses: Addresses = ()
     max_frame_bytes: Count = 1 << 20
+    successions: Successions = ()
+    """Since 1.1: the latest changes of this node's key, the oldest first."""
+    owner_certificate: Enveloped = b""
+    """Since 1.1: whose device this is."""
+    grants: Grants = ()
+    """Since 1.1: what the village guarantees for this node."""
 
 
 class Ping(Message, frozen=True, kw_only=True, tag="ping"):
@@ -212,6 +228,44 @@ class Joined(Message, frozen=True, kw_only=True, tag="joined"):
     certificates: Certificates
 
 
+class Granted(Message, frozen=True, kw_only=True, tag="granted"):
+    """Since 1.1: a grant that is yours, or one that I hold. `certificates` prove its issuer."""
+
+    envelope: Enveloped
+    certificates: Certificates = ()
+
+
+class PairLane(msgspec.Struct, frozen=True, array_like=True):
+    """The highest voucher of one lane that a book has."""
+
+    lane: Lane
+    n: Count
+    cum: Amount
+
+
+PairLanes: TypeAlias = Annotated[tuple[PairLane, ...], msgspec.Meta(max_length=PAIR_LANES_MAX)]
+
+
+class PairQuestion(Message, frozen=True, kw_only=True, tag="pair_question"):
+    """Since 1.1: what does your book say about the two of us?"""
+
+    id: Count
+
+
+class PairView(Message, frozen=True, kw_only=True, tag="pair_view"):
+    """Since 1.1: the sender pays on `out`, the asker on `into`, the newest boots first.
+
+    `balance`: what the asker owes. The counts are of lanes that did not fit.
+    """
+
+    id: Count
+    balance: Net
+    out: PairLanes = ()
+    into: PairLanes = ()
+    out_left_out: Count = 0
+    into_left_out: Count = 0
+
+
 class Tunnel(Message, frozen=True, kw_only=True, tag="tunnel"):
     """Raw bytes of a foreign protocol over the control socket; reserved for the MCP gateway."""
 
@@ -278,7 +332,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
 PEER_MESSAGES: Final = (
     Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
     Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Standing, Fetch, Join,
-    Joined, Step,
+    Joined, Granted, PairQuestion, PairView, Step,
 )  # fmt: skip
 CONTROL_MESSAGES: Final = (
     Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,
@@ -343,3 +397,31 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     line_micro_credits: Amount
     not_after_unix_ms: Count
     may_invite: bool = False
+
+
+class Succession(msgspec.Struct, frozen=True, kw_only=True):
+    """`old` says that it goes by the key of `new` from now on; `consent` is the new key's word."""
+
+    old: PeerId
+    new: PeerId
+    at_unix_ms: Count
+    consent: bytes
+
+
+class OwnerCertificate(msgspec.Struct, frozen=True, kw_only=True):
+    """`owner`, who is a key, says that `device` is one of its nodes."""
+
+    owner: PeerId
+    device: PeerId
+    not_after_unix_ms: Count
+
+
+class Grant(msgspec.Struct, frozen=True, kw_only=True):
+    """`issuer` says for the village that `holder` is good for so much more than its line."""
+
+    village: bytes
+    issuer: PeerId
+    holder: PeerId
+    amount_micro_credits: Amount
+    id: bytes
+    not_after_unix_ms: Count

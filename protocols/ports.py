@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from aivillage.protocols.errors import PeerError
 from aivillage.protocols.pricing import Usage
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 
@@ -46,6 +47,14 @@ class Stream(Protocol):
 StreamHandler = Callable[[Stream], Awaitable[None]]
 
 
+class SomebodyElseError(PeerError):
+    """At the address is not the peer that it names, but `found`, who proved it."""
+
+    def __init__(self, message: str, found: PeerId) -> None:
+        super().__init__(message, code="PEER_LOST", next_step="dial the peer again")
+        self.found = found
+
+
 class Transport(Protocol):
     """Carries streams between peers that are who they say they are."""
 
@@ -60,7 +69,8 @@ class Transport(Protocol):
         """Connects to `address`; returns at once if already connected.
 
         Raises:
-            PeerError: PEER_LOST, nobody there or somebody else answered.
+            SomebodyElseError: PEER_LOST, another peer lives at the address.
+            PeerError: PEER_LOST, nobody there.
             RequestError: `address` is malformed.
         """
         ...

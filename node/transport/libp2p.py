@@ -7,6 +7,7 @@ call that writes runs in a task of the transport: the caller may leave, the call
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.node.transport.host import run_host
 from aivillage.protocols.errors import PeerError, RequestError
-from aivillage.protocols.ports import StreamHandler
+from aivillage.protocols.ports import SomebodyElseError, StreamHandler
 from aivillage.protocols.types import PeerId, peer_id
 
 log = logging.getLogger("aivillage.transport")
@@ -26,6 +27,8 @@ DIAL_SECONDS: Final = 10.0
 OPEN_SECONDS: Final = 10.0
 CLOSE_SECONDS: Final = 1.0
 LINGER_SECONDS: Final = 5.0
+_SOMEBODY_ELSE: Final = re.compile(r"remote_peer_id_from_pubkey=(\w+)")
+"""Noise's own words, once the other side has proved who it is."""
 """How long a closed stream is drained before it is reset: what the peer still sends is lost."""
 
 
@@ -101,7 +104,11 @@ class Libp2pTransport:
                 # Straight to the address: the library's own way tries one address per kind only,
                 # waits 250 ms after a success, and refuses a peer for a minute after a failure.
                 call = _Call(self._swarm.dial_addr, maddr, peer)
-                await call.run_in(self._nursery, DIAL_SECONDS, f"nobody answers at {address}")
+                try:
+                    await call.run_in(self._nursery, DIAL_SECONDS, f"nobody answers at {address}")
+                except PeerError as error:
+                    _tell_somebody_else(error, address)
+                    raise
         return name
 
     async def open_stream(self, peer: PeerId, protocol: str) -> Libp2pStream:
@@ -275,6 +282,14 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error) or repr(error)
+
+
+def _tell_somebody_else(error: PeerError, address: str) -> None:
+    """Raises: SomebodyElseError: whoever is at the address proved to be another peer."""
+    found = _SOMEBODY_ELSE.search(error.message)
+    if found:
+        peer = PeerId(found[1])
+        raise SomebodyElseError(f"{peer} answered at {address}", peer) from error
 
 
 def _parsed(address: str) -> tuple[Any, Any]:

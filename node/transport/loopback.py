@@ -17,7 +17,7 @@ from typing import Final
 import trio
 
 from aivillage.protocols.errors import ConfigError, PeerError, RequestError
-from aivillage.protocols.ports import StreamHandler
+from aivillage.protocols.ports import SomebodyElseError, StreamHandler
 from aivillage.protocols.types import PeerId
 
 log = logging.getLogger("aivillage.transport")
@@ -134,7 +134,7 @@ class LoopbackTransport:
         if other is None:
             raise _lost(f"nobody answers at {address}")
         if other.peer != peer:
-            raise _lost(f"{other.peer} answered at {address}")
+            raise SomebodyElseError(f"{other.peer} answered at {address}", other.peer)
         if peer not in self.connections:
             _Connection(self, other)
         return peer

@@ -10,6 +10,7 @@ import trio
 from aivillage.node.transport.libp2p import open_libp2p
 from aivillage.node.transport.loopback import LoopbackNetwork
 from aivillage.protocols.errors import ConfigError, PeerError, RequestError
+from aivillage.protocols.ports import SomebodyElseError
 
 ECHO = "/test/echo/1"
 BIG = bytes(range(256)) * 4096 * 4  # 4 MiB
@@ -86,9 +87,10 @@ async def test_somebody_else_at_the_address_is_peer_lost_and_a_retry_works(mesh,
     async with mesh() as (a, b):
         address = b.addresses()[0]
         wrong = address.replace(b.peer, peer_of(9))
-        with pytest.raises(PeerError) as caught:
+        with pytest.raises(SomebodyElseError) as caught:
             await a.dial(wrong)
         assert caught.value.code == "PEER_LOST"
+        assert caught.value.found == b.peer
         assert await a.dial(address) == b.peer
         assert await echoes(a, b.peer)
 

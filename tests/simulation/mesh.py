@@ -23,9 +23,9 @@ from aivillage.node.daemon import open_node
 from aivillage.node.desk import Desk
 from aivillage.node.jobs import open_jobs
 from aivillage.node.links import Link
+from aivillage.node.membership import VILLAGE_SETTING
 from aivillage.node.paths import Paths
 from aivillage.node.transport.loopback import LoopbackNetwork
-from aivillage.node.villagers import VILLAGE_SETTING
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.messages import Frame, Submit
 from aivillage.protocols.types import MicroCredits, PeerId

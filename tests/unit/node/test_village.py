@@ -34,7 +34,7 @@ def certificate(issuer, member, *, signer=None, line=100, days=1, may_invite=Fal
 
 
 def line_of(*certificates, peer=GUEST, now=NOW):
-    return village.membership(certificates, make_peer(peer), VILLAGE, now)
+    return village.membership(certificates, [make_peer(peer)], VILLAGE, now)
 
 
 def test_an_invite_comes_back_as_it_was_made():
@@ -52,7 +52,8 @@ def test_a_redeemed_invite_makes_a_member_with_the_promised_line():
     assert line_of(body) == 500
     assert line_of(body, peer=OTHER) is None
     assert (
-        village.membership([body], make_peer(GUEST), village.village_of(make_peer(5)), NOW) is None
+        village.membership([body], [make_peer(GUEST)], village.village_of(make_peer(5)), NOW)
+        is None
     )
 
 

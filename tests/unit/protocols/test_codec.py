@@ -13,11 +13,16 @@ from aivillage.protocols import codec
 from aivillage.protocols.errors import PeerError, RequestError
 from aivillage.protocols.messages import (
     CERTIFICATES_MAX,
+    GRANTS_MAX,
+    PAIR_LANES_MAX,
+    SUCCESSIONS_MAX,
     Answer,
     Call,
     Hello,
     Invite,
     Ledger,
+    PairLane,
+    PairView,
     Ping,
     Step,
     StepItem,
@@ -275,6 +280,35 @@ def test_certificates_have_their_limit():
     codec.decode(raw(_with(HELLO, certificates=[b"c"] * CERTIFICATES_MAX)))
     with pytest.raises(PeerError):
         codec.decode(raw(_with(HELLO, certificates=[b"c"] * (CERTIFICATES_MAX + 1))))
+
+
+def test_successions_have_their_limit():
+    codec.decode(raw(_with(HELLO, successions=[b"s"] * SUCCESSIONS_MAX)))
+    with pytest.raises(PeerError):
+        codec.decode(raw(_with(HELLO, successions=[b"s"] * (SUCCESSIONS_MAX + 1))))
+
+
+def test_grants_have_their_limit():
+    codec.decode(raw(_with(HELLO, grants=[b"g"] * GRANTS_MAX)))
+    with pytest.raises(PeerError):
+        codec.decode(raw(_with(HELLO, grants=[b"g"] * (GRANTS_MAX + 1))))
+
+
+def test_the_longest_view_of_a_pair_fits_a_frame_and_one_lane_more_is_refused():
+    lane = PairLane(b"\xff" * 16, 2**53 - 1, 2**53 - 1)
+    view = PairView(id=2**53 - 1, balance=-(2**53) + 1, out=(lane,) * PAIR_LANES_MAX)
+    view = msgspec.structs.replace(view, into=view.out, out_left_out=2**53 - 1)
+    assert codec.decode(codec.encode(view)) == view
+    for side in ("out", "into"):
+        longer = msgspec.structs.replace(view, **{side: (lane,) * (PAIR_LANES_MAX + 1)})
+        with pytest.raises(PeerError):
+            codec.decode(raw(longer))
+
+
+@pytest.mark.parametrize("bad", [[b"short", 1, 1], [bytes(16), -1, 1], [bytes(16), 1, 2**53]])
+def test_a_lane_of_a_view_is_what_a_book_can_hold(bad):
+    with pytest.raises(PeerError):
+        codec.decode(raw({"t": "pair_view", "id": 1, "balance": 0, "out": [bad]}))
 
 
 def test_text_that_is_no_unicode_is_refused_on_arrival():
