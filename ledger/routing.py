@@ -89,11 +89,19 @@ class Routing:
     def booked(self, partner: Partner, items: Sequence[Item]) -> None:
         """Items that counted: what ends a ring of mine is told, what waits is looked at soon."""
         for item in items:
-            if item.kind not in {ROUTE, REFUND}:
-                continue
-            self._waiting = True
-            self._desk.refresh(pair.peer for pair in self._desk.pairs() if pair.routed)
-            self.on_end(item.id, "closed" if item.kind == ROUTE else "refunded")
+            if item.kind in {ROUTE, REFUND}:
+                self._waiting = True
+                self._desk.refresh(pair.peer for pair in self._desk.pairs() if pair.routed)
+                self._tell_end(item.id)
+
+    def _tell_end(self, xid: bytes) -> None:
+        """What the book says of it: an item may bring less than the whole."""
+
+        def told(state: str) -> None:
+            if state in {"closed", "refunded"}:
+                self.on_end(xid, state)
+
+        self._desk.submit(lambda db: transfers.state_of(db, xid), told)
 
     def _signing(self, db: apsw.Connection) -> transfers.Sign:
         wallet, at_ms = self._desk.wallet, self._desk.clock.unix_ms()

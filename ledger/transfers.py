@@ -166,7 +166,8 @@ def release(db: apsw.Connection, xid: bytes, at_ms: int) -> MicroCredits:
 def take(db: apsw.Connection, peer: PeerId, item: Item, increase: MicroCredits, at_ms: int) -> None:
     """An item of a voucher that was just booked: ends a ring of mine, or waits to go on."""
     if item.kind == ROUTE and item.route[0] in own_keys(db):
-        _end(db, item.id, "closed", at_ms)
+        if _is_whole(db, peer, item, -1):
+            _end(db, item.id, "closed", at_ms)
     elif item.kind == ROUTE and increase == item.amount:
         db.execute(
             "INSERT INTO transfer VALUES (?, ?, ?, ?, ?, 'waiting', ?) ON CONFLICT DO NOTHING",
@@ -175,9 +176,16 @@ def take(db: apsw.Connection, peer: PeerId, item: Item, increase: MicroCredits, 
         _recall(db, item.id, peer)
     elif item.kind == REFUND:
         _heed_refund(db, item.id)
-        ring = one(db, "SELECT ring FROM route WHERE xid = ?", (item.id,))
-        if ring is not None and name_of(db, _keys(ring[0])[1]) == peer:
+        if _is_whole(db, peer, item, 1):
             _end(db, item.id, "refunded", at_ms)
+
+
+def _is_whole(db: apsw.Connection, peer: PeerId, item: Item, member: int) -> bool:
+    """Whether all of a ring of mine comes from the `member` who is to end it; less ends nothing."""
+    found = one(db, "SELECT amount, ring FROM route WHERE xid = ?", (item.id,))
+    if found is None or found[0] != item.amount:
+        return False
+    return name_of(db, _keys(found[1])[member]) == peer
 
 
 _RECALLED: Final = """
@@ -324,7 +332,10 @@ def adopt(db: apsw.Connection, peer: PeerId, item: Item, at_ms: int) -> None:
 
 def _end_if_known(db: apsw.Connection, xid: bytes, others: Sequence[PeerId], at_ms: int) -> None:
     """What ends a ring may have arrived before I remembered that I started it."""
-    came = "SELECT 1 FROM item WHERE mine = 0 AND peer = ? AND kind = ? AND id = ?"
+    came = (
+        "SELECT 1 FROM item JOIN route ON xid = id AND route.amount = item.amount"
+        " WHERE mine = 0 AND peer = ? AND kind = ? AND id = ?"
+    )
     if one(db, came, (others[-1], ROUTE, xid)):
         _end(db, xid, "closed", at_ms)
     elif one(db, came, (others[0], REFUND, xid)):
@@ -340,6 +351,12 @@ def _mark(
     """`side`: the column that names `peer`."""
     for old in before:
         db.execute(_MARKED.format(side), (state, xid, peer, old))
+
+
+def state_of(db: apsw.Connection, xid: bytes) -> str:
+    """Of a ring of mine; empty where it is none."""
+    row = one(db, "SELECT state FROM route WHERE xid = ?", (xid,))
+    return row[0] if row else ""
 
 
 def names(ring: bytes) -> tuple[PeerId, ...]:

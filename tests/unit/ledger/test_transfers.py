@@ -303,6 +303,27 @@ def test_an_audit_names_a_transfer_that_paid_one_side_only(nodes):
     assert f"transfer {XID.hex()}" in report.first_error
 
 
+def test_a_ring_that_comes_back_with_less_is_not_closed(nodes):
+    """Its last member would keep the rest, and the starter would no longer count it as at risk."""
+    a, b, c = nodes
+    ring = tuple(node.signer.public_key for node in nodes)
+    a.start(b, c)
+    a.take(c, c.sign(a.id, Item(ROUTE, XID, b"", 99, bytes(32), True, ring)))
+    assert a.state("route") == "open"
+    assert books.read_pair(a.db, b.id).routed == 100
+    a.take(b, b.sign(a.id, Item(REFUND, XID, b"", 1, bytes(32), True)))
+    assert a.state("route") == "open"
+
+
+def test_a_ring_is_closed_by_its_last_member_only(nodes):
+    a, b, c = nodes
+    ring = (a.signer.public_key, c.signer.public_key, b.signer.public_key)
+    a.start(b, c)
+    a.take(b, b.sign(a.id, Item(ROUTE, XID, b"", 100, bytes(32), True, ring)))
+    a.take(c, c.sign(a.id, Item(REFUND, XID, b"", 100, bytes(32), True)))
+    assert a.state("route") == "open"
+
+
 def test_a_refund_names_no_ring(nodes):
     a, b, _ = nodes
     refund = b.sign(a.id, Item(REFUND, XID, b"", 5, bytes(32), True))
