@@ -6,6 +6,7 @@ transaction that the caller opens and commits. They take the time, randomness an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -164,10 +165,14 @@ def peer_names(db: apsw.Connection) -> dict[PeerId, PeerId]:
     return dict(rows(db, "SELECT key_peer, peer FROM peer_key ORDER BY n"))
 
 
+_key = functools.lru_cache(maxsize=4096)(public_key)
+"""Each voucher names its payee by key, and base58 costs 10 us."""
+
+
 def key_of(db: apsw.Connection, peer: PeerId) -> bytes:
     """The key in force of a peer in the book."""
     row = one(db, "SELECT key_peer FROM peer_key WHERE peer = ? ORDER BY n DESC LIMIT 1", (peer,))
-    return public_key(row[0] if row else peer)
+    return _key(row[0] if row else peer)
 
 
 def name_of(db: apsw.Connection, key: bytes) -> PeerId:
@@ -251,8 +256,8 @@ def post(db: apsw.Connection, cause: Cause, legs: Iterable[Leg], at_ms: int) -> 
     last = one(db, "SELECT seq, hash FROM entry ORDER BY seq DESC LIMIT 1") or (0, NO_ENTRY)
     seq, prev = last[0] + 1, last[1]
     head = (at_ms, cause.kind, cause.peer, cause.lane, cause.n, digest(cause.body))
-    for index, leg in enumerate(kept):
-        db.execute("INSERT INTO posting VALUES (?, ?, ?, ?, ?)", (seq, index, *leg))
+    postings = [(seq, index, *leg) for index, leg in enumerate(kept)]
+    db.executemany("INSERT INTO posting VALUES (?, ?, ?, ?, ?)", postings)
     db.execute(
         "INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (seq, *head, prev, entry_hash(seq, head, kept, prev)),

@@ -120,13 +120,14 @@ def _book(
     how: tuple[str, bool, int],
 ) -> tuple[Item, ...]:
     kind, attest, at_ms = how
-    ensure_peer(db, peer)
     place = (peer, body.lane)
     row = one(
         db,
         "SELECT n, cum, attr, service, count, sealed FROM lane_in WHERE peer = ? AND lane = ?",
         place,
     )
+    if row is None:
+        ensure_peer(db, peer)
     old = _Lane(*row) if row else _Lane(0, 0, 0, 0, 0, 0)
     cum = max(old.cum, body.cum)
     counted = _label(db, peer, body, voucher, cum - old.attr)

@@ -76,8 +76,9 @@ def make_voucher(
     fresh = [(item, increase) for item, increase in increases if increase is not None]
     if not fresh:
         return None
-    ensure_peer(db, peer)
     row = one(db, "SELECT n, cum FROM lane_out WHERE peer = ? AND lane = ?", (peer, wallet.lane))
+    if row is None:
+        ensure_peer(db, peer)
     n, cum = row or (0, 0)
     items = tuple(item for item, _ in fresh)
     total = sum(increase for _, increase in fresh)
