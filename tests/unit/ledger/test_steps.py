@@ -303,6 +303,24 @@ def test_holes_are_named_and_filled(buyer, seller):
     assert ask(buyer, SELLER, 1, {}).mine == vouchers
 
 
+def test_an_answer_that_is_full_of_what_was_forgotten_asks_for_another_round(
+    buyer, seller, monkeypatch
+):
+    monkeypatch.setattr(sync, "VOUCHERS_MAX", 2)
+    vouchers = [sign(buyer, item(n, 10)) for n in range(1, 5)]
+    for voucher in vouchers:
+        take(seller, voucher)
+    shown, known = [], 0
+    for rounds in range(1, 4):
+        lanes = {(True, WALLET.lane): LaneState(True, WALLET.lane, known)} if known else {}
+        answer = ask(seller, BUYER, 6, lanes)
+        shown += answer.yours
+        known = len(shown)
+        if not answer.more:
+            break
+    assert (rounds, shown) == (2, vouchers)
+
+
 # the book
 
 
