@@ -97,7 +97,8 @@ def _exposure(world: World, node: Node, pairs: list[books.Pair], signed: dict[st
         delivered = node.delivered.get(pair.peer, 0)
         unsigned = delivered - signed.get(pair.peer, 0)
         if not pair.known:
-            strangers += max(0, unsigned) + max(0, _owed_for_work(node, pair.peer))
+            taken = max(0, delivered - _given_by(node, pair.peer))
+            strangers += min(taken, max(0, unsigned) + max(0, _owed_for_work(node, pair.peer)))
             continue
         name = f"node {node.index}: delivered {delivered}, {pair}"
         if delivered - pair.paid > EXPOSURE + pair.written_off:
@@ -120,6 +121,14 @@ def _owed_for_work(node: Node, peer: str) -> int:
         " - coalesce((SELECT sum(amount) FROM item"
         "  WHERE mine = 1 AND peer = ?1 AND kind = ?2), 0)",
         (peer, GIFT),
+    )
+    return int(row[0]) if row else 0
+
+
+def _given_by(node: Node, peer: str) -> int:
+    """What a peer did for this node, which signed for it: who paid twice takes nothing by that."""
+    row = books.one(
+        node.db, "SELECT coalesce(sum(service), 0) FROM lane_out WHERE peer = ?", (peer,)
     )
     return int(row[0]) if row else 0
 
