@@ -89,3 +89,29 @@ def test_the_kept_figures_are_of_todays_world():
     world = ROOT / "tests" / "simulation" / "economy.py"
     kept = json.loads(KEPT.read_text())
     assert kept["world_sha256"] == hashlib.sha256(world.read_bytes()).hexdigest()
+
+
+def rows_of_the_page():
+    """(key, what the page says) of every cell under a head that names a figure."""
+    heads: list[str] = []
+    for line in (ROOT / "docs" / "economics.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and cells[1].startswith("`") and cells[1].endswith("`"):
+            heads = [cell.strip("`") for cell in cells[1:]]
+        elif line.startswith("| `"):
+            name = cells[0].strip("`")
+            yield from (
+                (f"{name}_{head}", cell) for head, cell in zip(heads, cells[1:], strict=True)
+            )
+
+
+def test_every_figure_in_a_table_of_the_page_is_the_kept_one():
+    kept = json.loads(KEPT.read_text())
+    cells = list(rows_of_the_page())
+    assert len(cells) > 200
+    for key, said in cells:
+        if said == "-":
+            assert key not in kept
+            continue
+        digits = len(said.partition(".")[2])
+        assert said == f"{kept[key]:,.{digits}f}", key
