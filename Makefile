@@ -2,7 +2,7 @@
 # pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV ?= .venv
-SEEDS ?= 50
+SEEDS ?= 100
 KILLS ?= 100
 PYTEST_ARGS ?=
 
@@ -41,14 +41,14 @@ check: install ## lint, format, types, layers, style and docs
 	PYTHONPATH=. $(bin)/lint-imports
 	$(python) -m pytest tests/test_tidy.py tests/test_docs.py $(PYTEST_ARGS)
 
-sim: install ## the ledger under loss, crashes and lies, SEEDS=50 worlds
+sim: install ## the ledger under loss, crashes and lies, SEEDS=100 worlds
 	$(python) -m tests.simulation.ledger_sim --seeds $(SEEDS)
 
 kills: install ## kill -9 the ledger KILLS=100 times, the daemon 10 times
 	$(python) -m tests.integration.ledger_kills --kills $(KILLS)
 	$(python) -m tests.integration.daemon_kills --kills 10
 
-power: install ## the ledger on disks whose power is cut, SEEDS=50 worlds
+power: install ## the ledger on disks whose power is cut, SEEDS=100 worlds
 	$(python) -m tests.simulation.power_loss --seeds $(SEEDS)
 
 soak: install ## 300 kills of the ledger, 30 of four daemons under load; ten minutes
