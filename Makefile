@@ -12,7 +12,7 @@ python := PYTHONPATH=. $(bin)/python
 wishes := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites install demo test quick check sim kills sabotage bench clean
+.PHONY: help prerequisites install demo test quick check sim mutants kills sabotage bench clean
 
 help: ## list the targets
 	@echo "AIVillage. Targets:"
@@ -43,6 +43,9 @@ check: install ## lint, format, types, layers, style and docs
 
 sim: install ## the ledger under loss, crashes and lies, SEEDS=50 worlds
 	$(python) -m tests.simulation.ledger_sim --seeds $(SEEDS)
+
+mutants: install ## plant each known bug of the ledger and demand that its own check notices
+	$(python) -m tests.simulation.kill_mutants
 
 kills: install ## kill -9 the ledger KILLS=100 times, the daemon 10 times
 	$(python) -m tests.integration.ledger_kills --kills $(KILLS)
