@@ -192,6 +192,8 @@ _RECALLED: Final = """
   UPDATE transfer SET state = ?1 WHERE xid = ?2 AND previous = ?3 AND state = 'waiting'
     AND EXISTS (SELECT 1 FROM item i
       WHERE i.mine = 1 AND i.peer = transfer.{} AND i.kind = ?4 AND i.id = ?2)
+    AND NOT EXISTS (SELECT 1 FROM transfer o
+      WHERE o.xid = ?2 AND o.previous <> ?3 AND o.state <> 'waiting')
 """
 
 
