@@ -12,7 +12,7 @@ python := PYTHONPATH=. $(bin)/python
 wishes := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites install demo test quick check sim mutants coverage kills power soak sabotage bench clean
+.PHONY: help prerequisites install demo test quick check sim mutants coverage mutation kills power soak sabotage bench clean
 
 help: ## list the targets
 	@echo "AIVillage. Targets:"
@@ -54,6 +54,9 @@ coverage: install ## lines and branches of ledger and protocols that no fast tes
 	  tests/unit/ledger tests/unit/protocols $(wildcard tests/simulation/test_ledger_*.py) \
 	  tests/simulation/test_rings.py $(PYTEST_ARGS)
 	$(python) -m coverage report --show-missing --skip-covered --fail-under=95
+
+mutation: install ## 150 small changes to the ledger, and which of them no test notices (minutes)
+	$(python) -m tests.mutation
 
 kills: install ## kill -9 the ledger KILLS=100 times, the daemon 10 times
 	$(python) -m tests.integration.ledger_kills --kills $(KILLS)

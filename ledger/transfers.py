@@ -33,7 +33,6 @@ from aivillage.protocols.vouchers import (
     ROUTE,
     Item,
     Voucher,
-    not_after_ms,
 )
 
 STEPS_PER_EXPOSURE: Final = 4
@@ -52,6 +51,8 @@ class Transfer(NamedTuple):
     amount: MicroCredits
     ring: bytes
     state: str
+    at_ms: int
+    """When it came, by this node's own clock: others' clocks may be wrong."""
 
 
 class Sent(NamedTuple):
@@ -239,10 +240,12 @@ class Reach(NamedTuple):
 
     ready: frozenset[PeerId]
     met: frozenset[PeerId]
+    hold_ms: int
+    """How long a transfer may wait here before it goes back."""
 
 
 _PENDING: Final = """
-  SELECT xid, previous, next, amount, ring, state FROM transfer
+  SELECT xid, previous, next, amount, ring, state, at_ms FROM transfer
   WHERE state IN ('waiting', 'returning') ORDER BY at_ms LIMIT ?
 """
 
@@ -268,7 +271,8 @@ def _step(db: apsw.Connection, transfer: Transfer, reach: Reach, at_ms: int) -> 
         return "wait"
     if transfer.state == "returning":
         return "returned" if _is_worth_it(db, transfer) else "wait"
-    if at_ms <= not_after_ms(transfer.xid) and _may_forward(db, transfer):
+    is_late = at_ms - transfer.at_ms > reach.hold_ms
+    if not is_late and _may_forward(db, transfer):
         return "forwarded" if transfer.next in reach.ready else "wait"
     is_neighbour = read_pair(db, transfer.next).known
     return "wait" if is_neighbour and transfer.next not in reach.met else "refunded"

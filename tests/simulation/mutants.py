@@ -346,7 +346,7 @@ MUTANTS: dict[str, Mutant] = {
         ("I7",),
     ),
     "expired_is_forwarded": Mutant(
-        lambda: edited(transfers, "_step", ("at_ms <= not_after_ms(transfer.xid) and ", "")),
+        lambda: edited(transfers, "_step", ("not is_late and ", "")),
         ("T",),
         scene="an_expired_transfer_goes_back",
     ),

@@ -54,7 +54,8 @@ class Node:
 
     def advance(self, *near, at_ms=NOW, met=()):
         ready = frozenset(other.id for other in near)
-        reach = transfers.Reach(ready, ready | {other.id for other in met})
+        met_or_ready = ready | {other.id for other in met}
+        reach = transfers.Reach(ready, met_or_ready, LATER - NOW)
         with self.db:
             return transfers.advance(self.db, self.sign, reach, at_ms)
 
