@@ -113,8 +113,16 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     for name, text in (("show", "one job, its attempts and result"), ("cancel", "stop a job")):
         action = actions.add_parser(name, parents=[common], help=text)
         action.add_argument("job", help="id, or its beginning")
+    _explain_command(command)
     command("operations", "aivillage.cli.jobs:operations", "what can be asked, prices, who does it")
     _blob_commands(command, common)
+
+
+def _explain_command(command: Command) -> None:
+    explain = command(
+        "explain", "aivillage.cli.explain:explain", "why a job cost what it cost, recomputed here"
+    )
+    explain.add_argument("job", help="id, or its beginning")
 
 
 def _blob_commands(command: Command, common: argparse.ArgumentParser) -> None:
