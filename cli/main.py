@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         return found
 
     _node_commands(command)
+    _backup_commands(command)
     _job_commands(command, common)
     _ledger_commands(command)
     return parser
@@ -90,6 +91,21 @@ def _node_commands(command: Command) -> None:
     )
     demo.add_argument("--tokens", type=int, default=48, help="length of the answers")
     demo.add_argument("--keep", action="store_true", help="leave the data folders behind")
+
+
+def _backup_commands(command: Command) -> None:
+    backup = command(
+        "backup", "aivillage.cli.backup:backup", "identity, books and settings in one file (secret)"
+    )
+    backup.add_argument("file", help="where to; a running node is not disturbed")
+    backup.add_argument("--force", action="store_true", help="replace the file")
+    restore = command(
+        "restore", "aivillage.cli.backup:restore", "check a backup and put it in place"
+    )
+    restore.add_argument("file", help="a backup")
+    restore.add_argument(
+        "--force", action="store_true", help="keep what is there aside, and replace it"
+    )
 
 
 def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
