@@ -24,8 +24,9 @@ def explain(args: argparse.Namespace) -> int:
     from aivillage.node.explain import explain as explain_rows
 
     where = places(args)
-    kept = kept_job(where.jobs, args.job.lower())
-    found = explain_rows(kept, _signed(where, kept))
+    signed = _signed(where, kept_job(where.jobs, args.job.lower()))
+    # Once more: a job may be running, and what is signed was stored before, so it is there by now.
+    found = explain_rows(kept_job(where.jobs, args.job.lower()), signed)
     if args.json:
         show.as_json(msgspec.to_builtins(found))
     else:

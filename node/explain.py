@@ -100,7 +100,7 @@ def explain(kept: Kept, signed: Mapping[AttemptId, Signed]) -> Explanation:
         job=job.id,
         operation=job.operation,
         state=job.state,
-        local=job.local,
+        local=bool(job.local),
         attempts=found,
         sum_micro_credits=None if None in sums else sum(n for n in sums if n is not None),
         stored_micro_credits=sum(a.stored_micro_credits for a in found),

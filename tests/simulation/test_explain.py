@@ -46,6 +46,19 @@ async def test_a_failover_is_explained_to_the_micro_credit(tmp_path, capsys):
         assert [line["price_micro_credits"] for line in shown] == [PRICE, PRICE]
 
 
+async def test_a_running_job_is_explained_as_far_as_it_came(tmp_path, capsys):
+    async with three(tmp_path) as (_, buyer, first, _second):
+        running = await paused_job(buyer, first)
+        code, found = await explained(buyer, running.pursuit.row.id, capsys)
+        (attempt,) = found["attempts"]
+        assert (code, attempt["outcome"], attempt["quote"]) == (0, "running", "signed")
+        assert found["sum_micro_credits"] == found["stored_micro_credits"] == price_of(PROMPT, 5)
+        assert found["signed_micro_credits"] <= price_of(PROMPT, 5)
+        words = ["explain", running.pursuit.row.id, "--data-dir", str(buyer.paths.data_dir)]
+        assert await trio.to_thread.run_sync(main.main, words) == 0
+        assert "output tokens: 5 x 0.000269 = 0.001345" in capsys.readouterr().out
+
+
 async def test_a_price_changed_on_the_disk_is_found_and_ends_with_7(tmp_path, capsys):
     async with three(tmp_path) as (_, buyer, first, _second):
         running = await buyer.ask(PROMPT, tokens=4)

@@ -1,15 +1,18 @@
 """explain: sums are worked out anew, and what contradicts the signed quote is said."""
 
+import apsw
 import msgspec
 import pytest
 
 from aivillage.ledger.signed import Signed, SignedItem
 from aivillage.models.inference.generate import GenerateRequest, GenerateResult, Piece
+from aivillage.node.attempts import kept_job
 from aivillage.node.explain import NO_MATCH, Kept, explain
-from aivillage.node.jobs import AttemptRow, JobRow
+from aivillage.node.jobs import APPLICATION_ID, AttemptRow, JobRow
 from aivillage.node.pricelist import quote_hash
 from aivillage.protocols.codec import pack
 from aivillage.protocols.envelope import seal
+from aivillage.protocols.errors import ConfigError, RequestError
 from aivillage.protocols.messages import Quote
 from aivillage.protocols.pricing import Terms
 from aivillage.protocols.types import AttemptId, JobId
@@ -164,6 +167,30 @@ def test_the_usage_of_another_packages_module_is_not_guessed():
 def test_a_job_on_this_machine_cost_nothing():
     found = explain(Kept(job(local=True), [attempt(price=0)], {}), {})
     assert (found.ok, found.local, found.attempts, found.sum_micro_credits) == (True, True, (), 0)
+
+
+def test_a_store_that_no_node_has_opened_since_an_older_version_is_read_as_it_is(tmp_path):
+    path = tmp_path / "jobs.db"
+    db = apsw.Connection(str(path))
+    db.execute(
+        "CREATE TABLE job(id, operation, request, state, ceiling, deadline, peer, created, ended,"
+        " result, receipt, code, message);"
+        "CREATE TABLE attempt(id, job, seller, price, outcome, created);"
+        "CREATE TABLE delivered(job, seq, attempt, body)"
+    )
+    db.execute("INSERT INTO job VALUES (?, 'mesh.noop', x'', 'done', 1, 0, '', 1, 1, 0, 0, 0, 0)",
+               (JOB,))  # fmt: skip
+    db.execute("INSERT INTO attempt VALUES (?, ?, 'x', 9, 'PEER_LOST', 1)", (FIRST, JOB))
+    with pytest.raises(ConfigError, match="no store of jobs"):
+        kept_job(path, JOB)
+    db.pragma("application_id", APPLICATION_ID)
+    db.pragma("user_version", 1)
+    db.close()
+    found = explain(kept_job(path, JOB[:5]), {})
+    assert [(a.quote, a.stored_micro_credits) for a in found.attempts] == [("not stored", 9)]
+    for name in ("", "ac", "*", "AB"):
+        with pytest.raises(RequestError):
+            kept_job(path, name)
 
 
 @pytest.mark.parametrize("changes", [{"result": b"\xc1"}, {"request": b"\xc1"}, {"result": None}])
