@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         return found
 
     _node_commands(command, common)
+    _backup_commands(command)
     _job_commands(command, common)
     _ledger_commands(command)
     return parser
@@ -122,6 +123,21 @@ def _owner_commands(command: Command, common: argparse.ArgumentParser) -> None:
     actions.add_parser("show", parents=[common], help="whose device this is, and the others met")
 
 
+def _backup_commands(command: Command) -> None:
+    backup = command(
+        "backup", "aivillage.cli.backup:backup", "identity, books and settings in one file (secret)"
+    )
+    backup.add_argument("file", help="where to; a running node is not disturbed")
+    backup.add_argument("--force", action="store_true", help="replace the file")
+    restore = command(
+        "restore", "aivillage.cli.backup:restore", "check a backup and put it in place"
+    )
+    restore.add_argument("file", help="a backup")
+    restore.add_argument(
+        "--force", action="store_true", help="keep what is there aside, and replace it"
+    )
+
+
 def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     submit = command(
         "submit", "aivillage.cli.jobs:submit", "have a job done by a peer, and follow it"
@@ -143,8 +159,16 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     for name, text in (("show", "one job, its attempts and result"), ("cancel", "stop a job")):
         action = actions.add_parser(name, parents=[common], help=text)
         action.add_argument("job", help="id, or its beginning")
+    _explain_command(command)
     command("operations", "aivillage.cli.jobs:operations", "what can be asked, prices, who does it")
     _blob_commands(command, common)
+
+
+def _explain_command(command: Command) -> None:
+    explain = command(
+        "explain", "aivillage.cli.explain:explain", "why a job cost what it cost, recomputed here"
+    )
+    explain.add_argument("job", help="id, or its beginning")
 
 
 def _blob_commands(command: Command, common: argparse.ArgumentParser) -> None:

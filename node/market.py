@@ -66,6 +66,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     link: Link
     quote: Quote
     quote_hash: bytes
+    envelope: bytes
+    """The quote as the seller signed it."""
     price_at_most: MicroCredits
     seconds: Seconds
     why: str
@@ -188,6 +190,7 @@ class Market:
             link=link,
             quote=quote,
             quote_hash=quoted.hash,
+            envelope=reply.quote,
             price_at_most=price,
             seconds=seconds,
             why=_why(candidate, link, reply),

@@ -249,7 +249,9 @@ class Pursuit:
             acknowledged=lambda: self.move("acknowledged"),
         )
         call = self._call(attempt)
-        await self._trade.jobs.begin_attempt(attempt.attempt, self.row.id, attempt.seller)
+        await self._trade.jobs.begin_attempt(
+            attempt.attempt, self.row.id, attempt.seller, quote=choice.envelope, done=attempt.done
+        )
         self._trade.attempts[choice.link, call.id] = attempt
         outcome = "stopped"
         try:
