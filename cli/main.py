@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _backup_commands(command)
     _job_commands(command, common)
     _ledger_commands(command)
+    _people_commands(command)
     return parser
 
 
@@ -211,6 +212,40 @@ def _ledger_commands(command: Command) -> None:
         "audit", "aivillage.cli.credits:audit", "recompute the whole book; exit 7 if it is wrong"
     )
     audit.add_argument("--peer", metavar="ID", help="compare with this peer's book instead")
+
+
+def _people_commands(command: Command) -> None:
+    trust = command("trust", "aivillage.cli.people:trust", "what a peer may owe me, by my own word")
+    trust.add_argument("peer", metavar="PEER", help="its id, or the end of it")
+    trust.add_argument("limit", metavar="LIMIT", nargs="?", help="credits; 0 is allowed")
+    trust.add_argument("--exposure", metavar="CREDITS", help="the part of it that may be unsigned")
+    trust.add_argument("--village", action="store_true", help="again what its village says")
+    block = command(
+        "block", "aivillage.cli.people:block", "no work, credit or transfers for a peer"
+    )
+    unblock = command("unblock", "aivillage.cli.people:unblock", "work for a peer again")
+    for action in (block, unblock):
+        action.add_argument("peer", metavar="PEER", help="its id, or the end of it")
+    share = command("share", "aivillage.cli.people:share", "work for these people is free")
+    share.add_argument("peers", metavar="PEER", nargs="+", help="their ids, or the ends of them")
+    share.add_argument("--stop", action="store_true", help="it costs them something again")
+    gift = command("gift", "aivillage.cli.people:gift", "owe a peer more, as a present")
+    gift.add_argument("peer", metavar="PEER", help="its id, or the end of it")
+    gift.add_argument("credits", metavar="CREDITS")
+    release = command(
+        "release", "aivillage.cli.people:release", "give up a stuck transfer, or unsigned work"
+    )
+    release.add_argument("transfer", nargs="?", help="the beginning of its id; else lists them")
+    release.add_argument("--peer", metavar="PEER", help="what this peer never signed for, instead")
+    write_off = command(
+        "write-off", "aivillage.cli.people:write_off", "no longer count on what a peer owes"
+    )
+    write_off.add_argument("peer", metavar="PEER", help="its id, or the end of it")
+    write_off.add_argument("credits", metavar="CREDITS", nargs="?", help="all of it, if not said")
+    write_off.add_argument("--reason", required=True, help="why; it is kept in the book")
+    favours = command("favours", "aivillage.cli.people:favours", "who helped whom for nothing")
+    favours.add_argument("--limit", type=int, default=50)
+    command("compact", "aivillage.cli.people:compact", "drop what later vouchers repeat, now")
 
 
 def _proof_commands(command: Command) -> None:

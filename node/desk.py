@@ -126,11 +126,15 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     def _peer(self, peer: PeerId, known: KnownPeer | None, offer: Offer | None) -> dict[str, Any]:
         link = self.links.get(peer)
         record = self.discovery.records.get(peer) or Record()
+        view = self.ledger.view(peer)
         addresses = known.addresses if known else link.hello.addresses if link else ()
         return {
             "peer": peer,
             "connected": link is not None,
             "member": self.villagers.is_member(peer),
+            "line": view.line,
+            "blocked": view.blocked,
+            "shared": view.shared,
             "rtt_ms": round(link.rtt_seconds * 1000, 2) if link else None,
             "agent": link.hello.agent if link else "",
             "offers": [operation.name for operation in offer.operations] if offer else [],

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import apsw
 
 from aivillage.ledger import books
-from aivillage.ledger.compaction import compact
+from aivillage.ledger.compaction import Cursor, compact
 from aivillage.ledger.core import Ledger
 from aivillage.ledger.desk import Settings
 from aivillage.protocols.errors import AivillageError, PeerError
@@ -477,7 +477,8 @@ class World:
 
     def compact(self, node: Node) -> None:
         at_ms = node.clock.unix_ms()
-        node.ledger.desk.submit(lambda db: compact(db, at_ms), lambda _: None)
+        for cursor in (Cursor("in"), Cursor("out")):
+            node.ledger.desk.submit(lambda db, c=cursor: compact(db, c, at_ms), lambda _: None)
 
     def advance(self) -> None:
         self.step += 1
