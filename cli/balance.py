@@ -23,7 +23,9 @@ def show_balance(found: dict[str, Any]) -> None:
     """What a person sees; `--json` has every field."""
     print(f"net         {as_credits(found['net']):>14} credits ({_parts(found)})")
     print(f"in transit  {as_credits(found['in_transit']):>14} signed by me, not yet confirmed")
-    print(f"at risk     {as_credits(found['at_risk']):>14} delivered by me, not yet signed for")
+    print(
+        f"at risk     {as_credits(found['at_risk']):>14} reserved or delivered, not yet signed for"
+    )
     if found["held"] > found["at_risk"]:
         held = as_credits(found["held"] - found["at_risk"])
         print(f"held        {held:>14} in transfers of mine that are open")

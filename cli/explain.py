@@ -100,7 +100,7 @@ def _paid(attempt: Explained) -> str:
     arrears = ""
     if signed.arrears_micro_credits:
         arrears = f" and {as_credits(signed.arrears_micro_credits)} on a claim after a crash"
-    if not signed.amount_micro_credits and not arrears:
+    if not (signed.amount_micro_credits or signed.final or arrears):
         return "signed: nothing"
     answer = "no receipt yet"
     if signed.receipt:

@@ -35,9 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"aivillage {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--data-dir", help="the node's folder (env AIVILLAGE_DATA_DIR)")
-    common.add_argument("--json", action="store_true", help="print one JSON value")
+    common, nested = _common(None), _common(argparse.SUPPRESS)
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
         found = commands.add_parser(
@@ -51,12 +49,20 @@ def build_parser() -> argparse.ArgumentParser:
         found.set_defaults(run=run, parser=found)
         return found
 
-    _node_commands(command, common)
+    _node_commands(command, nested)
     _backup_commands(command)
-    _job_commands(command, common)
+    _job_commands(command, nested)
     _ledger_commands(command)
     _people_commands(command)
     return parser
+
+
+def _common(default: Any) -> argparse.ArgumentParser:
+    """Flags of every command. An action's own must not undo what stood before its name."""
+    found = argparse.ArgumentParser(add_help=False, argument_default=default)
+    found.add_argument("--data-dir", help="the node's folder (env AIVILLAGE_DATA_DIR)")
+    found.add_argument("--json", action="store_true", help="print one JSON value")
+    return found
 
 
 Command = Callable[[str, str, str], argparse.ArgumentParser]

@@ -316,6 +316,7 @@ def _may_forward(db: apsw.Connection, transfer: Transfer) -> bool:
         rivals is None
         and liar is None
         and bool(previous.known and after.known)
+        and not (previous.blocked or after.blocked)
         and previous.owed <= previous.line
         and amount - after.balance <= after.received_line
     )

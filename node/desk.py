@@ -117,7 +117,8 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         """Everybody known, met or only heard of; those linked first."""
         offers = {offer.seller: offer for offer in self.discovery.offers()}
         met = {known.id: known for known in await self.jobs.known_peers()}
-        everybody = dict.fromkeys((*(link.peer for link in self.links.all()), *met, *offers))
+        heard = (peer for peer in offers if peer not in self.ledger.names)  # my former key's too
+        everybody = dict.fromkeys((*(link.peer for link in self.links.all()), *met, *heard))
         return [
             self._peer(peer, met.get(peer), offers.get(peer))
             for peer in list(everybody)[:PEERS_LISTED_MAX]
