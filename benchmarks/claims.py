@@ -64,6 +64,11 @@ def main(measure: Callable[[Claims, argparse.Namespace], None], about: str) -> i
     return 0 if claims.all_ok() else 1
 
 
+def script_sha256() -> str:
+    """Of the script that runs: kept figures are of it, or stale."""
+    return hashlib.sha256(Path(sys.argv[0]).read_bytes()).hexdigest()
+
+
 def _save(claims: Claims) -> None:
     script = Path(sys.argv[0]).resolve()
     commit = subprocess.run(
@@ -71,7 +76,7 @@ def _save(claims: Claims) -> None:
     ).stdout.strip()
     origin = {
         "commit": commit,
-        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
+        "script_sha256": script_sha256(),
         "machine": f"{platform.machine()}, {platform.processor() or 'cpu'}, Linux "
         f"{platform.release().partition('-')[0]}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

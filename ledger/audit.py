@@ -1,16 +1,18 @@
 """The audit: recomputes everything that can be recomputed, and names the first thing wrong.
 
 Hash chain, postings, balances, every signature, roots, monotone lanes, items, what counts as
-paid. Reads in pages, so that memory does not grow with the book.
+paid. Reads in pages, so that memory does not grow with the book: what explains an entry is
+looked up beside it. Signatures are a pass of their own, and nine tenths of the time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 
-from aivillage.ledger.books import Leg, entry_hash
+from aivillage.ledger.books import entry_hash
 from aivillage.ledger.queries import Query
 from aivillage.ledger.signing import verified_receipt, verified_voucher
 from aivillage.protocols.errors import PeerError
@@ -35,8 +37,13 @@ _VOUCHERS: Final = {
 }
 _RECEIPTS: Final = "SELECT id, peer, body, signature FROM receipt WHERE id > ? ORDER BY id LIMIT ?"
 _ENTRIES: Final = """
-  SELECT seq, at_ms, kind, peer, lane, n, body_hash, prev, hash FROM entry
-  WHERE seq > ? ORDER BY seq LIMIT ?
+  SELECT e.seq, e.at_ms, e.kind, e.peer, e.lane, e.n, e.body_hash, e.prev, e.hash,
+    CASE WHEN e.lane = x'' THEN (SELECT body FROM memo WHERE hash = e.body_hash)
+      WHEN e.kind IN ('pay', 'recover-pay') THEN (SELECT body FROM voucher_out v
+        WHERE v.peer = e.peer AND v.lane = e.lane AND v.n = e.n)
+      ELSE (SELECT body FROM voucher_in v
+        WHERE v.peer = e.peer AND v.lane = e.lane AND v.n = e.n) END
+  FROM entry e WHERE e.seq > ? ORDER BY e.seq LIMIT ?
 """
 _LEGS: Final = """
   SELECT seq, account, attempt, amount FROM posting WHERE seq BETWEEN ? AND ? ORDER BY seq, leg
@@ -69,29 +76,32 @@ class _Tally:
         self.prev = bytes(32)
         self.mine: tuple[bytes, ...] = ()
         self.theirs: dict[str, tuple[bytes, ...]] = {}
-        self.memos: set[bytes] = set()
         self.routed: dict[bytes, int] = {}
         self.sums: dict[str, int] = {}
         self.balances: dict[str, int] = {}
-        self.bodies: dict[bytes, str] = {}
         self.cums: dict[tuple[str, str, bytes], tuple[int, int]] = {}
 
 
-def audit(verify: Verify) -> Query[AuditReport]:
-    """Checks the whole book. `verify` must be the real thing."""
+def audit(verify: Verify, passed: Callable[[str], None] = lambda name: None) -> Query[AuditReport]:
+    """Checks the whole book. `verify` must be the real thing; `passed` hears of each pass's end."""
     tally = _Tally()
+    passes: dict[str, Query[None]] = {
+        "keys": _keys(tally),
+        "vouchers in": _vouchers(tally, verify, "in"),
+        "vouchers out": _vouchers(tally, verify, "out"),
+        "receipts": _receipts(tally, verify),
+        "memos": _memos(),
+        "entries": _entries(tally),
+        "balances": _balances(tally),
+        "lanes": _lanes(tally),
+        "transfers": _transfers(tally),
+        "counters": _counters(),
+    }
     error = ""
     try:
-        yield from _keys(tally)
-        yield from _vouchers(tally, verify, "in")
-        yield from _vouchers(tally, verify, "out")
-        yield from _receipts(tally, verify)
-        yield from _memos(tally)
-        yield from _entries(tally)
-        yield from _balances(tally)
-        yield from _lanes(tally)
-        yield from _transfers(tally)
-        yield from _counters()
+        for name, check in passes.items():
+            yield from check
+            passed(name)
     except _WrongError as wrong:
         error = str(wrong)
     return AuditReport(
@@ -112,7 +122,11 @@ def _keys(tally: _Tally) -> Query[None]:
 
 
 def _keys_of(tally: _Tally, peer: str) -> tuple[bytes, ...]:
-    return tally.theirs.get(peer) or (public_key(peer),)
+    """Raises: ValueError: `peer` is no peer's id."""
+    keys = tally.theirs.get(peer)
+    if keys is None:
+        keys = tally.theirs[peer] = (public_key(peer),)
+    return keys
 
 
 def _vouchers(tally: _Tally, verify: Verify, side: str) -> Query[None]:
@@ -120,27 +134,32 @@ def _vouchers(tally: _Tally, verify: Verify, side: str) -> Query[None]:
     while page := (yield _VOUCHERS[side], (last, _PAGE)):
         last = page[-1][0]
         for row in page:
-            _check_voucher(tally, verify, side, row[1:])
+            try:
+                _check_voucher(tally, verify, side, row)
+            except (PeerError, msgspec.DecodeError, ValueError) as error:
+                raise _WrongError(f"{_voucher_name(side, row)}: {error}") from None
+
+
+def _voucher_name(side: str, row: tuple[Any, ...]) -> str:
+    _, peer, lane, n, *_ = row
+    return f"voucher {n} {'from' if side == 'in' else 'to'} {peer} on lane {lane.hex()}"
 
 
 def _check_voucher(tally: _Tally, verify: Verify, side: str, row: tuple[Any, ...]) -> None:
-    peer, lane, n, cum, encoded, signature, items = row
-    name = f"voucher {n} {'from' if side == 'in' else 'to'} {peer} on lane {lane.hex()}"
-    try:
-        theirs = _keys_of(tally, peer)
-        payers, payees = (theirs, tally.mine) if side == "in" else (tally.mine, theirs)
-        voucher = Voucher(encoded, signature, _items.decode(items))
-        body = verified_voucher(voucher, payers, payees, verify)
-    except (PeerError, msgspec.DecodeError, ValueError) as error:
-        raise _WrongError(f"{name}: {error}") from None
+    """Raises: PeerError, DecodeError, ValueError: what is wrong with it."""
+    _, peer, lane, n, cum, encoded, signature, items = row
+    theirs = _keys_of(tally, peer)
+    payers, payees = (theirs, tally.mine) if side == "in" else (tally.mine, theirs)
+    voucher = Voucher(encoded, signature, _items.decode(items))
+    body = verified_voucher(voucher, payers, payees, verify)
     if (body.lane, body.n, body.cum) != (lane, n, cum):
-        raise _WrongError(f"{name}: its row and its signed body differ")
+        raise ValueError("its row and its signed body differ")
     tally.vouchers += 1
-    tally.bodies[digest(encoded)] = name
-    last_n, last_cum = tally.cums.get((side, peer, lane), (0, 0))
+    place = (side, peer, lane)
+    last_n, last_cum = tally.cums.get(place, (0, 0))
     if (n > last_n and cum < last_cum) or (n < last_n and cum > last_cum):
-        raise _WrongError(f"{name}: cum falls as n rises")
-    tally.cums[side, peer, lane] = (max(n, last_n), max(cum, last_cum))
+        raise ValueError("cum falls as n rises")
+    tally.cums[place] = (max(n, last_n), max(cum, last_cum))
 
 
 def _receipts(tally: _Tally, verify: Verify) -> Query[None]:
@@ -156,53 +175,63 @@ def _receipts(tally: _Tally, verify: Verify) -> Query[None]:
             tally.receipts += 1
 
 
-def _memos(tally: _Tally) -> Query[None]:
+def _memos() -> Query[None]:
     for hash_, body in (yield "SELECT hash, body FROM memo", ()):
         if digest(body) != hash_:
             raise _WrongError(f"memo {hash_.hex()}: its text was changed")
-        tally.memos.add(hash_)
 
 
 def _entries(tally: _Tally) -> Query[None]:
+    """Postings are walked beside their entries: both come in the order of seq."""
     while page := (yield _ENTRIES, (tally.entries, _PAGE)):
-        legs: dict[int, list[Leg]] = {}
-        for seq, *leg in (yield _LEGS, (page[0][0], page[-1][0])):
-            legs.setdefault(seq, []).append(Leg(*leg))
-        for row in page:
-            _check_entry(tally, row, legs.pop(row[0], []))
-        if legs:
-            raise _WrongError(f"entry {min(legs)}: has postings and is missing")
+        postings = yield _LEGS, (page[0][0], page[-1][0])
+        postings.append((0,))  # of no entry: ends the last one's
+        at = 0
+        for seq, *head, prev, stored, cause in page:
+            legs = []
+            while postings[at][0] == seq:
+                legs.append(postings[at][1:])
+                at += 1
+            if seq != tally.entries + 1 or prev != tally.prev:
+                raise _WrongError(f"entry {seq}: does not follow entry {tally.entries}")
+            try:
+                _check_entry(tally, (seq, head, prev, stored), legs, cause)
+            except ValueError as error:
+                raise _WrongError(f"entry {seq}: {error}") from None
+            tally.entries, tally.prev = seq, stored
 
 
-def _check_entry(tally: _Tally, row: tuple[Any, ...], legs: list[Leg]) -> None:
-    seq, *head, prev, stored = row
-    name = f"entry {seq}"
-    if seq != tally.entries + 1 or prev != tally.prev:
-        raise _WrongError(f"{name}: does not follow entry {tally.entries}")
-    if sum(leg.amount for leg in legs) != 0 or len(legs) < 2:
-        raise _WrongError(f"{name}: its postings do not sum to zero")
-    if entry_hash(seq, tuple(head), legs, prev) != stored:
-        raise _WrongError(f"{name}: its hash does not match its content")
-    _check_cause(tally, name, head)
-    tally.entries, tally.prev = seq, stored
-    for leg in legs:
-        tally.sums[leg.account] = tally.sums.get(leg.account, 0) + leg.amount
-        if leg.account == "peer":
-            tally.balances[head[2]] = tally.balances.get(head[2], 0) + leg.amount
-        elif leg.account == "routed" and leg.attempt is not None:
-            tally.routed[leg.attempt] = tally.routed.get(leg.attempt, 0) + leg.amount
+def _check_entry(
+    tally: _Tally, row: tuple[int, list[Any], bytes, bytes], legs: list[Any], cause: bytes | None
+) -> None:
+    """`row`: seq, head, previous hash, hash. Raises: ValueError: what is wrong with it."""
+    seq, head, prev, stored = row
+    peer, total, sums = head[2], 0, tally.sums
+    for account, id_, amount in legs:
+        total += amount
+        sums[account] = sums.get(account, 0) + amount
+        if account == "peer":
+            tally.balances[peer] = tally.balances.get(peer, 0) + amount
+        elif account == "routed" and id_ is not None:
+            tally.routed[id_] = tally.routed.get(id_, 0) + amount
+    if total != 0 or len(legs) < 2:
+        raise ValueError("its postings do not sum to zero")
+    if entry_hash(seq, head, legs, prev) != stored:
+        raise ValueError("its hash does not match its content")
+    if cause is None or digest(cause) != head[5]:
+        _check_dropped(tally, head, cause)
 
 
-def _check_cause(tally: _Tally, name: str, head: list[Any]) -> None:
-    """A voucher, a memo, or a voucher that was dropped since a later one of its lane says more."""
-    _, kind, peer, lane, n, cause = head
+def _check_dropped(tally: _Tally, head: list[Any], cause: bytes | None) -> None:
+    """No memo or voucher is there: one that a later of its lane says too may be dropped."""
+    _, kind, peer, lane, n, _ = head
     if not lane:
-        if cause not in tally.memos:
-            raise _WrongError(f"{name}: the reason of this correction is missing")
-    elif cause not in tally.bodies:
-        side = "out" if kind.endswith("pay") else "in"
-        if n >= tally.cums.get((side, peer, lane), (0, 0))[0]:
-            raise _WrongError(f"{name}: the voucher behind it is missing")
+        raise ValueError("the reason of this correction is missing")
+    if cause is not None:
+        raise ValueError("the voucher at its place is another one")
+    side = "out" if kind.endswith("pay") else "in"
+    if n >= tally.cums.get((side, peer, lane), (0, 0))[0]:
+        raise ValueError("the voucher behind it is missing")
 
 
 def _balances(tally: _Tally) -> Query[None]:

@@ -230,9 +230,11 @@ def read_pairs(db: apsw.Connection) -> list[Pair]:
     return [Pair(*row) for row in db.execute(_PAIR)]
 
 
-def entry_hash(seq: int, head: tuple[Any, ...], legs: Iterable[Leg], prev: bytes) -> bytes:
+def entry_hash(
+    seq: int, head: Sequence[Any], legs: Sequence[tuple[Any, ...]], prev: bytes
+) -> bytes:
     """Links an entry to all before it. `head`: at_ms, kind, peer, lane, n, body hash."""
-    content = msgspec.msgpack.encode((seq, prev, *head, [tuple(leg) for leg in legs]))
+    content = msgspec.msgpack.encode((seq, prev, *head, legs))
     return digest(b"aivillage/entry/1\0" + content)
 
 

@@ -1,6 +1,7 @@
 """The audit: clean books pass, and each kind of tampering is named."""
 
 import apsw
+import msgspec
 import pytest
 
 from aivillage.ledger.audit import audit
@@ -13,6 +14,7 @@ from tests.unit.ledger.test_steps import (  # the same modules under test
     B,
     book,
     exposure,
+    forged,
     item,
     payer,
     sign,
@@ -112,3 +114,19 @@ def test_a_forged_receipt_is_named(books_of_two):
     assert "receipt 1" in report(buyer).first_error
     assert payer.count_unreceipted(buyer, SELLER) == 1
     assert isinstance(buyer, apsw.Connection)
+
+
+def test_another_signed_voucher_in_the_place_of_the_booked_one_is_named(books_of_two):
+    _, seller = books_of_two
+    other = forged(5, 55, item(1, 50), item(3, 5))
+    seller.execute(
+        "UPDATE voucher_in SET body = ?, signature = ?, items = ? WHERE n = 5",
+        (other.body, other.signature, msgspec.msgpack.encode(other.items)),
+    )
+    assert report(seller).first_error == "entry 5: the voucher at its place is another one"
+
+
+def test_each_pass_is_heard_of_in_turn(books_of_two):
+    heard = []
+    run(books_of_two[0], audit(is_signed_by, heard.append))
+    assert heard.index("vouchers out") < heard.index("entries") < heard.index("balances")
