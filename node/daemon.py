@@ -73,8 +73,8 @@ async def run(
         await rotation.settle(paths)
         key = identity.load(paths.data_dir)
         jobs = await stack.enter_async_context(open_jobs(paths.jobs))
-        pool = LedgerSettings(stranger_pool=settings.stranger_pool_micro_credits)
-        ledger = await stack.enter_async_context(open_ledger(paths.ledger, key, settings=pool))
+        policy = ledger_settings(settings)
+        ledger = await stack.enter_async_context(open_ledger(paths.ledger, key, settings=policy))
         workers = await stack.enter_async_context(
             open_workers(
                 worker_settings(settings), cache_folder=paths.cache, scratch_folder=paths.scratch
@@ -170,6 +170,14 @@ async def _papers(
     for papers in (membership, owners, grants):
         await papers.load()
     return membership, owners, grants
+
+
+def ledger_settings(settings: Settings) -> LedgerSettings:
+    return LedgerSettings(
+        stranger_pool=settings.stranger_pool_micro_credits,
+        pool_day=settings.stranger_day_micro_credits,
+        debt_expiry_days=settings.debt_expiry_days,
+    )
 
 
 def worker_settings(settings: Settings) -> WorkerSettings:
