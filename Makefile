@@ -2,7 +2,7 @@
 # pyproject.toml or constraints.txt changed.
 PYTHON ?= python3
 VENV ?= .venv
-SEEDS ?= 50
+SEEDS ?= 100
 KILLS ?= 100
 PYTEST_ARGS ?=
 
@@ -12,7 +12,7 @@ python := PYTHONPATH=. $(bin)/python
 wishes := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites install demo test quick check sim kills power soak sabotage bench clean
+.PHONY: help prerequisites install demo test quick check sim mutants coverage mutation kills power soak sabotage bench clean
 
 help: ## list the targets
 	@echo "AIVillage. Targets:"
@@ -41,19 +41,33 @@ check: install ## lint, format, types, layers, style and docs
 	PYTHONPATH=. $(bin)/lint-imports
 	$(python) -m pytest tests/test_tidy.py tests/test_docs.py $(PYTEST_ARGS)
 
-sim: install ## the ledger under loss, crashes and lies, SEEDS=50 worlds
+sim: install ## the ledger under loss, crashes and lies, SEEDS=100 worlds
 	$(python) -m tests.simulation.ledger_sim --seeds $(SEEDS)
+
+mutants: install ## plant each known bug of the ledger and demand that its own check notices
+	$(python) -m tests.simulation.kill_mutants
+
+# A test that measures processor time sees the tracer's, too.
+coverage: install ## lines and branches of ledger and protocols that no fast test visits; below 95 % fails
+	$(python) -m coverage run --branch --source=ledger,protocols -m pytest -q \
+	  --deselect tests/unit/protocols/test_codec.py::test_a_hostile_megabyte_is_refused_at_the_cost_of_its_first_values \
+	  tests/unit/ledger tests/unit/protocols $(wildcard tests/simulation/test_ledger_*.py) \
+	  tests/simulation/test_rings.py $(PYTEST_ARGS)
+	$(python) -m coverage report --show-missing --skip-covered --fail-under=95
+
+mutation: install ## 150 small changes to the ledger, and which of them no test notices (minutes)
+	$(python) -m tests.mutation
 
 kills: install ## kill -9 the ledger KILLS=100 times, the daemon 10 times
 	$(python) -m tests.integration.ledger_kills --kills $(KILLS)
 	$(python) -m tests.integration.daemon_kills --kills 10
 
-power: install ## the ledger on disks whose power is cut, SEEDS=50 worlds
+power: install ## the ledger on disks whose power is cut, SEEDS=100 worlds
 	$(python) -m tests.simulation.power_loss --seeds $(SEEDS)
 
-soak: install ## 300 kills of the ledger, 30 of four daemons under load; ten minutes
+soak: install ## 300 kills of the ledger, 30 of four daemons under load; five minutes
 	$(python) -m tests.integration.ledger_kills --kills 300 --settled-within 2
-	$(python) -m tests.integration.daemon_kills --kills 30 --settled-within 2
+	$(python) -m tests.integration.daemon_kills --kills 30 --settled-within 2 --json
 
 sabotage: install ## plant each fault of sabotage/ and demand that its test notices
 	$(python) tests/sabotage.py

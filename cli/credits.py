@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from aivillage.cli import show
+from aivillage.cli.balance import proofs, show_balance
 from aivillage.cli.client import NoDaemonError
 from aivillage.cli.node import amount, connect, places
 from aivillage.cli.times import unix_ms
@@ -42,23 +43,7 @@ def balance(args: argparse.Namespace) -> int:
     if args.json:
         show.as_json(found)
         return 0
-    print(f"net         {as_credits(found['net']):>14} credits (earned minus spent)")
-    print(f"in transit  {as_credits(found['in_transit']):>14} signed by me, not yet confirmed")
-    print(f"at risk     {as_credits(found['at_risk']):>14} delivered by me, not yet signed for")
-    if found["peers"]:
-        print()
-    show.table(
-        [
-            (
-                show.short(peer["peer"]),
-                as_credits(peer["net"]),
-                as_credits(peer["spendable"]),
-                as_credits(peer["line"]),
-            )
-            for peer in found["peers"]
-        ],
-        ("peer", "owes me", "I can spend there", "may owe me"),
-    )
+    show_balance(found)
     return 0
 
 
@@ -157,7 +142,19 @@ def audit(args: argparse.Namespace) -> int:
         )
     else:
         print(f"THE BOOK IS WRONG: {found['first_error']}")
+    if not args.json:
+        _name_liars(args)
     return EXIT_OK if found["ok"] else EXIT_AUDIT
+
+
+def _name_liars(args: argparse.Namespace) -> None:
+    """A book can be right about somebody who is not."""
+    from aivillage.ledger import reader
+
+    found = _ask(args, "balance", lambda: reader.read_balance(places(args).ledger))
+    for peer in found["peers"]:
+        if peer["proofs"]:
+            print(f"{show.short(peer['peer'])} {proofs(peer)}")
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -35,9 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"aivillage {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--data-dir", help="the node's folder (env AIVILLAGE_DATA_DIR)")
-    common.add_argument("--json", action="store_true", help="print one JSON value")
+    common, nested = _common(None), _common(argparse.SUPPRESS)
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
         found = commands.add_parser(
@@ -51,10 +49,20 @@ def build_parser() -> argparse.ArgumentParser:
         found.set_defaults(run=run, parser=found)
         return found
 
-    _node_commands(command, common)
-    _job_commands(command, common)
+    _node_commands(command, nested)
+    _backup_commands(command)
+    _job_commands(command, nested)
     _ledger_commands(command)
+    _people_commands(command)
     return parser
+
+
+def _common(default: Any) -> argparse.ArgumentParser:
+    """Flags of every command. An action's own must not undo what stood before its name."""
+    found = argparse.ArgumentParser(add_help=False, argument_default=default)
+    found.add_argument("--data-dir", help="the node's folder (env AIVILLAGE_DATA_DIR)")
+    found.add_argument("--json", action="store_true", help="print one JSON value")
+    return found
 
 
 Command = Callable[[str, str, str], argparse.ArgumentParser]
@@ -122,6 +130,21 @@ def _owner_commands(command: Command, common: argparse.ArgumentParser) -> None:
     actions.add_parser("show", parents=[common], help="whose device this is, and the others met")
 
 
+def _backup_commands(command: Command) -> None:
+    backup = command(
+        "backup", "aivillage.cli.backup:backup", "identity, books and settings in one file (secret)"
+    )
+    backup.add_argument("file", help="where to; a running node is not disturbed")
+    backup.add_argument("--force", action="store_true", help="replace the file")
+    restore = command(
+        "restore", "aivillage.cli.backup:restore", "check a backup and put it in place"
+    )
+    restore.add_argument("file", help="a backup")
+    restore.add_argument(
+        "--force", action="store_true", help="keep what is there aside, and replace it"
+    )
+
+
 def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     submit = command(
         "submit", "aivillage.cli.jobs:submit", "have a job done by a peer, and follow it"
@@ -143,8 +166,16 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     for name, text in (("show", "one job, its attempts and result"), ("cancel", "stop a job")):
         action = actions.add_parser(name, parents=[common], help=text)
         action.add_argument("job", help="id, or its beginning")
+    _explain_command(command)
     command("operations", "aivillage.cli.jobs:operations", "what can be asked, prices, who does it")
     _blob_commands(command, common)
+
+
+def _explain_command(command: Command) -> None:
+    explain = command(
+        "explain", "aivillage.cli.explain:explain", "why a job cost what it cost, recomputed here"
+    )
+    explain.add_argument("job", help="id, or its beginning")
 
 
 def _blob_commands(command: Command, common: argparse.ArgumentParser) -> None:
@@ -187,6 +218,40 @@ def _ledger_commands(command: Command) -> None:
         "audit", "aivillage.cli.credits:audit", "recompute the whole book; exit 7 if it is wrong"
     )
     audit.add_argument("--peer", metavar="ID", help="compare with this peer's book instead")
+
+
+def _people_commands(command: Command) -> None:
+    trust = command("trust", "aivillage.cli.people:trust", "what a peer may owe me, by my own word")
+    trust.add_argument("peer", metavar="PEER", help="its id, or the end of it")
+    trust.add_argument("limit", metavar="LIMIT", nargs="?", help="credits; 0 is allowed")
+    trust.add_argument("--exposure", metavar="CREDITS", help="the part of it that may be unsigned")
+    trust.add_argument("--village", action="store_true", help="again what its village says")
+    block = command(
+        "block", "aivillage.cli.people:block", "no work, credit or transfers for a peer"
+    )
+    unblock = command("unblock", "aivillage.cli.people:unblock", "work for a peer again")
+    for action in (block, unblock):
+        action.add_argument("peer", metavar="PEER", help="its id, or the end of it")
+    share = command("share", "aivillage.cli.people:share", "work for these people is free")
+    share.add_argument("peers", metavar="PEER", nargs="+", help="their ids, or the ends of them")
+    share.add_argument("--stop", action="store_true", help="it costs them something again")
+    gift = command("gift", "aivillage.cli.people:gift", "owe a peer more, as a present")
+    gift.add_argument("peer", metavar="PEER", help="its id, or the end of it")
+    gift.add_argument("credits", metavar="CREDITS")
+    release = command(
+        "release", "aivillage.cli.people:release", "give up a stuck transfer, or unsigned work"
+    )
+    release.add_argument("transfer", nargs="?", help="the beginning of its id; else lists them")
+    release.add_argument("--peer", metavar="PEER", help="what this peer never signed for, instead")
+    write_off = command(
+        "write-off", "aivillage.cli.people:write_off", "no longer count on what a peer owes"
+    )
+    write_off.add_argument("peer", metavar="PEER", help="its id, or the end of it")
+    write_off.add_argument("credits", metavar="CREDITS", nargs="?", help="all of it, if not said")
+    write_off.add_argument("--reason", required=True, help="why; it is kept in the book")
+    favours = command("favours", "aivillage.cli.people:favours", "who helped whom for nothing")
+    favours.add_argument("--limit", type=int, default=50)
+    command("compact", "aivillage.cli.people:compact", "drop what later vouchers repeat, now")
 
 
 def _proof_commands(command: Command) -> None:

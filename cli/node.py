@@ -145,7 +145,7 @@ def peers(args: argparse.Namespace) -> int:
             (
                 show.short(peer["peer"]),
                 _seen(peer),
-                {True: "member", False: "stranger"}[peer["member"]] if peer["connected"] else "",
+                _standing(peer),
                 f"{peer['rtt_ms']} ms" if peer["connected"] else "",
                 f"{peer['units_per_second']}/s" if peer["units_per_second"] else "",
                 f"{peer['good']} good, {peer['bad']} bad",
@@ -156,6 +156,15 @@ def peers(args: argparse.Namespace) -> int:
         ("peer", "seen", "who", "rtt", "speed", "jobs", "offers"),
     )
     return 0
+
+
+def _standing(peer: dict[str, Any]) -> str:
+    """What it is to us, and the owner's word on it."""
+    if peer["blocked"]:
+        return "blocked"
+    kind = "member" if peer["member"] else "trusted" if peer["line"] else "stranger"
+    words = [kind] if peer["connected"] else []
+    return ", ".join([*words, "free"] if peer["shared"] else words)
 
 
 def _seen(peer: dict[str, Any]) -> str:

@@ -1,59 +1,87 @@
 """Makes room: what a later voucher says too goes, what a proof or a claim needs stays.
 
 The schema refuses to drop the last word on any item or lane, whoever asks. Entries are never
-dropped: they are the history, and their hashes chain on without the vouchers' bytes.
+dropped: they are the history, and their hashes chain on without the vouchers' bytes. A portion
+looks at a bounded number of rows, so that the writer is free for money in between.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import apsw
 import msgspec
 
+from aivillage.ledger.books import one, rows
 from aivillage.ledger.exposure import DAY_MS
 
-VOUCHERS_AT_ONCE: Final = 2000
-"""In one transaction: some 20 ms of the writer's time."""
+LOOKED_AT_ONCE: Final = 2000
+"""Vouchers in one portion: some 30 ms of the writer's time where all of them go."""
 INTENT_DAYS: Final = 30
 """A claim that comes later than this is too late."""
 
 
-class Compacted(msgspec.Struct, frozen=True, kw_only=True):
-    """How many rows went. `more`: there is more to drop, ask again."""
+class Cursor(NamedTuple):
+    """Where a portion begins: after a row of those taken (`in`), then of those given (`out`)."""
 
+    side: str = "in"
+    rowid: int = 0
+
+
+class Compacted(msgspec.Struct, frozen=True, kw_only=True):
+    """How many vouchers were looked at, and how many rows went.
+
+    `after`: where the next portion begins; None: this was the last one of the round.
+    """
+
+    looked: int
     vouchers: int
     receipts: int
     intents: int
-    more: bool
+    after: Cursor | None
 
 
+_LOOKED: Final = """
+  SELECT count(*), max(rowid) FROM
+    (SELECT rowid FROM voucher_{side} WHERE rowid > ? ORDER BY rowid LIMIT ?)
+"""
 _SUPERSEDED: Final = """
-  DELETE FROM voucher_{side} WHERE rowid IN (
-    SELECT v.rowid FROM voucher_{side} v
-    JOIN lane_{side} l ON l.peer = v.peer AND l.lane = v.lane
-    WHERE v.n < l.n AND NOT EXISTS (SELECT 1 FROM item i
+  DELETE FROM voucher_{side} AS v WHERE v.rowid > ?2 AND v.rowid <= ?3
+    AND v.n < (SELECT l.n FROM lane_{side} l WHERE l.peer = v.peer AND l.lane = v.lane)
+    AND NOT EXISTS (SELECT 1 FROM item i
       WHERE i.mine = ?1 AND i.peer = v.peer AND i.lane = v.lane AND i.last_n = v.n)
-    LIMIT ?2)
+  RETURNING {receipt}
 """
-_UNUSED_RECEIPTS: Final = """
+_UNUSED_RECEIPT: Final = """
   DELETE FROM receipt
-  WHERE id NOT IN (SELECT receipt FROM voucher_out WHERE receipt IS NOT NULL)
+  WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM voucher_out WHERE receipt = ?1)
 """
+_SIDES: Final = {"in": (0, "NULL"), "out": (1, "receipt")}
 
 
-def compact(db: apsw.Connection, at_ms: int) -> Compacted:
+def compact(db: apsw.Connection, cursor: Cursor, at_ms: int) -> Compacted:
     """One portion; a superseded voucher that comes again is recognised by what it does not say."""
-    dropped = 0
-    for side, mine in (("in", 0), ("out", 1)):
-        db.execute(_SUPERSEDED.format(side=side), (mine, VOUCHERS_AT_ONCE - dropped))
-        dropped += db.changes()
-    db.execute(_UNUSED_RECEIPTS)
-    receipts = db.changes()
-    db.execute("DELETE FROM intent WHERE at_ms < ?", (at_ms - INTENT_DAYS * DAY_MS,))
+    side, begin = cursor
+    mine, receipt = _SIDES[side]
+    looked, end = one(db, _LOOKED.format(side=side), (begin, LOOKED_AT_ONCE)) or (0, None)
+    dropped = rows(db, _SUPERSEDED.format(side=side, receipt=receipt), (mine, begin, end or begin))
+    receipts = _drop_receipts(db, {number for (number,) in dropped if number is not None})
+    after = Cursor(side, end) if looked == LOOKED_AT_ONCE else None
+    intents = 0
+    if after is None and side == "in":
+        after = Cursor("out")
+    elif after is None:
+        db.execute("DELETE FROM intent WHERE at_ms < ?", (at_ms - INTENT_DAYS * DAY_MS,))
+        intents = db.changes()
     return Compacted(
-        vouchers=dropped,
-        receipts=receipts,
-        intents=db.changes(),
-        more=dropped >= VOUCHERS_AT_ONCE,
+        looked=looked, vouchers=len(dropped), receipts=receipts, intents=intents, after=after
     )
+
+
+def _drop_receipts(db: apsw.Connection, numbers: set[int]) -> int:
+    """Of the receipts whose vouchers went, those that confirm no other one."""
+    dropped = 0
+    for number in numbers:
+        db.execute(_UNUSED_RECEIPT, (number,))
+        dropped += db.changes()
+    return dropped

@@ -39,22 +39,36 @@ def certify(
 
 
 class Word(NamedTuple):
-    """The owner's word on a peer; None leaves a field as it is."""
+    """The owner's word on a peer; None leaves a field as it is.
+
+    `usual`: the exposure of a peer that has a line now and none from anybody. `by_village`: line
+    and exposure are again what its village says.
+    """
 
     line: MicroCredits | None = None
     exposure: MicroCredits | None = None
     blocked: bool | None = None
     shared: bool | None = None
+    usual: MicroCredits | None = None
+    by_village: bool = False
 
 
 def decree(db: apsw.Connection, peer: PeerId, word: Word, at_ms: int) -> Pair:
-    """The owner's word on a peer beats its village's, whatever the village says later."""
+    """The owner's word on a peer beats its village's, whatever the village says later.
+
+    The time for which it was blocked counts for no healing.
+    """
     _acquaint(db, peer, at_ms)
     db.execute(
-        "UPDATE peer SET owner_line = coalesce(?, owner_line), blocked = coalesce(?, blocked),"
-        " owner_exposure = coalesce(?, owner_exposure), shared = coalesce(?, shared)"
-        " WHERE peer = ?",
-        (word.line, word.blocked, word.exposure, word.shared, peer),
+        "UPDATE peer SET owner_line = CASE ?1 WHEN 1 THEN NULL ELSE coalesce(?2, owner_line) END,"
+        " owner_exposure = CASE ?1 WHEN 1 THEN NULL ELSE coalesce(?3, owner_exposure,"
+        " CASE coalesce(certified_exposure, 0) WHEN 0 THEN ?4 END) END,"
+        " healed_ms = CASE WHEN blocked = 1 AND ?5 = 0 THEN ?7 ELSE healed_ms END,"
+        " blocked = coalesce(?5, blocked), shared = coalesce(?6, shared) WHERE peer = ?8",
+        (
+            *(word.by_village, word.line, word.exposure, word.usual),
+            *(word.blocked, word.shared, at_ms, peer),
+        ),
     )
     return _in_force(db, peer)
 
@@ -199,12 +213,12 @@ def heal(db: apsw.Connection, peer: PeerId, at_ms: int) -> Pair:
     """Writes off part of a gap that crashes left, for a peer with nothing running.
 
     In all at most P/16, and X/4 for each day that the pair was known; a clock that jumps gives
-    one day at most.
+    one day at most, and a peer that is blocked gets nothing.
     """
     row = one(db, "SELECT allowance_ms, healed_ms FROM peer WHERE peer = ?", (peer,))
-    if row is None:
-        return read_pair(db, peer)
     pair = read_pair(db, peer)
+    if row is None or pair.blocked:
+        return pair
     allowance_ms = row[0] + min(max(0, at_ms - row[1]), DAY_MS) if pair.known else 0
     day = pair.exposure // 4 * allowance_ms // DAY_MS
     budget = pair.paid // RHO + day - pair.written_off

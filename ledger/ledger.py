@@ -21,16 +21,27 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.ledger import books, corrections
 from aivillage.ledger.audit import AuditReport, audit
-from aivillage.ledger.compaction import Compacted, compact
+from aivillage.ledger.compaction import Compacted, Cursor, compact
 from aivillage.ledger.compare import View, view
 from aivillage.ledger.core import Ledger, PartnerView
 from aivillage.ledger.desk import Clock, Done, Failed, Settings
 from aivillage.ledger.exposure import Word
-from aivillage.ledger.queries import Balance, HistoryRow, Query, balance, history, run
+from aivillage.ledger.queries import (
+    Balance,
+    Favour,
+    HistoryRow,
+    OpenTransfer,
+    Query,
+    balance,
+    favours,
+    history,
+    open_transfers,
+    run,
+)
 from aivillage.ledger.signing import Ed25519Signer
 from aivillage.ledger.store import Store
 from aivillage.protocols.errors import AivillageError, ConfigError, NodeError
-from aivillage.protocols.ports import Book
+from aivillage.protocols.ports import Book, Policy
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds, peer_id
 
 T = TypeVar("T")
@@ -160,10 +171,10 @@ class NodeBook:
             ).fetchall()
         )
 
-    async def compact(self) -> Compacted:
-        """Drops what later vouchers say too; see `compaction.py`."""
+    async def compact(self, cursor: Cursor) -> Compacted:
+        """One portion from `cursor` on: drops what later vouchers say too; see `compaction.py`."""
         at_ms = self._ledger.desk.clock.unix_ms()
-        return await self._answer(lambda db: compact(db, at_ms))
+        return await self._answer(lambda db: compact(db, cursor, at_ms))
 
     # spending elsewhere
 
@@ -290,11 +301,23 @@ class NodeBook:
     def views(self) -> list[PartnerView]:
         return [self._ledger.view(pair.peer) for pair in self._ledger.desk.pairs()]
 
+    def policy(self, peer: PeerId) -> Policy:
+        view = self.view(peer)
+        return Policy(
+            known=view.known, exposure=view.exposure, blocked=view.blocked, shared=view.shared
+        )
+
     async def balance(self) -> Balance:
         return await self._read(balance(self._ledger.desk.settings.stranger_pool))
 
     async def history(self, limit: int = 50) -> list[HistoryRow]:
         return await self._read(history(limit))
+
+    async def favours(self, limit: int = 50) -> list[Favour]:
+        return await self._read(favours(limit))
+
+    async def open_transfers(self) -> list[OpenTransfer]:
+        return await self._read(open_transfers())
 
     async def pair_view(self, peer: PeerId) -> View:
         """What the book says about `peer`, to compare with what its own says."""

@@ -41,7 +41,11 @@ class PeerBalance(msgspec.Struct, frozen=True, kw_only=True):
     """One peer, in micro-credits. `spendable`: what it owes me and what more it lets me owe.
 
     `in_transit`: what I signed and it has not confirmed. `at_risk`: delivered or reserved work
-    that it has not signed for.
+    that it has not signed for. `held`: that and what transfers of mine may still make it owe.
+    `through_others`: at most so much of what others owe or lend me could be moved there.
+    `doubtful`: the part of `net` that was written off. `helped_me`, `helped_it`: what work for
+    nothing was worth. `proofs`: how often it contradicted itself in writing. `owner`: whose
+    device it is.
     """
 
     peer: PeerId
@@ -51,10 +55,27 @@ class PeerBalance(msgspec.Struct, frozen=True, kw_only=True):
     at_risk: MicroCredits
     line: MicroCredits
     received_line: MicroCredits
+    exposure: MicroCredits = 0
+    held: MicroCredits = 0
+    through_others: MicroCredits = 0
+    doubtful: MicroCredits = 0
+    helped_me: MicroCredits = 0
+    helped_it: MicroCredits = 0
+    proofs: int = 0
+    known: bool = False
+    blocked: bool = False
+    shared: bool = False
+    owner: str = ""
 
 
 class Balance(msgspec.Struct, frozen=True, kw_only=True):
-    """`net` = earned - spent. Credits with one peer are not credits with another."""
+    """All debts, both ways. Credits with one peer are not credits with another.
+
+    `net` = earned - spent + gifts + unlabelled - routed - (written_off - doubtful). `gifts`:
+    received less given. `routed`: sent around rings and not yet back. `written_off`: what debts
+    and transfers that I gave up cost; `doubtful`: the part of it that is owed all the same.
+    `held`: transfers of mine that are open, and `at_risk`.
+    """
 
     net: MicroCredits
     earned: MicroCredits
@@ -62,48 +83,147 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
     at_risk: MicroCredits
     in_transit: MicroCredits
     peers: list[PeerBalance]
+    held: MicroCredits = 0
+    gifts: MicroCredits = 0
+    unlabelled: MicroCredits = 0
+    routed: MicroCredits = 0
+    written_off: MicroCredits = 0
+    doubtful: MicroCredits = 0
 
 
-_EARNED = """
-  SELECT coalesce(sum(CASE WHEN e.kind LIKE '%receive' THEN p.amount ELSE 0 END), 0),
-         coalesce(sum(CASE WHEN e.kind LIKE '%pay' THEN p.amount ELSE 0 END), 0)
-  FROM entry e JOIN posting p USING (seq) WHERE p.account = 'peer'
+_ACCOUNTS = "SELECT account, amount FROM account"
+_HELD = "SELECT coalesce(sum(amount), 0) FROM route WHERE xid IN (SELECT xid FROM route_hop)"
+_EVIDENCE = "SELECT payer, count(*) FROM evidence GROUP BY payer"
+_FAVOURED = "SELECT peer, mine, sum(worth) FROM favour GROUP BY mine, peer"
+_DOUBTFUL = """
+  SELECT e.peer, -sum(p.amount) FROM entry e JOIN posting p USING (seq)
+  WHERE e.lane = x'' AND p.account = 'doubtful' GROUP BY e.peer
 """
-# In transit: what was signed beyond the last receipt of each lane.
 _PEERS = """
   SELECT peer, coalesce(amount, 0), max(0, reserved - paid - written_off),
-    coalesce((SELECT sum(l.cum - coalesce((SELECT max(v.cum) FROM voucher_out v
-        WHERE v.peer = l.peer AND v.lane = l.lane AND v.receipt IS NOT NULL), 0))
-      FROM lane_out l WHERE l.peer = peer.peer), 0),
-    CASE known WHEN 1 THEN line ELSE ? END, received_line
-  FROM peer LEFT JOIN bal USING (peer) ORDER BY peer
+    coalesce((SELECT sum(cum - confirmed) FROM lane_out l WHERE l.peer = peer.peer), 0),
+    coalesce((SELECT sum(h.amount) FROM route_hop h WHERE h.peer = peer.peer), 0),
+    CASE known WHEN 1 THEN line ELSE ?1 END, CASE known WHEN 1 THEN exposure ELSE ?1 END,
+    received_line, known, blocked, shared, coalesce(owner, '')
+  FROM peer LEFT JOIN bal USING (peer) ORDER BY owner, peer
 """
 
 
 def balance(stranger_pool: MicroCredits = 0) -> Query[Balance]:
-    """What this node has with everybody."""
-    rows = yield _EARNED, ()
-    earned, spent = rows[0]
+    """What this node has with everybody; reads sums that are kept, however long the history."""
+    sums: dict[str, int] = dict((yield _ACCOUNTS, ()))
+    ((open_rings,),) = yield _HELD, ()
+    rows = yield _PEERS, (stranger_pool,)
+    doubtful: dict[str, int] = dict((yield _DOUBTFUL, ())) if sums.get("doubtful") else {}
+    proofs: dict[str, int] = dict((yield _EVIDENCE, ()))
+    helped = {(peer, mine): worth for peer, mine, worth in (yield _FAVOURED, ())}
     peers = [
         PeerBalance(
-            peer=peer,
-            net=net,
-            spendable=max(0, received + net),
-            in_transit=transit,
-            at_risk=risk,
-            line=line,
-            received_line=received,
+            peer=row[0],
+            net=row[1],
+            at_risk=row[2],
+            in_transit=row[3],
+            held=row[2] + row[4],
+            line=row[5],
+            exposure=row[6],
+            received_line=row[7],
+            spendable=max(0, row[7] + row[1]),
+            known=bool(row[8]),
+            blocked=bool(row[9]),
+            shared=bool(row[10]),
+            owner=row[11],
+            doubtful=doubtful.get(row[0], 0),
+            helped_me=helped.get((row[0], 1), 0),
+            helped_it=helped.get((row[0], 0), 0),
+            proofs=proofs.get(row[0], 0),
         )
-        for peer, net, risk, transit, line, received in (yield _PEERS, (stranger_pool,))
+        for row in rows
     ]
+    at_risk = sum(peer.at_risk for peer in peers)
     return Balance(
-        net=earned + spent,
-        earned=earned,
-        spent=-spent,
-        at_risk=sum(peer.at_risk for peer in peers),
+        net=sums.get("peer", 0),
+        earned=-sums.get("earned", 0),
+        spent=sums.get("spent", 0),
+        at_risk=at_risk,
         in_transit=sum(peer.in_transit for peer in peers),
-        peers=peers,
+        peers=_with_ways(peers),
+        held=open_rings + at_risk,
+        gifts=-sums.get("gift", 0),
+        unlabelled=-sums.get("unlabelled", 0),
+        routed=sums.get("routed", 0),
+        written_off=sums.get("writeoff", 0),
+        doubtful=-sums.get("doubtful", 0),
     )
+
+
+def _with_ways(peers: list[PeerBalance]) -> list[PeerBalance]:
+    """Adds what could come to each through others: they pay it, and it owes me instead."""
+    on_the_way = {
+        peer.peer: peer.spendable
+        for peer in peers
+        if peer.known and not peer.blocked and peer.exposure
+    }
+    total = sum(on_the_way.values())
+    return [
+        msgspec.structs.replace(
+            peer,
+            through_others=max(
+                0, min(total - on_the_way[peer.peer], peer.line - peer.net - peer.held)
+            ),
+        )
+        if peer.peer in on_the_way
+        else peer
+        for peer in peers
+    ]
+
+
+class OpenTransfer(msgspec.Struct, frozen=True, kw_only=True):
+    """A transfer that I started and that has not ended."""
+
+    xid: bytes
+    amount: MicroCredits
+    started_ms: int
+    peers: list[PeerId]
+
+
+_OPEN = """
+  SELECT r.xid, r.amount, r.started_ms, h.peer FROM route_hop h JOIN route r USING (xid)
+  ORDER BY r.xid, h.peer
+"""
+
+
+def open_transfers() -> Query[list[OpenTransfer]]:
+    """Those of mine that wait to come back, the oldest first."""
+    found: dict[bytes, OpenTransfer] = {}
+    for xid, amount, started_ms, peer in (yield _OPEN, ()):
+        transfer = found.setdefault(
+            xid, OpenTransfer(xid=xid, amount=amount, started_ms=started_ms, peers=[])
+        )
+        transfer.peers.append(peer)
+    return sorted(found.values(), key=lambda transfer: transfer.started_ms)
+
+
+class Favour(msgspec.Struct, frozen=True, kw_only=True):
+    """Work for nothing. `mine`: it was done for me. `worth`: at the default prices."""
+
+    at_ms: int
+    mine: bool
+    peer: PeerId
+    attempt: bytes
+    worth: MicroCredits
+
+
+_FAVOURS = """
+  SELECT at_ms, mine, peer, attempt, worth FROM favour ORDER BY at_ms DESC, attempt LIMIT ?
+"""
+
+
+def favours(limit: int) -> Query[list[Favour]]:
+    """The last `limit` favours, newest first."""
+    return [
+        Favour(at_ms=at_ms, mine=bool(mine), peer=peer, attempt=attempt, worth=worth)
+        for at_ms, mine, peer, attempt, worth in (yield _FAVOURS, (limit,))
+    ]
 
 
 class HistoryRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,10 +18,12 @@ from aivillage.ledger.compare import View, view
 from aivillage.ledger.queries import (
     ALL,
     Balance,
+    Favour,
     HistoryRow,
     Movements,
     Query,
     balance,
+    favours,
     find_peer,
     history,
 )
@@ -49,6 +51,11 @@ def read_view(path: Path, peer: str) -> View:
 def _view(peer: str) -> Query[View]:
     found = yield from find_peer(peer)
     return (yield from view(found))
+
+
+def read_favours(path: Path, limit: int = 50) -> list[Favour]:
+    """Raises: ConfigError: there is no ledger at `path`."""
+    return read(path, favours(limit))
 
 
 def read_audit(path: Path) -> AuditReport:

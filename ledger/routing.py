@@ -48,7 +48,7 @@ class Routing:
                 )
             )
         at_ms = desk.clock.unix_ms()
-        xid = xid_of(at_ms + int(desk.settings.route_seconds * 1000), random_bytes)
+        xid = xid_of(at_ms, random_bytes)
 
         def started(sent: transfers.Sent) -> None:
             self.sent([sent])
@@ -77,7 +77,8 @@ class Routing:
     def step(self) -> Callable[[apsw.Connection], list[transfers.Sent]]:
         """What to do in the transaction that books a transfer: book and pass on are one."""
         at_ms = self._desk.clock.unix_ms()
-        reach = transfers.Reach(self._ready(), frozenset(self._desk.met))
+        hold_ms = int(self._desk.settings.route_seconds * 1000)
+        reach = transfers.Reach(self._ready(), frozenset(self._desk.met), hold_ms)
         return lambda db: transfers.advance(db, self._signing(db), reach, at_ms)
 
     def sent(self, sent: Sequence[transfers.Sent]) -> None:

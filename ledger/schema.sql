@@ -124,6 +124,7 @@ CREATE TABLE voucher_out(
 ) STRICT;
 
 CREATE INDEX voucher_out_open ON voucher_out(peer, lane, n) WHERE receipt IS NULL;
+CREATE INDEX voucher_out_receipt ON voucher_out(receipt) WHERE receipt IS NOT NULL;
 
 CREATE TABLE receipt(
   id INTEGER PRIMARY KEY,

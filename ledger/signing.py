@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import product
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -20,6 +20,8 @@ from aivillage.protocols.vouchers import (
     check_receipt,
     check_voucher,
 )
+
+T = TypeVar("T")
 
 
 class Signer(Protocol):
@@ -53,13 +55,9 @@ def verified_voucher(
     Raises:
         PeerError: BAD_REQUEST, what is wrong by the keys in force, which come first.
     """
-    try:
-        return check_voucher(voucher, payers[0], payees[0], verify)
-    except PeerError:
-        for payer, payee in list(product(payers, payees))[1:]:
-            with suppress(PeerError):  # the keys in force say what is wrong
-                return check_voucher(voucher, payer, payee, verify)
-        raise
+    return _by_any_key(
+        lambda payer, payee: check_voucher(voucher, payer, payee, verify), payers, payees
+    )
 
 
 def verified_receipt(
@@ -70,10 +68,19 @@ def verified_receipt(
     Raises:
         PeerError: BAD_REQUEST, what is wrong by the keys in force, which come first.
     """
+    return _by_any_key(
+        lambda payer, payee: check_receipt(receipt, payer, payee, verify), payers, payees
+    )
+
+
+def _by_any_key(
+    check: Callable[[bytes, bytes], T], payers: Sequence[bytes], payees: Sequence[bytes]
+) -> T:
+    in_force, *former = product(payers, payees)
     try:
-        return check_receipt(receipt, payers[0], payees[0], verify)
+        return check(*in_force)
     except PeerError:
-        for payer, payee in list(product(payers, payees))[1:]:
+        for pair in former:
             with suppress(PeerError):  # the keys in force say what is wrong
-                return check_receipt(receipt, payer, payee, verify)
+                return check(*pair)
         raise

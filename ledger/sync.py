@@ -96,11 +96,13 @@ def answer(db: apsw.Connection, peer: PeerId, epochs: Epochs, asked: Asked) -> A
     if asked.digest is not None and digests(db, peer, epochs) != asked.digest[::-1]:
         return Answer(read_pair(db, peer), [], [], True, payer.count_unreceipted(db, peer))
     since = ALL if asked.digest is None else epochs
-    yours = _forgotten(db, peer, asked.lanes, since)
+    yours = _forgotten(db, peer, asked.lanes, since, VOUCHERS_MAX + 1)
     mine = _unseen(db, peer, asked.lanes, since, VOUCHERS_MAX + 1 - len(yours))
     left = VOUCHERS_MAX - len(yours) - len(mine)
     more = left < 0
-    if not more:  # what it holds and never confirmed, so that the receipt comes now
+    if more:
+        yours, mine = yours[:VOUCHERS_MAX], mine[: max(0, VOUCHERS_MAX - len(yours))]
+    else:  # what it holds and never confirmed, so that the receipt comes now
         known = set(mine)
         mine += [v for v in payer.unreceipted(db, peer, left) if v not in known]
     unconfirmed = payer.count_unreceipted(db, peer)
@@ -112,6 +114,7 @@ def _forgotten(
     peer: PeerId,
     lanes: Mapping[tuple[bool, bytes], LaneState],
     since: Epochs,
+    limit: int,
 ) -> list[Voucher]:
     """Vouchers that `peer` signed after the last one it knows, in order of n."""
     found: list[Voucher] = []
@@ -124,7 +127,7 @@ def _forgotten(
                 db,
                 "SELECT body, signature, items FROM voucher_in"
                 " WHERE peer = ? AND lane = ? AND n > ? ORDER BY n LIMIT ?",
-                (peer, lane, state.n if state else 0, VOUCHERS_MAX - len(found)),
+                (peer, lane, state.n if state else 0, limit - len(found)),
             )
             found += [payer.as_voucher(row) for row in newer]
     return found

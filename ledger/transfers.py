@@ -33,7 +33,6 @@ from aivillage.protocols.vouchers import (
     ROUTE,
     Item,
     Voucher,
-    not_after_ms,
 )
 
 STEPS_PER_EXPOSURE: Final = 4
@@ -52,6 +51,8 @@ class Transfer(NamedTuple):
     amount: MicroCredits
     ring: bytes
     state: str
+    at_ms: int
+    """When it came, by this node's own clock: others' clocks may be wrong."""
 
 
 class Sent(NamedTuple):
@@ -192,6 +193,8 @@ _RECALLED: Final = """
   UPDATE transfer SET state = ?1 WHERE xid = ?2 AND previous = ?3 AND state = 'waiting'
     AND EXISTS (SELECT 1 FROM item i
       WHERE i.mine = 1 AND i.peer = transfer.{} AND i.kind = ?4 AND i.id = ?2)
+    AND NOT EXISTS (SELECT 1 FROM transfer o
+      WHERE o.xid = ?2 AND o.previous <> ?3 AND o.state <> 'waiting')
 """
 
 
@@ -237,10 +240,12 @@ class Reach(NamedTuple):
 
     ready: frozenset[PeerId]
     met: frozenset[PeerId]
+    hold_ms: int
+    """How long a transfer may wait here before it goes back."""
 
 
 _PENDING: Final = """
-  SELECT xid, previous, next, amount, ring, state FROM transfer
+  SELECT xid, previous, next, amount, ring, state, at_ms FROM transfer
   WHERE state IN ('waiting', 'returning') ORDER BY at_ms LIMIT ?
 """
 
@@ -266,7 +271,8 @@ def _step(db: apsw.Connection, transfer: Transfer, reach: Reach, at_ms: int) -> 
         return "wait"
     if transfer.state == "returning":
         return "returned" if _is_worth_it(db, transfer) else "wait"
-    if at_ms <= not_after_ms(transfer.xid) and _may_forward(db, transfer):
+    is_late = at_ms - transfer.at_ms > reach.hold_ms
+    if not is_late and _may_forward(db, transfer):
         return "forwarded" if transfer.next in reach.ready else "wait"
     is_neighbour = read_pair(db, transfer.next).known
     return "wait" if is_neighbour and transfer.next not in reach.met else "refunded"
@@ -310,6 +316,7 @@ def _may_forward(db: apsw.Connection, transfer: Transfer) -> bool:
         rivals is None
         and liar is None
         and bool(previous.known and after.known)
+        and not (previous.blocked or after.blocked)
         and previous.owed <= previous.line
         and amount - after.balance <= after.received_line
     )

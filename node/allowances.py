@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
 
 from aivillage.node.config import Settings
-from aivillage.node.link import Link
 from aivillage.protocols.errors import LedgerError, RefusedError
 from aivillage.protocols.ports import Book
 from aivillage.protocols.types import MicroCredits, PeerId, Seconds, as_credits
@@ -80,38 +79,46 @@ class Allowances:
     """The owner's limits for one peer at a time; each refusal is typed and says what to do."""
 
     def __init__(self, settings: Settings, book: Book) -> None:
-        self._settings = settings
         self._book = book
         self._shares = SlotShares(settings.slots)
         self._reading = FreeReading()
-        self.is_member: Callable[[Link], bool] = lambda _link: True
-        """All others are strangers, who share one exposure."""
+
+    def require_welcome(self, peer: PeerId) -> None:
+        """Raises: RefusedError: OWNER_LIMIT, the owner blocked it."""
+        if self._book.policy(peer).blocked:
+            raise unwelcome()
 
     def take_slot(self, peer: PeerId, holders: Iterable[PeerId]) -> None:
         """Raises: RefusedError: BUSY, `peer` gets none now."""
         self._shares.take(peer, holders)
 
-    def take_reading(self, link: Link, amount: MicroCredits) -> None:
+    def take_reading(self, peer: PeerId, amount: MicroCredits) -> None:
         """Raises: RefusedError: OWNER_LIMIT, it had its share of reading that nobody pays."""
-        whose = link.peer if self.is_member(link) else ""
-        self._reading.take(whose, amount, READING_PER_EXPOSURE * self._exposure(link))
+        policy = self._book.policy(peer)
+        whose = peer if policy.known else ""
+        self._reading.take(whose, amount, READING_PER_EXPOSURE * policy.exposure)
 
     def require_credit(self, peer: PeerId, amount: MicroCredits) -> None:
-        """Raises: LedgerError: INSUFFICIENT_CREDITS, so much is above its line."""
-        if self._book.headroom(peer) < amount:
+        """What is free is so for whom we know: a stranger needs some of the pool to begin.
+
+        Raises:
+            LedgerError: INSUFFICIENT_CREDITS, so much is above its line.
+        """
+        least = amount if self._book.policy(peer).known else max(1, amount)
+        if self._book.headroom(peer) < least:
             raise LedgerError(
                 "you owe this node as much as its owner allows",
                 code="INSUFFICIENT_CREDITS",
                 next_step="earn with it, or ask its owner for a longer line",
             )
 
-    def require_deliverable(self, link: Link, amount: MicroCredits) -> None:
+    def require_deliverable(self, peer: PeerId, amount: MicroCredits) -> None:
         """A module's result is one delivery: what is dearer than the exposure would wait for ever.
 
         Raises:
             RefusedError: OWNER_LIMIT, `amount` can never be delivered to this peer.
         """
-        exposure = self._exposure(link)
+        exposure = self._book.policy(peer).exposure
         if amount > exposure > 0:  # without any, the line says no
             raise RefusedError(
                 f"it may cost {as_credits(amount)} credits, and this node delivers at most "
@@ -120,8 +127,11 @@ class Allowances:
                 next_step="ask for less in one job, or its owner for more exposure",
             )
 
-    def _exposure(self, link: Link) -> MicroCredits:
-        """The most that this peer may have unpaid; strangers have theirs together."""
-        if self.is_member(link):
-            return self._settings.village_exposure_micro_credits
-        return self._settings.stranger_pool_micro_credits
+
+def unwelcome() -> RefusedError:
+    """What a blocked peer hears."""
+    return RefusedError(
+        "this node does no work for you",
+        code="OWNER_LIMIT",
+        next_step="ask its owner, or try another peer",
+    )

@@ -58,6 +58,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stranger_pool_micro_credits: Annotated[
         Amount, _doc("unsigned work for all strangers together")
     ] = 0
+    stranger_day_micro_credits: Annotated[
+        Amount, _doc("what strangers together are forgiven a day of what they took")
+    ] = 0
+    debt_expiry_days: Annotated[
+        int,
+        Meta(ge=0, le=36_500),
+        _doc("a debt that has not moved for so long is written off; 0: never"),
+    ] = 0
     heartbeat_seconds: Annotated[Positive, _doc("between pings; three misses drop a peer")] = 10.0
     offer_seconds: Annotated[Positive, _doc("between offers; one lives four times as long")] = 30.0
     worker_idle_seconds: Annotated[Positive, _doc("an idle worker process ends after")] = 600.0

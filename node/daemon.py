@@ -18,6 +18,7 @@ from aivillage.ledger.ledger import NodeBook, open_ledger
 from aivillage.node import identity, lock, rotation
 from aivillage.node.addresses import Addresses, addresses_of
 from aivillage.node.buyer import Buyer
+from aivillage.node.caretaker import Caretaker
 from aivillage.node.clearing import Clearing
 from aivillage.node.config import Origin, Settings
 from aivillage.node.control import Control, open_control
@@ -36,6 +37,7 @@ from aivillage.node.monitor import Monitor
 from aivillage.node.owners import Owners
 from aivillage.node.pairs import Pairs
 from aivillage.node.paths import Paths
+from aivillage.node.people_desk import PeopleDesk
 from aivillage.node.pricelist import PriceList
 from aivillage.node.pursuit import Trade
 from aivillage.node.seller import Seller
@@ -71,8 +73,8 @@ async def run(
         await rotation.settle(paths)
         key = identity.load(paths.data_dir)
         jobs = await stack.enter_async_context(open_jobs(paths.jobs))
-        pool = LedgerSettings(stranger_pool=settings.stranger_pool_micro_credits)
-        ledger = await stack.enter_async_context(open_ledger(paths.ledger, key, settings=pool))
+        policy = ledger_settings(settings)
+        ledger = await stack.enter_async_context(open_ledger(paths.ledger, key, settings=policy))
         workers = await stack.enter_async_context(
             open_workers(
                 worker_settings(settings), cache_folder=paths.cache, scratch_folder=paths.scratch
@@ -112,10 +114,9 @@ async def open_node(
             book=ledger, events=events, tasks=tasks, owners=owners, grants=grants,
         )  # fmt: skip
         discovery = await _discovery(key, jobs)
-        villagers.on_succeeded = discovery.rename
         gossiper = Gossiper(links.all, villagers.is_member, discovery.accept)
         discovery.is_neighbour = villagers.is_member
-        villagers.heard_of = discovery.offers
+        villagers.on_succeeded, villagers.heard_of = discovery.rename, discovery.offers
         seller = Seller(
             settings=settings, prices=PriceList(key, settings.price_percent), workers=workers,
             book=ledger, events=events, nursery=nursery,
@@ -132,9 +133,9 @@ async def open_node(
         seller.buy = buyer.buy
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         seller.acquainted = villagers.acquainted
-        seller.allowances.is_member = lambda link: villagers.line_of(link) is not None
         pairs = Pairs(ledger, tasks)
         switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald, pairs)
+        keeper = Caretaker(ledger, jobs, events, (seller.running, buyer.running))
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
@@ -142,8 +143,10 @@ async def open_node(
             owners=owners, grants=grants, pairs=pairs,
         )  # fmt: skip
         await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
-        async with open_control(paths.socket, Control(desk.handlers(), buyer, hello, events)):
-            for service in (monitor.run, *villagers.services, herald.run, clearing.run):
+        people = PeopleDesk(desk, keeper, settings.village_exposure_micro_credits)
+        handlers = desk.handlers() | people.handlers()
+        async with open_control(paths.socket, Control(handlers, buyer, hello, events)):
+            for service in (monitor.run, *villagers.services, herald.run, clearing.run, keeper.run):
                 tasks.serve(service)
             yield desk
             switch.farewell()
@@ -167,6 +170,14 @@ async def _papers(
     for papers in (membership, owners, grants):
         await papers.load()
     return membership, owners, grants
+
+
+def ledger_settings(settings: Settings) -> LedgerSettings:
+    return LedgerSettings(
+        stranger_pool=settings.stranger_pool_micro_credits,
+        pool_day=settings.stranger_day_micro_credits,
+        debt_expiry_days=settings.debt_expiry_days,
+    )
 
 
 def worker_settings(settings: Settings) -> WorkerSettings:

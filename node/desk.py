@@ -117,7 +117,8 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         """Everybody known, met or only heard of; those linked first."""
         offers = {offer.seller: offer for offer in self.discovery.offers()}
         met = {known.id: known for known in await self.jobs.known_peers()}
-        everybody = dict.fromkeys((*(link.peer for link in self.links.all()), *met, *offers))
+        heard = (peer for peer in offers if peer not in self.ledger.names)  # my former key's too
+        everybody = dict.fromkeys((*(link.peer for link in self.links.all()), *met, *heard))
         return [
             self._peer(peer, met.get(peer), offers.get(peer))
             for peer in list(everybody)[:PEERS_LISTED_MAX]
@@ -126,11 +127,15 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     def _peer(self, peer: PeerId, known: KnownPeer | None, offer: Offer | None) -> dict[str, Any]:
         link = self.links.get(peer)
         record = self.discovery.records.get(peer) or Record()
+        view = self.ledger.view(peer)
         addresses = known.addresses if known else link.hello.addresses if link else ()
         return {
             "peer": peer,
             "connected": link is not None,
             "member": self.villagers.is_member(peer),
+            "line": view.line,
+            "blocked": view.blocked,
+            "shared": view.shared,
             "rtt_ms": round(link.rtt_seconds * 1000, 2) if link else None,
             "agent": link.hello.agent if link else "",
             "offers": [operation.name for operation in offer.operations] if offer else [],

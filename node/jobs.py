@@ -20,10 +20,11 @@ import trio
 
 from aivillage.protocols.errors import AivillageError, ConfigError, NodeError
 from aivillage.protocols.job import State
+from aivillage.protocols.pricing import Usage
 from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 
 APPLICATION_ID: Final = 0x41_49_56_4A
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 FULL_DISK_SECONDS: Final = 1.0
 """Between two tries on a full disk: what was delivered waits, unaccepted, unpaid."""
 T = TypeVar("T")
@@ -40,7 +41,8 @@ CREATE INDEX job_open ON job(state) WHERE ended IS NULL;
 CREATE TABLE attempt(
   id BLOB PRIMARY KEY, job TEXT NOT NULL REFERENCES job(id), seller TEXT NOT NULL,
   price INTEGER NOT NULL DEFAULT 0, outcome TEXT NOT NULL DEFAULT '', created REAL NOT NULL,
-  kernel TEXT NOT NULL DEFAULT '', identical TEXT NOT NULL DEFAULT '') STRICT;
+  kernel TEXT NOT NULL DEFAULT '', identical TEXT NOT NULL DEFAULT '',
+  quote BLOB NOT NULL DEFAULT x'', done BLOB NOT NULL DEFAULT x'') STRICT;
 CREATE INDEX attempt_job ON attempt(job);
 CREATE TABLE delivered(
   job TEXT NOT NULL REFERENCES job(id), seq INTEGER NOT NULL, attempt BLOB NOT NULL,
@@ -59,8 +61,10 @@ _SINCE_1: Final = (
     ("job", "parent", "TEXT NOT NULL DEFAULT ''"),
     ("attempt", "kernel", "TEXT NOT NULL DEFAULT ''"),
     ("attempt", "identical", "TEXT NOT NULL DEFAULT ''"),
+    ("attempt", "quote", "BLOB NOT NULL DEFAULT x''"),
+    ("attempt", "done", "BLOB NOT NULL DEFAULT x''"),
 )
-"""Columns that versions 1 and 2 did not have, or not always."""
+"""Columns that versions 1, 2 and 3 did not have, or not always."""
 
 
 class JobRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +89,11 @@ class JobRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One seller's try at a job; `price` is what was accepted from it."""
+    """One seller's try at a job; `price` is what was accepted from it.
+
+    `quote` is the envelope that the seller signed, and `done` the packed usage that earlier
+    attempts had delivered; both are empty where an older version of this program began it.
+    """
 
     id: bytes
     job: JobId
@@ -93,8 +101,10 @@ class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
     price: MicroCredits
     outcome: str
     created: float
-    kernel: str
-    identical: str
+    kernel: str = ""
+    identical: str = ""
+    quote: bytes = b""
+    done: bytes = b""
 
 
 class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,10 +220,20 @@ class Jobs:
         return [_row(JobRow, row) for row in rows]
 
     # ------------------------------------------------------------------ attempts, output
-    async def begin_attempt(self, attempt: AttemptId, job: JobId, seller: PeerId) -> None:
+    async def begin_attempt(
+        self,
+        attempt: AttemptId,
+        job: JobId,
+        seller: PeerId,
+        *,
+        quote: bytes = b"",
+        done: Usage | None = None,
+    ) -> None:
+        """`quote` is the accepted one as the seller signed it; what is `done` is not paid again."""
+        had = msgspec.msgpack.encode(dict(done or {}))
         await self._keep_writing(
-            "INSERT INTO attempt(id, job, seller, created) VALUES(?,?,?,?)",
-            (attempt, job, seller, time.time()),
+            "INSERT INTO attempt(id, job, seller, created, quote, done) VALUES(?,?,?,?,?,?)",
+            (attempt, job, seller, time.time(), quote, had),
         )
 
     async def end_attempt(self, attempt: AttemptId, price: MicroCredits, outcome: str) -> None:
@@ -410,7 +430,7 @@ def _open(path: Path) -> apsw.Connection:
         found = (db.pragma("application_id"), db.pragma("user_version"))
         if found == (0, 0):
             _create(db)
-        elif found in {(APPLICATION_ID, 1), (APPLICATION_ID, 2)}:
+        elif found in {(APPLICATION_ID, older) for older in range(1, SCHEMA_VERSION)}:
             _upgrade(db)
         elif found != (APPLICATION_ID, SCHEMA_VERSION):
             raise ConfigError(
@@ -436,7 +456,7 @@ def _create(db: apsw.Connection) -> None:
 
 
 def _upgrade(db: apsw.Connection) -> None:
-    """From versions 1 and 2."""
+    """From any older version."""
     with db:
         for table, column, kind in _SINCE_1:
             known = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}

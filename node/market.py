@@ -23,7 +23,7 @@ from aivillage.protocols.errors import (
 )
 from aivillage.protocols.messages import Quote, QuoteReply
 from aivillage.protocols.ports import Book
-from aivillage.protocols.pricing import Usage, price_of_rest
+from aivillage.protocols.pricing import Usage, is_free, price_of_rest
 from aivillage.protocols.types import MicroCredits, PeerId, Seconds, as_credits
 
 ASKED_AT_ONCE: Final = 3
@@ -66,9 +66,15 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     link: Link
     quote: Quote
     quote_hash: bytes
+    envelope: bytes
+    """The quote as the seller signed it."""
     price_at_most: MicroCredits
     seconds: Seconds
     why: str
+
+    @property
+    def is_free(self) -> bool:
+        return is_free(self.quote.terms)
 
 
 class Quoted(msgspec.Struct, frozen=True):
@@ -131,7 +137,7 @@ class Market:
     def _candidates(self, need: Need) -> list[Candidate]:
         found = self._discovery.candidates(need.operation)
         if not need.peer:
-            return found
+            return [c for c in found if not self._book.policy(c.peer).blocked]
         return [c for c in found if need.names(c.peer)]
 
     async def _best(
@@ -163,13 +169,13 @@ class Market:
         link = await self._reach(candidate)
         quoted = await self._quote(need, link)
         price = price_of_rest(quoted.quote.terms, need.usage, need.done)
-        if price > self._room(link, quoted):  # as it was then: it may have been paid since
+        if self._short(link, quoted, price):  # as it was then: it may have been paid since
             self.forget_quote(link.peer, need.operation)
             quoted = await self._quote(need, link)
             price = price_of_rest(quoted.quote.terms, need.usage, need.done)
-        if self._room(link, quoted) < price <= need.budget:
-            await self.clear(link.peer, price - self._room(link, quoted))
-        quote, reply, room = quoted.quote, quoted.reply, self._room(link, quoted)
+        if price <= need.budget and (short := self._short(link, quoted, price)):
+            await self.clear(link.peer, short)
+        quote, reply = quoted.quote, quoted.reply
         if price > need.budget:
             raise RequestError(
                 f"it may cost {as_credits(price)} credits, your ceiling leaves "
@@ -177,10 +183,10 @@ class Market:
                 code="PRICE_ABOVE_CEILING",
                 next_step="allow more with --max-price, or ask for less",
             )
-        if price > room:
+        if self._short(link, quoted, price):
             raise LedgerError(
                 f"it may cost {as_credits(price)} credits, and {link.peer[-8:]} lets you owe "
-                f"{as_credits(max(0, room))} more",
+                f"{as_credits(max(0, self._room(link, quoted)))} more",
                 next_step="earn credits by serving, or ask for less",
             )
         seconds = _seconds(quote, need, candidate) * (1 + reply.queue_length)
@@ -188,6 +194,7 @@ class Market:
             link=link,
             quote=quote,
             quote_hash=quoted.hash,
+            envelope=reply.quote,
             price_at_most=price,
             seconds=seconds,
             why=_why(candidate, link, reply),
@@ -196,6 +203,10 @@ class Market:
     def _room(self, link: Link, quoted: Quoted) -> MicroCredits:
         """What the seller lets us owe on top of what we owe now."""
         return quoted.reply.room_micro_credits + quoted.owed - self._book.owed_to(link.peer)
+
+    def _short(self, link: Link, quoted: Quoted, price: MicroCredits) -> MicroCredits:
+        """What is missing to pay `price`; what is free needs no room."""
+        return max(0, price - self._room(link, quoted)) if price else 0
 
     async def _reach(self, candidate: Candidate) -> Link:
         link = self._links.get(candidate.peer)

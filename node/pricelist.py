@@ -28,19 +28,22 @@ class PriceList:
         self._percent = price_percent
         self._quotes: collections.OrderedDict[bytes, Quote] = collections.OrderedDict()
 
-    def terms(self, operation: OperationInfo) -> Terms:
-        """The owner's price of each unit: rounded up, so that a price never becomes none."""
-        default = operation.terms.prices_micro_credits if operation.terms else {}
-        return Terms(
-            prices_micro_credits={u: -(-p * self._percent // 100) for u, p in default.items()}
-        )
+    def terms(self, operation: OperationInfo, *, free: bool = False) -> Terms:
+        """The owner's price of each unit: rounded up, so that a price never becomes none.
 
-    def quote(self, operation: OperationInfo, estimate: dict[str, int], seconds: Seconds) -> bytes:
+        `free`: for whom it is done for nothing.
+        """
+        default, percent = listed(operation).prices_micro_credits, 0 if free else self._percent
+        return Terms(prices_micro_credits={u: -(-p * percent // 100) for u, p in default.items()})
+
+    def quote(
+        self, operation: OperationInfo, terms: Terms, estimate: dict[str, int], seconds: Seconds
+    ) -> bytes:
         """A signed quote, good for a minute and for as many calls as one likes."""
         quote = Quote(
             seller=peer_of(self._key),
             operation=operation.name,
-            terms=self.terms(operation),
+            terms=terms,
             not_after_unix_ms=int((time.time() + QUOTE_SECONDS) * 1000),
             estimate=estimate,
             seconds=seconds,
@@ -63,6 +66,11 @@ class PriceList:
         raise RefusedError(
             "this quote is not good any more", code="QUOTE_EXPIRED", next_step="ask for a new one"
         )
+
+
+def listed(operation: OperationInfo) -> Terms:
+    """The module's default prices: what work for nothing is worth, on both sides."""
+    return operation.terms or Terms(prices_micro_credits={})
 
 
 def quote_hash(envelope: bytes) -> bytes:

@@ -21,6 +21,7 @@ from aivillage.node.events import Events
 from aivillage.node.jobs import JobRow, Jobs
 from aivillage.node.link import Link
 from aivillage.node.market import Choice, Market, Need
+from aivillage.node.pricelist import listed
 from aivillage.node.workers import Workers
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
@@ -34,7 +35,7 @@ from aivillage.protocols.errors import (
 from aivillage.protocols.job import JobEvent, State, step
 from aivillage.protocols.messages import Call, Finished, Frame
 from aivillage.protocols.ports import Book
-from aivillage.protocols.pricing import Usage
+from aivillage.protocols.pricing import Usage, price_of_rest
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 
 ATTEMPTS_MAX: Final = 8
@@ -249,7 +250,9 @@ class Pursuit:
             acknowledged=lambda: self.move("acknowledged"),
         )
         call = self._call(attempt)
-        await self._trade.jobs.begin_attempt(attempt.attempt, self.row.id, attempt.seller)
+        await self._trade.jobs.begin_attempt(
+            attempt.attempt, self.row.id, attempt.seller, quote=choice.envelope, done=attempt.done
+        )
         self._trade.attempts[choice.link, call.id] = attempt
         outcome = "stopped"
         try:
@@ -284,7 +287,7 @@ class Pursuit:
             operation=row.operation,
             request=row.request,
             quote_hash=attempt.choice.quote_hash,
-            ceiling_micro_credits=row.ceiling - self.spent,
+            ceiling_micro_credits=0 if attempt.choice.is_free else row.ceiling - self.spent,
             deadline_seconds=max(1.0, self.seconds_left()),
             delivered=self._delivered(),
             done=dict(attempt.done),
@@ -358,6 +361,8 @@ class Pursuit:
             self._kernels.add(attempt.kernel)
         self._why = attempt.choice.why
         await self._pay(attempt, owed=outcome not in REJECTED)
+        if attempt.choice.is_free and outcome not in REJECTED:
+            await self._note_favour(attempt)
         if outcome in REJECTED:
             await self._begin_anew()  # what a liar delivered is no base to go on from
         elif outcome != "done":
@@ -381,6 +386,19 @@ class Pursuit:
         except AivillageError as error:
             self._trade.events.emit(
                 "settle_failed", level=40, job=self.row.id, peer=peer, reason=str(error)
+            )
+
+    async def _note_favour(self, attempt: Attempt) -> None:
+        """What was done for nothing, at the default prices: the seller counts the same."""
+        terms = listed(self._trade.workers.describe(self.row.operation))
+        had = self._meter(self.output) if self.result is None else self._usage
+        worth = price_of_rest(terms, had, attempt.done)
+        try:
+            if worth:
+                await self._trade.book.favour(attempt.seller, attempt.attempt, worth, mine=True)
+        except AivillageError as error:
+            self._trade.events.emit(
+                "favour_not_noted", level=30, peer=attempt.seller, reason=str(error)
             )
 
     async def _rate(self, attempt: Attempt, outcome: str) -> None:

@@ -20,14 +20,15 @@ from aivillage.models.inference.generate import (
     prompt_bytes,
 )
 from aivillage.models.inference.generate import usage as units
-from aivillage.node.allowances import Allowances
+from aivillage.node.allowances import Allowances, unwelcome
 from aivillage.node.config import Settings
 from aivillage.node.engines import EngineClient, EngineSession
 from aivillage.node.events import Events
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.links import Link
 from aivillage.node.module_runs import OnCall
-from aivillage.node.pricelist import PriceList
+from aivillage.node.pricelist import PriceList, listed
+from aivillage.node.sale import Sale
 from aivillage.node.steps import StepWriter
 from aivillage.node.sub_jobs import Buy, SubJobs, buy_nothing
 from aivillage.node.workers import Workers
@@ -42,11 +43,11 @@ from aivillage.protocols.errors import (
     RefusedError,
     RequestError,
 )
-from aivillage.protocols.job import running_hash, token_bytes
+from aivillage.protocols.job import token_bytes
 from aivillage.protocols.messages import Call, OperationInfo, QuoteRequest, StepItem
 from aivillage.protocols.ports import Book, PartEvent, ProgressEvent, ResultEvent
-from aivillage.protocols.pricing import Terms, Usage, dearest_unit, price, price_of_rest
-from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
+from aivillage.protocols.pricing import Terms, Usage, dearest_unit, is_free, price
+from aivillage.protocols.types import AMOUNT_MAX, AttemptId, MicroCredits, PeerId, Seconds
 
 ATTEMPTS_REMEMBERED: Final = 65_536
 """Against replayed calls; an attempt id is 16 random bytes of the buyer's."""
@@ -61,31 +62,6 @@ BEAT_SECONDS: Final = 2.0
 """A sign of life while nothing can be delivered yet: a model loads, a prompt is read."""
 
 T = TypeVar("T")
-
-
-class Sale(msgspec.Struct):
-    """One running attempt of somebody else's job."""
-
-    link: Link
-    call: Call
-    attempt: AttemptId
-    terms: Terms
-    scope: trio.CancelScope
-    steps: StepWriter
-    out_hash: bytes = bytes(32)
-    number: int = 0
-    amount: MicroCredits = 0
-    started: float = 0.0
-
-    @property
-    def peer(self) -> PeerId:
-        return self.link.peer
-
-    def fold(self, body: bytes) -> bytes:
-        """Adds one delivered piece to the running hash."""
-        self.out_hash = running_hash(self.out_hash, self.attempt, self.number, body)
-        self.number += 1
-        return self.out_hash
 
 
 class Seller:
@@ -157,6 +133,12 @@ class Seller:
         if sale is not None:
             sale.scope.cancel()
 
+    def stop_for(self, peer: PeerId) -> None:
+        """Its owner blocked a peer: what runs for it ends."""
+        for sale in self.running():
+            if sale.peer == peer:
+                sale.stop(unwelcome())
+
     def on_list(self, link: Link, call_id: int) -> None:
         send_or_drop(link, messages.Operations(id=call_id, operations=tuple(self.operations())))
 
@@ -171,14 +153,15 @@ class Seller:
     async def _answer_quote(self, link: Link, request: QuoteRequest) -> None:
         try:
             operation = self._sold(request.operation)
-            usage, seconds = await self._workers.estimate(request.operation, request.request)
             await self.acquainted(link.peer)
+            self.allowances.require_welcome(link.peer)
+            usage, seconds = await self._workers.estimate(request.operation, request.request)
+            terms = self._terms(operation, link.peer)
             if not registry.is_served_by_engine(request.operation):
-                most = price(self._prices.terms(operation), usage)
-                self.allowances.require_deliverable(link, most)
+                self.allowances.require_deliverable(link.peer, price(terms, usage))
             reply = messages.QuoteReply(
                 id=request.id,
-                quote=self._prices.quote(operation, dict(usage), seconds),
+                quote=self._prices.quote(operation, terms, dict(usage), seconds),
                 room_micro_credits=self._book.headroom(link.peer),
                 queue_length=len(self._sales),
             )
@@ -199,18 +182,28 @@ class Seller:
             raise RefusedError("this node serves nobody", code="NOT_OFFERED")
         return operation
 
+    def _terms(self, operation: OperationInfo, peer: PeerId) -> Terms:
+        return self._prices.terms(operation, free=self._book.policy(peer).shared)
+
     def _admit(self, link: Link, call: Call) -> Sale:
         """Everything that can be said before any work.
 
         Raises:
             AivillageError: the call is refused, and why.
         """
-        self._sold(call.operation)
+        operation = self._sold(call.operation)
+        self.allowances.require_welcome(link.peer)
         if len(call.attempt) != 16 or (link, call.id) in self._sales:
             raise RequestError("an attempt has a fresh 16-byte id, a call a free one")
         if call.attempt in self._attempts:
             raise PeerError("this attempt was called before", code="REPLAYED")
         quote = self._prices.find(call.quote_hash, call.operation)
+        if is_free(quote.terms) != is_free(self._terms(operation, link.peer)):
+            raise RefusedError(  # a quote can be handed on, what is free only for some can not
+                "this quote was not made for you as you stand with this node now",
+                code="QUOTE_EXPIRED",
+                next_step="ask for a new one",
+            )
         self.allowances.require_credit(link.peer, dearest_unit(quote.terms))
         self.allowances.take_slot(link.peer, [sale.peer for sale in self._sales.values()])
         self._attempts[call.attempt] = None
@@ -223,6 +216,7 @@ class Seller:
             call=call,
             attempt=attempt,
             terms=quote.terms,
+            listed=listed(operation),
             scope=trio.CancelScope(),
             steps=self._steps.setdefault(link.peer, StepWriter(link)),
             started=time.monotonic(),
@@ -245,7 +239,7 @@ class Seller:
                 self._events.emit("sale_crashed", level=40, peer=sale.peer, error=repr(defect))
                 error = NodeError("the seller failed")
         if sale.scope.cancelled_caught:
-            error = JobError("cancelled by the buyer", code="CANCELLED")
+            error = sale.stopped or JobError("cancelled by the buyer", code="CANCELLED")
         self._end(sale, error)
 
     def _end(self, sale: Sale, error: AivillageError | None) -> None:
@@ -264,8 +258,17 @@ class Seller:
             outcome=error.code if error else "finished",
             seconds=round(time.monotonic() - sale.started, 3),
         )
+        if sale.is_free and sale.worth:
+            self._nursery.start_soon(self._note_favour, sale)
         if error is not None:
             self._refuse(sale.link, sale.call.id, error)
+
+    async def _note_favour(self, sale: Sale) -> None:
+        """The books tell who helped whom, also where nobody pays."""
+        try:
+            await self._book.favour(sale.peer, sale.attempt, sale.worth, mine=False)
+        except AivillageError as error:
+            self._events.emit("favour_not_noted", level=30, peer=sale.peer, reason=str(error))
 
     async def _work(self, sale: Sale) -> None:
         if registry.is_served_by_engine(sale.call.operation):
@@ -273,13 +276,14 @@ class Seller:
         else:
             await self._run_module(sale)
 
-    async def _deliver(self, sale: Sale, amount: MicroCredits, out_hash: bytes) -> None:
-        """Waits until the attempt's delivered value may grow to `amount`, and counts it.
+    async def _deliver(self, sale: Sale, usage: Usage, done: Usage, out_hash: bytes) -> None:
+        """Waits until the attempt may have delivered `usage`, and counts it.
 
         Raises:
             RequestError: PRICE_ABOVE_CEILING, the buyer would not pay it.
             LedgerError: INSUFFICIENT_CREDITS, it did not pay for what it has.
         """
+        amount = sale.price_of(usage, done)
         if amount > sale.call.ceiling_micro_credits:
             raise RequestError("the next unit is above the ceiling", code="PRICE_ABOVE_CEILING")
         await self._wait_for_room(
@@ -287,7 +291,7 @@ class Seller:
             amount - sale.amount,
             lambda: self._book.deliver(sale.peer, sale.attempt, amount, out_hash),
         )
-        sale.amount = amount
+        sale.delivered(usage, done)
 
     async def _wait_for_room(
         self, sale: Sale, amount: MicroCredits, fits: Callable[[], bool]
@@ -334,7 +338,7 @@ class Seller:
                 usage = units(frame.read_bytes, len(ids))
                 body = token_bytes(frame.token_ids)
                 out_hash = sale.fold(body)
-                await self._deliver(sale, price_of_rest(sale.terms, usage, done), out_hash)
+                await self._deliver(sale, usage, done, out_hash)
                 sale.steps.add(
                     StepItem(call.id, first, frame.token_ids, frame.text, out_hash[:8],
                              frame.read_bytes)
@@ -358,7 +362,7 @@ class Seller:
             RefusedError: OWNER_LIMIT, we read enough for this peer that nobody pays us for.
         """
         done = {unit: min(sale.call.done.get(unit, 0), count) for unit, count in had.items()}
-        self.allowances.take_reading(sale.link, price(sale.terms, done))
+        self.allowances.take_reading(sale.peer, price(sale.terms, done))
         return done
 
     async def _loaded(self, sale: Sale) -> EngineClient:
@@ -395,8 +399,11 @@ class Seller:
 
     def _allow(self, sale: Sale, session: EngineSession, units_made: int) -> None:
         """Beyond `units_made`, never more than one delivery may hold: it would wait for ever."""
-        dearest = max(1, dearest_unit(sale.terms))
-        at_once = max(1, self._settings.village_exposure_micro_credits // dearest)
+        if sale.is_free:  # no delivery waits
+            session.allow(AMOUNT_MAX)
+            return
+        dearest = dearest_unit(sale.terms)
+        at_once = max(1, self._book.policy(sale.peer).exposure // dearest)
         room = self._book.room(sale.peer) // dearest
         session.allow(units_made + max(room, min(LOOKAHEAD_UNITS, at_once)))
 
@@ -405,7 +412,7 @@ class Seller:
         call = sale.call
         estimate, _ = await self._workers.estimate(call.operation, call.request)
         most = price(sale.terms, estimate)
-        self.allowances.require_deliverable(sale.link, most)
+        self.allowances.require_deliverable(sale.peer, most)
         self.allowances.require_credit(sale.peer, most)
         # Before the work: who does not pay would have one run after the other, and its parts.
         await self._wait_for_room(sale, most, lambda: self._book.room(sale.peer) >= most)
@@ -429,7 +436,7 @@ class Seller:
                 elif isinstance(event, ResultEvent):
                     usage = await self._workers.meter(call.operation, call.request, event.body)
                     out_hash = sale.fold(event.body)
-                    await self._deliver(sale, price_of_rest(sale.terms, usage, {}), out_hash)
+                    await self._deliver(sale, usage, {}, out_hash)
                     self._finish(sale, event.body, usage)
                     return
         raise JobError("the module ended without a result", code="JOB_FAILED")

@@ -209,8 +209,17 @@ class Villagers:
         line = min(AMOUNT_MAX, line + self._grants.guaranteed(link.peer, link.hello.certificates))
         exposure = min(line, self._settings.village_exposure_micro_credits)
         await self._owners.set_line(link.peer, line, exposure, self.owner_of(link))
-        send_or_drop(
-            link, messages.Standing(line_micro_credits=line, exposure_micro_credits=exposure)
+        self.tell_standing(link.peer)
+
+    def tell_standing(self, peer: PeerId) -> bool:
+        """Says to a peer what is in force for it, the owner's word first; False: it is not here."""
+        link = self._links.get(self._book.names_of(peer)[0])
+        if link is None:
+            return False
+        view = self._book.view(peer)
+        return send_or_drop(
+            link,
+            messages.Standing(line_micro_credits=view.line, exposure_micro_credits=view.exposure),
         )
 
     async def _lend_again(self, link: Link) -> None:
@@ -220,9 +229,15 @@ class Villagers:
             self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
 
     async def _forsake(self, link: Link) -> None:
-        """Who belonged once and does not now may owe nothing more; what it owes, it owes."""
+        """Who belongs to no village of ours may owe what our owner says, else nothing.
+
+        What a former member owes, it owes.
+        """
         try:
             await self._owners.set_line(link.peer, 0, 0, self.owner_of(link))
+            self.tell_standing(link.peer)
+            if self._book.view(link.peer).line:
+                await self._jobs.saw_peer(link.peer, link.hello.addresses)
         except AivillageError as error:
             self._events.emit("peer_not_recorded", level=30, peer=link.peer, reason=str(error))
 

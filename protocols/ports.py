@@ -91,6 +91,19 @@ class Transport(Protocol):
 # --------------------------------------------------------------------------- ledger
 
 
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """What is in force for one peer: its owner's word here, else its village's.
+
+    `exposure`: the most that it may have unpaid; strangers have theirs together. `shared`: work
+    for it is free. `blocked`: none is done for it.
+    """
+
+    known: bool
+    exposure: MicroCredits
+    blocked: bool
+    shared: bool
+
+
 class Book(Protocol):
     """The ledger as buyer and seller see it. Plain calls touch memory only; awaits are durable.
 
@@ -134,6 +147,16 @@ class Book(Protocol):
 
         All devices of one `owner` share the line. The owner's own word beats this one.
         """
+        ...
+
+    def policy(self, peer: PeerId) -> Policy:
+        """What is in force for `peer` now."""
+        ...
+
+    async def favour(
+        self, peer: PeerId, attempt: AttemptId, worth: MicroCredits, *, mine: bool
+    ) -> None:
+        """Notes what work for nothing was worth. `mine`: it was done for me. Durable."""
         ...
 
     async def set_received(self, peer: PeerId, line: MicroCredits, exposure: MicroCredits) -> None:

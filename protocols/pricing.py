@@ -58,6 +58,11 @@ def price_of_rest(terms: Terms, usage: Usage, done: Usage) -> MicroCredits:
     return price(terms, rest)
 
 
+def is_free(terms: Terms) -> bool:
+    """Whether nothing costs anything."""
+    return not any(terms.prices_micro_credits.values())
+
+
 def dearest_unit(terms: Terms) -> MicroCredits:
     """Price of the dearest single unit: the smallest exposure under which work can move."""
     return max(terms.prices_micro_credits.values(), default=0)

@@ -320,14 +320,9 @@ def _check_route(item: Item, payer: bytes, payee: bytes) -> None:
         raise bad("has a transfer that is not whole")
 
 
-def xid_of(not_after_ms: int, random_bytes: bytes) -> bytes:
-    """A transfer's id: 8 bytes of the time after which it goes back, 8 of randomness."""
-    return not_after_ms.to_bytes(8, "big") + random_bytes[:8]
-
-
-def not_after_ms(xid: bytes) -> int:
-    """Unix milliseconds; whoever still holds the transfer then gives it back."""
-    return int.from_bytes(xid[:8], "big")
+def xid_of(started_ms: int, random_bytes: bytes) -> bytes:
+    """A transfer's id: 8 bytes of its starter's clock, 8 of randomness."""
+    return started_ms.to_bytes(8, "big") + random_bytes[:8]
 
 
 def check_receipt(receipt: Receipt, payer: bytes, payee: bytes, verify: Verify) -> ReceiptBody:

@@ -4,9 +4,12 @@ Every snapshot that a reader takes is balanced, and whenever all is quiet the to
 """
 
 import itertools
+import json
 import os
 import random
-from contextlib import AsyncExitStack
+import subprocess
+import sys
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 
 import apsw
@@ -18,6 +21,7 @@ from aivillage.ledger import reader
 from aivillage.ledger.ledger import open_ledger
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.types import AttemptId, peer_id
+from tests.house import ROOT
 
 pytestmark = pytest.mark.slow
 NODES, ROUNDS, ROUND_SECONDS = 8, 6, 1.0
@@ -155,6 +159,22 @@ class Bank:
         assert sum(peer.net for found in balances for peer in found.peers) == 0
 
 
+@contextmanager
+def reading(folder):
+    """The command line's reads go on in another process; all that it saw must add up."""
+    command = [sys.executable, "-m", "tests.integration.bank_reader", str(folder)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+    try:
+        yield
+        seen = json.loads(process.communicate(timeout=20)[0])
+        assert seen["wrong"] == []
+        assert seen["snapshots"] > 20
+    finally:
+        process.kill()
+        process.communicate()
+
+
 async def test_every_snapshot_is_balanced_and_at_every_quiet_point_the_total_is_zero(tmp_path):
     async with AsyncExitStack() as stack:
         books = [
@@ -166,19 +186,20 @@ async def test_every_snapshot_is_balanced_and_at_every_quiet_point_the_total_is_
             await books[me].set_received(IDS[you], LINE, EXPOSURE)
         bank = Bank(tmp_path, books, seed=11)
         bank.connect_all()
-        async with trio.open_nursery() as readers:
-            for node in range(NODES):
-                readers.start_soon(bank.watch, node)
-            for _ in range(ROUNDS):
-                bank.trading = True
-                async with trio.open_nursery() as traders:
-                    for _ in range(6):
-                        traders.start_soon(bank.trader)
-                    traders.start_soon(bank.partitions)
-                    await trio.sleep(ROUND_SECONDS)
-                    bank.trading = False
-                await bank.quiet()
-            readers.cancel_scope.cancel()
+        with reading(tmp_path):
+            async with trio.open_nursery() as readers:
+                for node in range(NODES):
+                    readers.start_soon(bank.watch, node)
+                for _ in range(ROUNDS):
+                    bank.trading = True
+                    async with trio.open_nursery() as traders:
+                        for _ in range(6):
+                            traders.start_soon(bank.trader)
+                        traders.start_soon(bank.partitions)
+                        await trio.sleep(ROUND_SECONDS)
+                        bank.trading = False
+                    await bank.quiet()
+                readers.cancel_scope.cancel()
         assert bank.jobs > 100
         assert bank.rings > 0
         assert bank.snapshots > 100

@@ -101,6 +101,8 @@ def test_the_money_reads_the_same_with_and_without_a_daemon(yard):
     for parts in (0, 2, 5):
         assert bob.run("submit", "mesh.noop", "x", "--parts", str(parts)).code == 0
     settled([ann, bob], 10)
+    # What is reserved ahead is given back some seconds after the last sale, or at the end.
+    wait_for(lambda: not ann.ask("balance")["at_risk"], 20, "ann gives back what it reserved")
     running = _money_of([ann, bob])
     assert running["bob balance"]["net"] == -(10 + 30 + 60)
     for daemon in (ann, bob):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from aivillage.ledger import books, transfers
 from aivillage.protocols.errors import AivillageError
-from aivillage.protocols.types import peer_id
 from aivillage.protocols.vouchers import RING_MAX, RING_MIN
 from tests.simulation.world import EXPOSURE, Node, World, broken
 
@@ -61,19 +58,37 @@ def _release(world: World, owner: Node) -> None:
 # ---------------------------------------------------------------- what must hold
 
 
-_AT_RISK = "SELECT peer, sum(amount) FROM route_hop GROUP BY peer"
+_MARKED = """
+  SELECT xid, state FROM transfer t
+  WHERE (state NOT IN ('waiting', 'refunded') AND NOT EXISTS (SELECT 1 FROM item
+      WHERE mine = 1 AND peer = t.next AND kind = 1 AND id = t.xid))
+    OR (state IN ('refunded', 'returned') AND NOT EXISTS (SELECT 1 FROM item
+      WHERE mine = 1 AND peer = t.previous AND kind = 3 AND id = t.xid))
+"""
 _MORE_OUT = """
-  SELECT id, sum(CASE mine WHEN 1 THEN amount ELSE -amount END) AS more FROM item
-  WHERE kind IN (1, 3) AND id NOT IN (SELECT xid FROM route) GROUP BY id HAVING more > 0
+  SELECT attempt, sum(amount) AS more FROM posting
+  WHERE account = 'routed' AND attempt NOT IN (SELECT xid FROM route)
+  GROUP BY attempt HAVING more > 0
 """
 
 
 def at_every_step(node: Node) -> None:
-    """I6: unconfirmed per member at most X. I7: nobody passes on more than came."""
-    for peer, amount in books.rows(node.db, _AT_RISK):
+    """I6: unconfirmed per member at most X. I7: nobody passes on more than came, nor less."""
+    for peer, amount in at_risk(node).items():
         if amount > EXPOSURE:
             raise broken("I6", f"node {node.index} has {amount} under way through {peer}")
     never_more_out(node)
+    for xid, state in books.rows(node.db, _MARKED):
+        raise broken("I7", f"node {node.index} marked {xid.hex()} {state} without a voucher")
+
+
+def at_risk(node: Node) -> dict[str, int]:
+    """By the open rings themselves, whatever the node keeps count of."""
+    amounts: dict[str, int] = {}
+    for amount, ring in books.rows(node.db, "SELECT amount, ring FROM route WHERE state = 'open'"):
+        for peer in transfers.names(ring)[1:]:
+            amounts[peer] = amounts.get(peer, 0) + amount
+    return amounts
 
 
 def held_back(node: Node, peer: str) -> int:
@@ -101,7 +116,7 @@ def when_quiet(world: World) -> None:
             if {transfer.previous, transfer.next} <= honest:
                 raise broken("I13", f"node {node.index}: {transfer} is stuck")
         for xid, ring in books.rows(node.db, "SELECT xid, ring FROM route WHERE state = 'open'"):
-            if {peer_id(key) for key in msgspec.msgpack.decode(ring)} <= honest:
+            if {*transfers.names(ring)} <= honest:
                 raise broken("I13", f"node {node.index}: ring {xid.hex()} never ended")
         if all(other.lossless for other in world.nodes):
             never_more_out(node)

@@ -77,7 +77,7 @@ async def test_patience_is_not_the_sellers_choice(tmp_path, monkeypatch):
     monkeypatch.setattr("aivillage.node.attempt.WORK_SLACK_SECONDS", -3.0)
     async with three(tmp_path) as (_, buyer, first, _second):
         quote = first.desk.seller._prices.quote
-        first.desk.seller._prices.quote = lambda o, e, _s: quote(o, e, 1e9)
+        first.desk.seller._prices.quote = lambda o, t, e, _s: quote(o, t, e, 1e9)
         running = await paused_job(buyer, first)
         with trio.fail_after(4):
             await running.ended.wait()
@@ -117,7 +117,7 @@ async def test_a_second_start_makes_no_seller_faster(tmp_path):
 async def test_a_seller_that_works_past_the_jobs_deadline_is_rated_for_it(tmp_path):
     async with three(tmp_path) as (_, buyer, first, _second):
         quote = first.desk.seller._prices.quote
-        first.desk.seller._prices.quote = lambda o, e, _s: quote(o, e, 0.1)
+        first.desk.seller._prices.quote = lambda o, t, e, _s: quote(o, t, e, 0.1)
         running = await paused_job(buyer, first, deadline=1.0)
         await running.ended.wait()
         assert running.error.code == "DEADLINE"
@@ -144,7 +144,7 @@ async def test_gifts_of_two_kinds_of_engine_are_not_called_identical(tmp_path):
     async with three(tmp_path) as (_, buyer, first, second):
         for node in (first, second):
             prices = node.desk.seller._prices
-            prices.terms = lambda o: Terms(
+            prices.terms = lambda o, **_: Terms(
                 prices_micro_credits=dict.fromkeys(o.terms.prices_micro_credits, 0)
             )
         first.script.die_after = 5

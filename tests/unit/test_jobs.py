@@ -24,12 +24,12 @@ async def _with_an_attempt(path):
         await jobs.begin_attempt(ATTEMPT, JOB, PeerId("somebody"))
 
 
-@pytest.mark.parametrize(("version", "sub_jobs"), [(1, False), (1, True), (2, True)])
+@pytest.mark.parametrize(("version", "sub_jobs"), [(1, False), (1, True), (2, True), (3, True)])
 async def test_an_older_store_opens_and_keeps_its_attempts(tmp_path, version, sub_jobs):
     path = tmp_path / "jobs.db"
     await _with_an_attempt(path)
     db = apsw.Connection(str(path))
-    for column in ("kernel", "identical"):
+    for column in ("quote", "done") if version == 3 else ("kernel", "identical", "quote", "done"):
         db.execute(f"ALTER TABLE attempt DROP COLUMN {column}")
     if not sub_jobs:
         for column in ("local", "parent"):
@@ -41,6 +41,7 @@ async def test_an_older_store_opens_and_keeps_its_attempts(tmp_path, version, su
         assert (row.id, row.local, row.parent) == (JOB, False, "")
         (attempt,) = await jobs.attempts(JOB)
         assert (attempt.id, attempt.kernel, attempt.identical) == (ATTEMPT, "", "")
+        assert (attempt.quote, attempt.done) == (b"", b"")
 
 
 async def test_a_store_of_a_newer_version_is_refused_and_left_alone(tmp_path):

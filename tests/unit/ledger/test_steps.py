@@ -303,6 +303,20 @@ def test_holes_are_named_and_filled(buyer, seller):
     assert ask(buyer, SELLER, 1, {}).mine == vouchers
 
 
+def test_an_answer_that_is_full_of_what_was_forgotten_asks_for_another_round(
+    buyer, seller, monkeypatch
+):
+    monkeypatch.setattr(sync, "VOUCHERS_MAX", 2)
+    vouchers = [sign(buyer, item(n, 10)) for n in range(1, 5)]
+    for voucher in vouchers:
+        take(seller, voucher)
+    first = ask(seller, BUYER, 6, {})
+    assert (first.yours, first.more) == (vouchers[:2], True)
+    known = {(True, WALLET.lane): LaneState(True, WALLET.lane, 2)}
+    second = ask(seller, BUYER, 6, known)
+    assert (second.yours, second.more) == (vouchers[2:], False)
+
+
 # the book
 
 

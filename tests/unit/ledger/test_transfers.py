@@ -54,7 +54,8 @@ class Node:
 
     def advance(self, *near, at_ms=NOW, met=()):
         ready = frozenset(other.id for other in near)
-        reach = transfers.Reach(ready, ready | {other.id for other in met})
+        met_or_ready = ready | {other.id for other in met}
+        reach = transfers.Reach(ready, met_or_ready, LATER - NOW)
         with self.db:
             return transfers.advance(self.db, self.sign, reach, at_ms)
 
@@ -149,7 +150,7 @@ def test_nothing_goes_through_a_middle_that_blocked_a_neighbour(nodes, blocked):
     a, b, c = nodes
     peer = a if blocked == "previous" else c
     exposure.decree(b.db, peer.id, exposure.Word(blocked=True), NOW)
-    exposure.set_received(b.db, c.id, 0 if blocked == "next" else LINE, X)
+    b.db.execute("UPDATE bal SET amount = -500")  # though it owes it more than that
     b.take(a, a.start(b, c).voucher)
     (sent,) = b.advance(a, c)
     assert sent.peer == a.id

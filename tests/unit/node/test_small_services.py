@@ -10,7 +10,7 @@ from aivillage.node import daemon, pricelist
 from aivillage.node.config import Settings
 from aivillage.node.events import Events, LineFormatter
 from aivillage.node.paths import paths
-from aivillage.node.pricelist import QUOTES_MAX, PriceList, quote_hash, read_quote
+from aivillage.node.pricelist import QUOTES_MAX, PriceList, listed, quote_hash, read_quote
 from aivillage.node.steps import StepWriter
 from aivillage.protocols.errors import PeerError, RefusedError
 from aivillage.protocols.messages import OperationInfo, StepItem
@@ -35,7 +35,7 @@ def test_a_quote_is_signed_good_for_a_minute_and_for_its_operation_only(monkeypa
     now = [1_800_000_000.0]
     monkeypatch.setattr(pricelist.time, "time", lambda: now[0])
     prices = PriceList(make_key(1), 100)
-    envelope = prices.quote(NOOP, {"calls": 1}, 0.5)
+    envelope = prices.quote(NOOP, listed(NOOP), {"calls": 1}, 0.5)
     quote = read_quote(envelope, make_peer(1), "mesh.noop")
     assert (quote.estimate, quote.seconds, quote.seller) == ({"calls": 1}, 0.5, make_peer(1))
     name = quote_hash(envelope)
@@ -52,7 +52,7 @@ def test_a_quote_is_signed_good_for_a_minute_and_for_its_operation_only(monkeypa
 
 
 def test_a_quote_of_somebody_else_or_for_something_else_is_no_quote():
-    envelope = PriceList(make_key(1), 100).quote(NOOP, {}, 0.0)
+    envelope = PriceList(make_key(1), 100).quote(NOOP, listed(NOOP), {}, 0.0)
     for seller, operation in ((2, "mesh.noop"), (1, "inference.generate")):
         with pytest.raises(PeerError):
             read_quote(envelope, make_peer(seller), operation)
@@ -63,7 +63,7 @@ def test_a_quote_of_somebody_else_or_for_something_else_is_no_quote():
 def test_the_oldest_quotes_are_forgotten(monkeypatch):
     monkeypatch.setattr(pricelist, "QUOTES_MAX", 2)
     prices = PriceList(make_key(1), 100)
-    names = [quote_hash(prices.quote(NOOP, {"calls": n}, 0.0)) for n in range(3)]
+    names = [quote_hash(prices.quote(NOOP, listed(NOOP), {"calls": n}, 0.0)) for n in range(3)]
     with pytest.raises(RefusedError):
         prices.find(names[0], "mesh.noop")
     assert prices.find(names[1], "mesh.noop")
