@@ -20,14 +20,14 @@ import apsw
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aivillage.ledger import reader
+from aivillage.ledger import books, queries, reader
 from aivillage.ledger import restore as restored_book
 from aivillage.node import archive, identity, lock
 from aivillage.node.archive import Manifest
 from aivillage.node.jobs import SCHEMA_VERSION
 from aivillage.node.paths import Paths
 from aivillage.protocols.errors import AivillageError, ConfigError, RequestError
-from aivillage.protocols.types import PeerId
+from aivillage.protocols.types import PeerId, peer_id
 
 _DATABASES: Final = ("jobs.db", "ledger.db")
 """In this order: what the job store knows of an attempt, the later book knows too."""
@@ -50,7 +50,8 @@ def backup(where: Paths, target: Path, *, force: bool = False) -> Manifest:
     """Writes the backup of a node to `target`, whole or not at all; the node may run meanwhile.
 
     Raises:
-        ConfigError: there is no node, its files are damaged, or `target` cannot be written.
+        ConfigError: there is no node, its files are damaged, its key is not the book's or was to
+            change, or `target` cannot be written.
         RequestError: BAD_REQUEST, `target` exists, and not `force`.
         NodeError: DISK_FULL.
     """
@@ -60,6 +61,11 @@ def backup(where: Paths, target: Path, *, force: bool = False) -> Manifest:
             f"{target} exists already",
             code="BAD_REQUEST",
             next_step="name another file, or replace it with --force",
+        )
+    if identity.exists(where.data_dir, identity.NEXT_FILE):
+        raise ConfigError(
+            "a change of this node's key was cut off",
+            next_step="start the node once, which ends it, then make the backup",
         )
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".backup-") as folder:
@@ -78,6 +84,8 @@ def _written(data_dir: Path, folder: Path, draft: Path, peer: PeerId) -> Manifes
         if (data_dir / name).exists():
             files[name] = folder / name
             schemas[name] = _snapshot(data_dir / name, folder / name)
+    if schemas["ledger.db"] == books.SCHEMA_VERSION:
+        _require_own(files["ledger.db"], peer)
     for path in sorted(data_dir.iterdir()):
         if path.name not in _DATABASES and _is_member(path):
             files[path.name] = folder / path.name
@@ -96,6 +104,15 @@ def _written(data_dir: Path, folder: Path, draft: Path, peer: PeerId) -> Manifes
 
 def _is_member(path: Path) -> bool:
     return path.is_file() and archive.MEMBERS.fullmatch(path.name) is not None
+
+
+def _require_own(book: Path, peer: PeerId) -> None:
+    """Raises: ConfigError: the book goes by another key, so no restore would take the two."""
+    if peer_id(reader.read(book, queries.keys())[0]) != peer:
+        raise ConfigError(
+            "the ledger belongs to another key",
+            next_step="put the identity.key back that this ledger.db was written with",
+        )
 
 
 def _snapshot(source: Path, target: Path) -> int:
@@ -254,11 +271,12 @@ def _key_first(path: Path) -> tuple[bool, str]:
 
 
 def _is_ours(path: Path) -> bool:
-    """A member, or a side file of one: beside another database it would be read as its own."""
+    """A member, its side file, or a key that was to follow: another node would use or drop it."""
     name = path.name
     for suffix in _SIDE_FILES:
         name = name.removesuffix(suffix)
-    return path.is_file() and archive.MEMBERS.fullmatch(name) is not None
+    is_member = archive.MEMBERS.fullmatch(name) is not None
+    return path.is_file() and (is_member or name == identity.NEXT_FILE)
 
 
 def _sync_folder(folder: Path) -> None:
