@@ -28,11 +28,15 @@ QuoteState = Literal["signed", "not stored", "does not match the signed quote"]
 
 
 class Kept(NamedTuple):
-    """A job as jobs.db has it; `bodies` is the accepted output by attempt, in order."""
+    """A job as jobs.db has it; `bodies` is the accepted output by attempt, in order.
+
+    `metered`: usage of the result, where another package's module had to count it elsewhere.
+    """
 
     job: JobRow
     attempts: Sequence[AttemptRow]
     bodies: Mapping[bytes, Sequence[bytes]]
+    metered: Usage | None = None
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,7 +196,7 @@ def _usage(kept: Kept, row: AttemptRow) -> Usage:
     """
     job = kept.job
     if row.outcome == "done":
-        return _metered(job)
+        return _metered(job) if kept.metered is None else kept.metered
     if not registry.is_served_by_engine(job.operation):
         if row.price:
             raise _CannotError("what it delivered is not here any more")
@@ -203,11 +207,16 @@ def _usage(kept: Kept, row: AttemptRow) -> Usage:
     return _pieces(bodies, _done(row)) if bodies else {}
 
 
+def needs_a_worker(job: JobRow) -> bool:
+    """Whether what the job took can only be told by another package's code."""
+    return not job.local and job.result is not None and registry.built_in(job.operation) is None
+
+
 def _metered(job: JobRow) -> Usage:
     module = registry.built_in(job.operation)
     if module is None:
         raise _CannotError(
-            f"{job.operation} is another package's module: its meter runs in a worker, not here"
+            f"{job.operation} is another package's module: only a running node can ask its meter"
         )
     if job.result is None:
         raise _CannotError("its result was not kept")
