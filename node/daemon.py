@@ -128,6 +128,7 @@ async def open_node(
         market = Market(links, discovery, ledger, herald.advertise)
         clearing = Clearing(ledger, villagers.hubs, events)
         market.clear = clearing.try_clear
+        market.debt_of = lambda peer: ledger.view(peer).owed_to_me
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.buy = buyer.buy

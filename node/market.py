@@ -35,6 +35,9 @@ SEEK_SECONDS: Final = 10.0
 OTHERS_SECONDS: Final = 0.25
 """Once one seller answered, the others asked have this long to be the better one."""
 QUOTE_MARGIN_MS: Final = 2_000
+DEBTOR_BONUS: Final = 1.25
+"""A seller that owes us the price counts as this much faster: what it owes us is worth something
+only there, and our lines with others stay free. A good deal faster still wins."""
 REFUSALS: Final = frozenset({"INSUFFICIENT_CREDITS", "OWNER_LIMIT"})
 """Of a seller that is there: to wait for others' offers would only hide what it said."""
 
@@ -71,6 +74,14 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     price_at_most: MicroCredits
     seconds: Seconds
     why: str
+    owes_us: bool
+    """At least the price: nobody has to lend for it."""
+
+    @property
+    def rank(self) -> tuple[Seconds, MicroCredits, bool]:
+        """The least is the best."""
+        seconds = self.seconds / DEBTOR_BONUS if self.owes_us else self.seconds
+        return seconds, self.price_at_most, not self.owes_us
 
     @property
     def is_free(self) -> bool:
@@ -99,6 +110,8 @@ class Market:
         self._quotes: dict[tuple[PeerId, str], Quoted] = {}
         self.clear: Clear = _clears_nothing
         """Moves what we owe a seller onto others, so that it lends us again."""
+        self.debt_of: Callable[[PeerId], MicroCredits] = lambda _peer: 0
+        """What a peer owes us."""
 
     async def choose(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> Choice:
         """The best seller for `need`.
@@ -159,7 +172,7 @@ class Market:
                 nursery.start_soon(ask, candidate)
         if not found:
             return None
-        best = min(found, key=lambda choice: (choice.seconds, choice.price_at_most))
+        best = min(found, key=lambda choice: choice.rank)
         others = len(found) - 1
         why = f"{best.why}, best of {others + 1}" if others else f"{best.why}, the only one"
         return msgspec.structs.replace(best, why=why)
@@ -190,6 +203,7 @@ class Market:
                 next_step="earn credits by serving, or ask for less",
             )
         seconds = _seconds(quote, need, candidate) * (1 + reply.queue_length)
+        owes_us = self.debt_of(link.peer) >= price > 0
         return Choice(
             link=link,
             quote=quote,
@@ -197,7 +211,8 @@ class Market:
             envelope=reply.quote,
             price_at_most=price,
             seconds=seconds,
-            why=_why(candidate, link, reply),
+            why=_why(candidate, link, reply) + (", owes us" if owes_us else ""),
+            owes_us=owes_us,
         )
 
     def _room(self, link: Link, quoted: Quoted) -> MicroCredits:

@@ -156,6 +156,30 @@ async def test_what_was_owed_and_is_earned_back_makes_room_again(tmp_path):
         assert (await one.ask("abcd", tokens=15)).error is None
 
 
+@pytest.mark.parametrize("owing", [0, 1])
+async def test_a_seller_that_owes_us_is_chosen_unless_another_is_much_faster(tmp_path, owing):
+    async with open_mesh(tmp_path) as mesh:
+        buyer, *sellers = [await mesh.add(name) for name in ("buyer", "x", "y")]
+        debtor, other = sellers[owing], sellers[1 - owing]
+        await mesh.knows(buyer, *sellers)
+        await mesh.knows(debtor, buyer)
+        assert (await debtor.ask("abcd", tokens=9, peer=buyer.peer)).error is None
+        await until(lambda: buyer.ledger.view(debtor.peer).owed_to_me == 10 * PRICE)
+        owed = []
+        for faster, chosen in ((1.0, debtor), (1.2, debtor), (1.3, other), (1.0, debtor)):
+            owed.append(buyer.ledger.view(debtor.peer).owed_to_me)
+            for seller, speed in ((debtor, 100.0), (other, 100.0 * faster)):
+                buyer.desk.discovery.record_of(seller.peer).units_per_second = speed
+            receipt = (await buyer.ask("abcd", tokens=2)).pursuit.receipt()
+            assert receipt.sellers == (chosen.peer,), (faster, receipt.why)
+            assert ("owes us" in receipt.why) == (chosen is debtor)
+        assert owed == [10 * PRICE, 7 * PRICE, 4 * PRICE, 4 * PRICE]
+        buyer.desk.discovery.record_of(debtor.peer).units_per_second = 99.0
+        buyer.desk.discovery.record_of(other.peer).units_per_second = 100.0
+        receipt = (await buyer.ask("abcd", tokens=2)).pursuit.receipt()
+        assert receipt.sellers == (other.peer,), "what is owed is less than the price"
+
+
 async def test_a_busy_seller_is_waited_for_and_then_used(tmp_path):
     async with pair(tmp_path, slots=1) as (_, buyer, seller):
         seller.script.pause_at = 2

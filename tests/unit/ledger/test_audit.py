@@ -123,7 +123,7 @@ def test_another_signed_voucher_in_the_place_of_the_booked_one_is_named(books_of
         "UPDATE voucher_in SET body = ?, signature = ?, items = ? WHERE n = 5",
         (other.body, other.signature, msgspec.msgpack.encode(other.items)),
     )
-    assert report(seller).first_error == "entry 5: the voucher at its place is another one"
+    assert report(seller).first_error == "entry 5: the voucher behind it is missing"
 
 
 def test_each_pass_is_heard_of_in_turn(books_of_two):
