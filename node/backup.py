@@ -35,12 +35,16 @@ _SIDE_FILES: Final = ("-wal", "-shm", "-journal")
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
-    """What was put in place; `kept_aside` is the folder of what was there, if anything was."""
+    """What was put in place; `kept_aside` is the folder of what was there, if anything was.
+
+    `jobs_cancelled`: how many had not ended when the backup was made.
+    """
 
     peer: PeerId
     data_dir: str
     created_unix_ms: int
     kept_aside: str | None
+    jobs_cancelled: int
 
 
 # ------------------------------------------------------------------ backup
@@ -150,6 +154,7 @@ def restore(where: Paths, source: Path, *, force: bool = False) -> Restored:
             manifest = archive.unpack(source, staged)
             key = _checked(staged, manifest)
             _require_place(where, key, force=force)
+            jobs_cancelled = _end_jobs(staged / "jobs.db")
             kept_aside = _swap(where.data_dir, staged)
     except OSError as error:
         raise archive.unwritten(error, f"{where.data_dir} cannot be written") from None
@@ -158,6 +163,7 @@ def restore(where: Paths, source: Path, *, force: bool = False) -> Restored:
         data_dir=str(where.data_dir),
         created_unix_ms=manifest.created_unix_ms,
         kept_aside=str(kept_aside) if kept_aside else None,
+        jobs_cancelled=jobs_cancelled,
     )
 
 
@@ -207,6 +213,30 @@ def _checked(staged: Path, manifest: Manifest) -> Ed25519PrivateKey:
             raise _refused(f"its book is wrong: {report.first_error}")
         restored_book.mark(book)
     return key
+
+
+def _end_jobs(path: Path) -> int:
+    """A job that ran at the backup may have ended and been paid since: nobody buys it again."""
+    if not path.exists():
+        return 0
+    why = "it was running when the backup was made that this node was restored from"
+    try:
+        db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+        try:
+            db.pragma("journal_mode", "delete")  # so that all of it is in the one file
+            with db:
+                db.execute(
+                    "UPDATE job SET state='cancelled', ended=?, code='CANCELLED', message=?"
+                    " WHERE ended IS NULL",
+                    (time.time(), why),
+                )
+            return db.changes()
+        finally:
+            db.close()
+    except apsw.FullError as error:
+        raise OSError(errno.ENOSPC, str(error)) from None
+    except apsw.Error as error:
+        raise _refused(f"its jobs.db cannot be read: {error}") from None
 
 
 def _refused(why: str) -> ConfigError:

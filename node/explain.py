@@ -50,10 +50,14 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Paid(msgspec.Struct, frozen=True, kw_only=True):
-    """What was signed for one attempt; `receipt` and `attested` are of its last vouchers."""
+    """What was signed for one attempt; `receipt` and `attested` are of its last vouchers.
+
+    Of the amount, `recovered` was forgotten by this node: the seller showed it the vouchers.
+    """
 
     amount_micro_credits: MicroCredits
     arrears_micro_credits: MicroCredits
+    recovered_micro_credits: MicroCredits
     final: bool
     receipt: bool
     attested: bool
@@ -260,6 +264,7 @@ def _paid(signed: Signed) -> Paid:
     return Paid(
         amount_micro_credits=sum(item.amount for item in items if not item.arrears),
         arrears_micro_credits=sum(item.amount for item in items if item.arrears),
+        recovered_micro_credits=signed.recovered,
         final=any(item.final for item in items),
         receipt=bool(items) and all(item.receipt for item in items),
         attested=bool(items) and all(item.attested for item in items),
@@ -271,7 +276,7 @@ def _contradictions(row: AttemptRow, total: MicroCredits, paid: Paid) -> list[st
     faults = []
     if row.price != total:
         faults.append(f"{row.price} micro-credits are stored, recomputed are {total}")
-    if paid.amount_micro_credits > total:
+    if paid.amount_micro_credits - paid.recovered_micro_credits > total:
         faults.append(
             f"{paid.amount_micro_credits} micro-credits were signed, recomputed are {total}"
         )
@@ -282,6 +287,11 @@ def _missing(row: AttemptRow, total: MicroCredits | None, paid: Paid) -> str:
     signed = paid.amount_micro_credits + paid.arrears_micro_credits
     if total is None or signed == total:
         return ""
+    if signed > total and paid.recovered_micro_credits:
+        return (
+            f"{signed - total} micro-credits were signed for output that this node has forgotten, "
+            "as after a backup was restored; the seller showed it its own vouchers"
+        )
     if signed > total:
         return "arrears were claimed after a crash for work that this node had not stored"
     if row.outcome in {"rejected", "doubtful"}:

@@ -13,6 +13,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import structs
 
 from aivillage.cli import main
 from aivillage.ledger import reader
@@ -20,10 +21,11 @@ from aivillage.ledger.ledger import open_ledger
 from aivillage.node import archive, identity, lock
 from aivillage.node.backup import backup, restore
 from aivillage.node.identity import load, peer_of
-from aivillage.node.jobs import open_jobs
+from aivillage.node.jobs import JobRow, open_jobs
 from aivillage.node.paths import paths
 from aivillage.node.rotation import rotate, settle
 from aivillage.protocols.errors import ConfigError, NodeError, RequestError
+from aivillage.protocols.types import JobId
 from tests.house import ROOT
 from tests.unit.ledger.test_ledger import BUYER, SELLER, A, B, join, until, work
 
@@ -251,6 +253,25 @@ def test_the_same_identity_without_its_ledger_gets_it_back(node, file):
     node.ledger.unlink()
     assert restore(node, file).peer == SELLER
     assert reader.read_audit(node.ledger).ok
+
+
+async def test_a_job_that_was_running_is_not_bought_again(node, tmp_path):
+    row = JobRow(
+        id=JobId("ab" * 16), operation="mesh.noop", request=b"\x80", state="new", ceiling=1,
+        deadline=None, peer="", created=1.0,
+    )  # fmt: skip
+    async with open_jobs(node.jobs) as jobs:
+        await jobs.add(row)
+        await jobs.add(structs.replace(row, id=JobId("cd" * 16)))
+        await jobs.end(JobId("cd" * 16), "done")
+    backup(node, tmp_path / "b.tar")
+    other = paths(str(tmp_path / "other"))
+    found = await trio.to_thread.run_sync(restore, other, tmp_path / "b.tar")
+    assert found.jobs_cancelled == 1
+    async with open_jobs(other.jobs) as jobs:
+        assert await jobs.unfinished() == []
+        ended = {job.id[:2]: (job.state, job.code) for job in await jobs.latest(5)}
+    assert ended == {"ab": ("cancelled", "CANCELLED"), "cd": ("done", "")}
 
 
 def test_a_folder_on_which_a_node_runs_is_refused_even_by_force(node, file):
