@@ -109,6 +109,7 @@ class Side:
 
     def __init__(self, crowd: Crowd, folder: Path, wire: Wire) -> None:
         self.crowd, self.folder, self.wire = crowd, folder, wire
+        self.pairs = crowd.pairs
         self.books: list[NodeBook] = []
 
     async def open(self, stack: AsyncExitStack, side: str, count: int) -> None:
@@ -145,10 +146,10 @@ class Payers(Side):
         self.latencies: list[float] = []
 
     def ends(self) -> list[tuple[int, int]]:
-        return self.crowd.pairs
+        return self.pairs
 
     def at(self, pair: int) -> tuple[NodeBook, PeerId]:
-        payer, payee = self.crowd.pairs[pair]
+        payer, payee = self.pairs[pair]
         return self.books[payer], name_of("payee", payee)
 
     async def listen(self) -> None:
@@ -163,14 +164,14 @@ class Payers(Side):
 
     async def synced(self) -> None:
         while not all(  # noqa: ASYNC110 - the book has no event for it
-            book.view(peer).synced for book, peer in map(self.at, range(len(self.crowd.pairs)))
+            book.view(peer).synced for book, peer in map(self.at, range(len(self.pairs)))
         ):
             await trio.sleep(0.01)
 
     async def pay(self, jobs: int, first: int) -> None:
         """All pairs at once, `depth` lanes of work each."""
         async with trio.open_nursery() as nursery:
-            for pair in range(len(self.crowd.pairs)):
+            for pair in range(len(self.pairs)):
                 for strand in range(self.crowd.depth):
                     nursery.start_soon(self._pay_one_by_one, pair, strand, range(first, jobs))
 
@@ -194,14 +195,14 @@ class Payers(Side):
 
 class Payees(Side):
     def ends(self) -> list[tuple[int, int]]:
-        return [(payee, payer) for payer, payee in self.crowd.pairs]
+        return [(payee, payer) for payer, payee in self.pairs]
 
     def at(self, pair: int) -> tuple[NodeBook, PeerId]:
-        payer, payee = self.crowd.pairs[pair]
+        payer, payee = self.pairs[pair]
         return self.books[payee], name_of("payer", payer)
 
     async def trust(self) -> None:
-        for pair in range(len(self.crowd.pairs)):
+        for pair in range(len(self.pairs)):
             book, peer = self.at(pair)
             await book.set_line(peer, LINE, EXPOSURE)
 
