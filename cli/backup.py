@@ -42,6 +42,8 @@ def restore(args: argparse.Namespace) -> int:
         return 0
     print(f"restored node {found.peer} of {show.ago(found.created_unix_ms / 1000)}")
     print(f"its folder: {found.data_dir}")
+    if found.jobs_cancelled:
+        print(f"jobs that were running then, and are cancelled: {found.jobs_cancelled}")
     if found.kept_aside:
         print(f"what was there: {found.kept_aside}")
     print(CAREFUL)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aivillage.cli import show
-from aivillage.cli.node import places
+from aivillage.cli.client import NoDaemonError
+from aivillage.cli.node import connect, places
 from aivillage.node.paths import Paths
-from aivillage.protocols.errors import EXIT_AUDIT, EXIT_OK
-from aivillage.protocols.types import AttemptId, as_credits
+from aivillage.protocols.errors import EXIT_AUDIT, EXIT_OK, AivillageError
+from aivillage.protocols.types import AttemptId, JobId, as_credits
 
 if TYPE_CHECKING:
     from aivillage.ledger.signed import Signed
@@ -22,11 +23,15 @@ def explain(args: argparse.Namespace) -> int:
     """Exit 7 where what is stored, what was signed and what is recomputed contradict each other."""
     from aivillage.node.attempts import kept_job
     from aivillage.node.explain import explain as explain_rows
+    from aivillage.node.explain import needs_a_worker
 
     where = places(args)
     signed = _signed(where, kept_job(where.jobs, args.job.lower()))
     # Once more: a job may be running, and what is signed was stored before, so it is there by now.
-    found = explain_rows(kept_job(where.jobs, args.job.lower()), signed)
+    kept = kept_job(where.jobs, args.job.lower())
+    if needs_a_worker(kept.job):
+        kept = kept._replace(metered=_metered(args, kept.job.id))
+    found = explain_rows(kept, signed)
     if args.json:
         show.as_json(msgspec.to_builtins(found))
     else:
@@ -40,6 +45,19 @@ def _signed(where: Paths, kept: Kept) -> dict[AttemptId, Signed]:
 
     asked = [(attempt.seller, AttemptId(attempt.id)) for attempt in kept.attempts]
     return reader.read(where.ledger, signed_for(asked)) if asked and not kept.job.local else {}
+
+
+def _metered(args: argparse.Namespace, job: JobId) -> dict[str, int] | None:
+    """By the running node's workers; None where none runs, or the module is off or fails."""
+    try:
+        with connect(args) as client:
+            found: dict[str, int] = client.ask("usage", job=job)
+            return found
+    except NoDaemonError:
+        return None
+    except AivillageError as error:
+        show.note(f"its usage was not counted: {error.message}")
+        return None
 
 
 def _say(found: Explanation) -> None:

@@ -19,6 +19,11 @@ _SIGNED: Final = """
   JOIN lane_out l ON l.peer = i.peer AND l.lane = i.lane
   WHERE i.mine = 1 AND i.peer = ? AND i.id = ? AND i.kind IN (0, 2) ORDER BY i.kind
 """
+# CROSS JOIN fixes the order: few entries of a peer are recoveries, each has a handful of postings.
+_RECOVERED: Final = """
+  SELECT coalesce(sum(p.amount), 0) FROM entry e CROSS JOIN posting p ON p.seq = e.seq
+  WHERE e.peer = ? AND e.kind = 'recover-pay' AND p.account = 'spent' AND p.attempt = ?
+"""
 _Asked = tuple[PeerId, AttemptId]
 
 
@@ -38,10 +43,14 @@ class SignedItem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Signed(msgspec.Struct, frozen=True, kw_only=True):
-    """All that the book says of one attempt. `intended`: the quote of a call not yet settled."""
+    """All that the book says of one attempt. `intended`: the quote of a call not yet settled.
+
+    `recovered`: what of it this node had forgotten, and the seller showed it at a SYNC.
+    """
 
     items: tuple[SignedItem, ...] = ()
     intended: bytes = b""
+    recovered: MicroCredits = 0
 
 
 def signed_for(asked: list[_Asked]) -> Query[dict[AttemptId, Signed]]:
@@ -55,9 +64,11 @@ def signed_for(asked: list[_Asked]) -> Query[dict[AttemptId, Signed]]:
             (peer, attempt),
         )
         rows = yield _SIGNED, (peer, attempt)
+        ((recovered,),) = (yield _RECOVERED, (peer, attempt)) if rows else [(0,)]
         found[attempt] = Signed(
             items=tuple(_item(attempt, row) for row in rows),
             intended=intents[0][0] if intents else b"",
+            recovered=recovered,
         )
     return found
 

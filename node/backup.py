@@ -20,14 +20,14 @@ import apsw
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aivillage.ledger import reader
+from aivillage.ledger import books, queries, reader
 from aivillage.ledger import restore as restored_book
 from aivillage.node import archive, identity, lock
 from aivillage.node.archive import Manifest
 from aivillage.node.jobs import SCHEMA_VERSION
 from aivillage.node.paths import Paths
 from aivillage.protocols.errors import AivillageError, ConfigError, RequestError
-from aivillage.protocols.types import PeerId
+from aivillage.protocols.types import PeerId, peer_id
 
 _DATABASES: Final = ("jobs.db", "ledger.db")
 """In this order: what the job store knows of an attempt, the later book knows too."""
@@ -35,12 +35,16 @@ _SIDE_FILES: Final = ("-wal", "-shm", "-journal")
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
-    """What was put in place; `kept_aside` is the folder of what was there, if anything was."""
+    """What was put in place; `kept_aside` is the folder of what was there, if anything was.
+
+    `jobs_cancelled`: how many had not ended when the backup was made.
+    """
 
     peer: PeerId
     data_dir: str
     created_unix_ms: int
     kept_aside: str | None
+    jobs_cancelled: int
 
 
 # ------------------------------------------------------------------ backup
@@ -50,7 +54,8 @@ def backup(where: Paths, target: Path, *, force: bool = False) -> Manifest:
     """Writes the backup of a node to `target`, whole or not at all; the node may run meanwhile.
 
     Raises:
-        ConfigError: there is no node, its files are damaged, or `target` cannot be written.
+        ConfigError: there is no node, its files are damaged, its key is not the book's or was to
+            change, or `target` cannot be written.
         RequestError: BAD_REQUEST, `target` exists, and not `force`.
         NodeError: DISK_FULL.
     """
@@ -60,6 +65,11 @@ def backup(where: Paths, target: Path, *, force: bool = False) -> Manifest:
             f"{target} exists already",
             code="BAD_REQUEST",
             next_step="name another file, or replace it with --force",
+        )
+    if identity.exists(where.data_dir, identity.NEXT_FILE):
+        raise ConfigError(
+            "a change of this node's key was cut off",
+            next_step="start the node once, which ends it, then make the backup",
         )
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".backup-") as folder:
@@ -78,6 +88,8 @@ def _written(data_dir: Path, folder: Path, draft: Path, peer: PeerId) -> Manifes
         if (data_dir / name).exists():
             files[name] = folder / name
             schemas[name] = _snapshot(data_dir / name, folder / name)
+    if schemas["ledger.db"] == books.SCHEMA_VERSION:
+        _require_own(files["ledger.db"], peer)
     for path in sorted(data_dir.iterdir()):
         if path.name not in _DATABASES and _is_member(path):
             files[path.name] = folder / path.name
@@ -96,6 +108,15 @@ def _written(data_dir: Path, folder: Path, draft: Path, peer: PeerId) -> Manifes
 
 def _is_member(path: Path) -> bool:
     return path.is_file() and archive.MEMBERS.fullmatch(path.name) is not None
+
+
+def _require_own(book: Path, peer: PeerId) -> None:
+    """Raises: ConfigError: the book goes by another key, so no restore would take the two."""
+    if peer_id(reader.read(book, queries.keys())[0]) != peer:
+        raise ConfigError(
+            "the ledger belongs to another key",
+            next_step="put the identity.key back that this ledger.db was written with",
+        )
 
 
 def _snapshot(source: Path, target: Path) -> int:
@@ -133,6 +154,7 @@ def restore(where: Paths, source: Path, *, force: bool = False) -> Restored:
             manifest = archive.unpack(source, staged)
             key = _checked(staged, manifest)
             _require_place(where, key, force=force)
+            jobs_cancelled = _end_jobs(staged / "jobs.db")
             kept_aside = _swap(where.data_dir, staged)
     except OSError as error:
         raise archive.unwritten(error, f"{where.data_dir} cannot be written") from None
@@ -141,6 +163,7 @@ def restore(where: Paths, source: Path, *, force: bool = False) -> Restored:
         data_dir=str(where.data_dir),
         created_unix_ms=manifest.created_unix_ms,
         kept_aside=str(kept_aside) if kept_aside else None,
+        jobs_cancelled=jobs_cancelled,
     )
 
 
@@ -190,6 +213,30 @@ def _checked(staged: Path, manifest: Manifest) -> Ed25519PrivateKey:
             raise _refused(f"its book is wrong: {report.first_error}")
         restored_book.mark(book)
     return key
+
+
+def _end_jobs(path: Path) -> int:
+    """A job that ran at the backup may have ended and been paid since: nobody buys it again."""
+    if not path.exists():
+        return 0
+    why = "it was running when the backup was made that this node was restored from"
+    try:
+        db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+        try:
+            db.pragma("journal_mode", "delete")  # so that all of it is in the one file
+            with db:
+                db.execute(
+                    "UPDATE job SET state='cancelled', ended=?, code='CANCELLED', message=?"
+                    " WHERE ended IS NULL",
+                    (time.time(), why),
+                )
+            return db.changes()
+        finally:
+            db.close()
+    except apsw.FullError as error:
+        raise OSError(errno.ENOSPC, str(error)) from None
+    except apsw.Error as error:
+        raise _refused(f"its jobs.db cannot be read: {error}") from None
 
 
 def _refused(why: str) -> ConfigError:
@@ -254,11 +301,12 @@ def _key_first(path: Path) -> tuple[bool, str]:
 
 
 def _is_ours(path: Path) -> bool:
-    """A member, or a side file of one: beside another database it would be read as its own."""
+    """A member, its side file, or a key that was to follow: another node would use or drop it."""
     name = path.name
     for suffix in _SIDE_FILES:
         name = name.removesuffix(suffix)
-    return path.is_file() and archive.MEMBERS.fullmatch(name) is not None
+    is_member = archive.MEMBERS.fullmatch(name) is not None
+    return path.is_file() and (is_member or name == identity.NEXT_FILE)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -19,6 +19,7 @@ from aivillage.node.sub_jobs import Bought, Order, SubJobs
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, RequestError
 from aivillage.protocols.job import State
 from aivillage.protocols.messages import Frame, Step, Submit
+from aivillage.protocols.pricing import Usage
 from aivillage.protocols.types import JobId, PeerId
 
 JOBS_MAX: Final = 64
@@ -161,6 +162,18 @@ class Buyer:
         """What a job is doing now; jobs.db knows only how it began and ended."""
         running = self._running.get(row.id)
         return running.pursuit.state if running else row.state
+
+    async def metered(self, row: JobRow) -> Usage:
+        """What a job took in all, by our own meter; a stranger's one runs in a worker.
+
+        Raises:
+            AivillageError: it has no result, or its operation is not enabled here.
+        """
+        if row.result is None:
+            raise RequestError(
+                f"job {row.id[:8]} has no result", next_step=f"aivillage-node jobs show {row.id}"
+            )
+        return await self._trade.workers.meter(row.operation, row.request, row.result)
 
     def running(self) -> list[Running]:
         return list(self._running.values())

@@ -72,6 +72,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "operations": self.on_operations,
             "jobs": self.on_jobs,
             "job": self.on_job,
+            "usage": self.on_usage,
             "cancel": self.on_cancel,
             "balance": self.on_balance,
             "history": self.on_history,
@@ -185,6 +186,9 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
                 ],
             }
         )
+
+    async def on_usage(self, args: dict[str, Any]) -> dict[str, int]:
+        return dict(await self.buyer.metered(await self._job(args)))
 
     async def on_cancel(self, args: dict[str, Any]) -> dict[str, Any]:
         row = await self._job(args)

@@ -28,11 +28,15 @@ QuoteState = Literal["signed", "not stored", "does not match the signed quote"]
 
 
 class Kept(NamedTuple):
-    """A job as jobs.db has it; `bodies` is the accepted output by attempt, in order."""
+    """A job as jobs.db has it; `bodies` is the accepted output by attempt, in order.
+
+    `metered`: usage of the result, where another package's module had to count it elsewhere.
+    """
 
     job: JobRow
     attempts: Sequence[AttemptRow]
     bodies: Mapping[bytes, Sequence[bytes]]
+    metered: Usage | None = None
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,10 +50,14 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Paid(msgspec.Struct, frozen=True, kw_only=True):
-    """What was signed for one attempt; `receipt` and `attested` are of its last vouchers."""
+    """What was signed for one attempt; `receipt` and `attested` are of its last vouchers.
+
+    Of the amount, `recovered` was forgotten by this node: the seller showed it the vouchers.
+    """
 
     amount_micro_credits: MicroCredits
     arrears_micro_credits: MicroCredits
+    recovered_micro_credits: MicroCredits
     final: bool
     receipt: bool
     attested: bool
@@ -192,7 +200,7 @@ def _usage(kept: Kept, row: AttemptRow) -> Usage:
     """
     job = kept.job
     if row.outcome == "done":
-        return _metered(job)
+        return _metered(job) if kept.metered is None else kept.metered
     if not registry.is_served_by_engine(job.operation):
         if row.price:
             raise _CannotError("what it delivered is not here any more")
@@ -203,11 +211,16 @@ def _usage(kept: Kept, row: AttemptRow) -> Usage:
     return _pieces(bodies, _done(row)) if bodies else {}
 
 
+def needs_a_worker(job: JobRow) -> bool:
+    """Whether what the job took can only be told by another package's code."""
+    return not job.local and job.result is not None and registry.built_in(job.operation) is None
+
+
 def _metered(job: JobRow) -> Usage:
     module = registry.built_in(job.operation)
     if module is None:
         raise _CannotError(
-            f"{job.operation} is another package's module: its meter runs in a worker, not here"
+            f"{job.operation} is another package's module: only a running node can ask its meter"
         )
     if job.result is None:
         raise _CannotError("its result was not kept")
@@ -251,6 +264,7 @@ def _paid(signed: Signed) -> Paid:
     return Paid(
         amount_micro_credits=sum(item.amount for item in items if not item.arrears),
         arrears_micro_credits=sum(item.amount for item in items if item.arrears),
+        recovered_micro_credits=signed.recovered,
         final=any(item.final for item in items),
         receipt=bool(items) and all(item.receipt for item in items),
         attested=bool(items) and all(item.attested for item in items),
@@ -262,7 +276,7 @@ def _contradictions(row: AttemptRow, total: MicroCredits, paid: Paid) -> list[st
     faults = []
     if row.price != total:
         faults.append(f"{row.price} micro-credits are stored, recomputed are {total}")
-    if paid.amount_micro_credits > total:
+    if paid.amount_micro_credits - paid.recovered_micro_credits > total:
         faults.append(
             f"{paid.amount_micro_credits} micro-credits were signed, recomputed are {total}"
         )
@@ -273,6 +287,11 @@ def _missing(row: AttemptRow, total: MicroCredits | None, paid: Paid) -> str:
     signed = paid.amount_micro_credits + paid.arrears_micro_credits
     if total is None or signed == total:
         return ""
+    if signed > total and paid.recovered_micro_credits:
+        return (
+            f"{signed - total} micro-credits were signed for output that this node has forgotten, "
+            "as after a backup was restored; the seller showed it its own vouchers"
+        )
     if signed > total:
         return "arrears were claimed after a crash for work that this node had not stored"
     if row.outcome in {"rejected", "doubtful"}:

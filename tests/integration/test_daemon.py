@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from aivillage.node import identity, village
+from tests.house import ROOT
 from tests.integration.daemons import Daemon, DaemonError, Done, Yard, paused, settled, wait_for
 
 pytestmark = pytest.mark.slow
@@ -108,6 +110,31 @@ def test_the_money_reads_the_same_with_and_without_a_daemon(yard):
     for daemon in (ann, bob):
         assert daemon.stop() == 0
     assert running == _money_of([ann, bob])
+
+
+def test_what_another_packages_module_cost_is_explained_while_a_node_can_ask_its_meter(yard):
+    info = yard.folder / "site" / "aivillage_wordcount-0.1.0.dist-info"  # as pip would put it
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: w\nVersion: 0.1.0\n")
+    target = "text.count_words = aivillage_wordcount:MODULE"
+    (info / "entry_points.txt").write_text(f"[aivillage.modules]\n{target}\n")
+    shutil.copy(ROOT / "examples" / "wordcount" / "aivillage_wordcount.py", info.parent)
+    yard.environment["PYTHONPATH"] += f":{info.parent}"
+    flags = ("--enable", "text.count_words", "--dev-mode")  # not every machine can fence it in
+    ann, bob = yard.village("ann", "bob", flags=flags)
+    yard.know_each_other(ann, bob)
+    wait_for(lambda: ann.sellers_known("text.count_words"), 20, "bob offers it")
+    done = ann.run("submit", "text.count_words", "three short words", "--json")
+    assert done.code == 0, done
+    job = done.json["receipt"]["job"]
+    found = ann.read("explain", job)
+    (attempt,) = found["attempts"]
+    assert [(line["unit"], line["count"]) for line in attempt["lines"]] == [("characters", 17)]
+    assert found["sum_micro_credits"] == found["signed_micro_credits"] == 17
+    ann.stop()
+    found = ann.read("explain", job)
+    assert (found["ok"], found["sum_micro_credits"]) == (True, None)
+    assert "only a running node" in found["attempts"][0]["note"]
 
 
 def test_a_statement_of_a_running_node_convinces_the_other(yard, tmp_path):

@@ -1,12 +1,15 @@
 """explain on real books: two sellers, and what it recomputes is what the ledger signed."""
 
+import functools
 import json
 
 import apsw
 import trio
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from aivillage.cli import main
-from tests.simulation.mesh import PRICE, price_of, settled
+from aivillage.node.backup import backup, restore
+from tests.simulation.mesh import PRICE, price_of, settled, until
 from tests.simulation.test_market import PROMPT
 from tests.simulation.test_market_failures import paused_job, three
 
@@ -44,6 +47,34 @@ async def test_a_failover_is_explained_to_the_micro_credit(tmp_path, capsys):
         assert found["sum_micro_credits"] == running.pursuit.receipt().price_micro_credits
         shown = [a["lines"][1] for a in found["attempts"]]
         assert [line["price_micro_credits"] for line in shown] == [PRICE, PRICE]
+
+
+async def test_after_a_restore_what_came_back_is_no_fault_and_nothing_is_paid_twice(
+    tmp_path, capsys
+):
+    async with three(tmp_path) as (mesh, buyer, first, _second):
+        pem = buyer.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        buyer.paths.key.write_bytes(pem)
+        buyer.paths.key.chmod(0o600)
+        running = await paused_job(buyer, first)
+        await until(lambda: buyer.ledger.view(first.peer).owed_by_me)
+        await trio.to_thread.run_sync(backup, buyer.paths, tmp_path / "b.tar")
+        first.script.go.set()
+        await running.ended.wait()
+        await settled(buyer, first, price_of(PROMPT, 12))
+        await buyer.stop()
+        put_back = functools.partial(restore, force=True)
+        await trio.to_thread.run_sync(put_back, buyer.paths, tmp_path / "b.tar")
+        await mesh.start(buyer)
+        await mesh.link(buyer, first)
+        await until(lambda: buyer.ledger.view(first.peer).synced)
+        await settled(buyer, first, price_of(PROMPT, 12))
+        code, found = await explained(buyer, running.pursuit.row.id, capsys)
+        (attempt,) = found["attempts"]
+        assert (code, found["ok"], found["state"]) == (0, True, "cancelled")
+        assert attempt["signed"]["amount_micro_credits"] == price_of(PROMPT, 12)
+        assert attempt["signed"]["recovered_micro_credits"] > 0
+        assert "forgotten" in attempt["note"]
 
 
 async def test_a_running_job_is_explained_as_far_as_it_came(tmp_path, capsys):

@@ -13,16 +13,19 @@ import pytest
 import trio
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import structs
 
 from aivillage.cli import main
 from aivillage.ledger import reader
 from aivillage.ledger.ledger import open_ledger
-from aivillage.node import archive, lock
+from aivillage.node import archive, identity, lock
 from aivillage.node.backup import backup, restore
-from aivillage.node.identity import peer_of
-from aivillage.node.jobs import open_jobs
+from aivillage.node.identity import load, peer_of
+from aivillage.node.jobs import JobRow, open_jobs
 from aivillage.node.paths import paths
+from aivillage.node.rotation import rotate, settle
 from aivillage.protocols.errors import ConfigError, NodeError, RequestError
+from aivillage.protocols.types import JobId
 from tests.house import ROOT
 from tests.unit.ledger.test_ledger import BUYER, SELLER, A, B, join, until, work
 
@@ -58,7 +61,7 @@ def node(tmp_path):
 
     trio.run(fill)
     where.config.write_text("slots = 2\n")
-    (where.data_dir / "identity.key.old").write_bytes(b"the key before")
+    (where.data_dir / "identity-abcdEFGH.old").write_bytes(b"the key before")
     return where
 
 
@@ -133,9 +136,9 @@ async def test_every_file_comes_back_and_the_archive_is_for_its_owner_alone(node
     other = paths(str(tmp_path / "other"))
     restore(other, file)
     assert {path.name for path in other.data_dir.iterdir()} == {
-        "ledger.db", "jobs.db", "config.toml", "identity.key", "identity.key.old", "node.lock",
+        "ledger.db", "jobs.db", "config.toml", "identity.key", "identity-abcdEFGH.old", "node.lock",
     }  # fmt: skip
-    for name in ("config.toml", "identity.key", "identity.key.old"):
+    for name in ("config.toml", "identity.key", "identity-abcdEFGH.old"):
         assert (other.data_dir / name).read_bytes() == (node.data_dir / name).read_bytes()
         assert (other.data_dir / name).stat().st_mode & 0o777 == 0o600
     async with open_jobs(other.jobs) as jobs:
@@ -199,10 +202,76 @@ def test_by_force_what_was_there_is_kept_aside_with_its_side_files(file, tmp_pat
     assert reader.read_audit(other.ledger).ok
 
 
+def test_a_former_key_comes_along_under_the_name_that_a_rotation_gives_it(node, tmp_path):
+    former, _ = trio.run(rotate, node)
+    backup(node, tmp_path / "b.tar")
+    other = paths(str(tmp_path / "other"))
+    restore(other, tmp_path / "b.tar")
+    kept = other.data_dir / f"identity-{former[-8:]}.old"
+    assert peer_of(load(other.data_dir, kept.name)) == former == SELLER
+
+
+def test_a_change_of_key_that_was_cut_off_is_ended_before_a_backup(node, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(identity, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trio.run(rotate, node)
+    with pytest.raises(ConfigError, match="cut off") as caught:
+        backup(node, tmp_path / "b.tar")
+    assert "start" in caught.value.next_step
+    trio.run(settle, node)
+    backup(node, tmp_path / "b.tar")
+    assert restore(paths(str(tmp_path / "other")), tmp_path / "b.tar").peer != SELLER
+
+
+def test_a_key_that_its_book_does_not_know_is_not_backed_up(node, tmp_path):
+    place(tmp_path / "other", A)
+    shutil.copyfile(tmp_path / "other" / "identity.key", node.data_dir / "identity.key")
+    with pytest.raises(ConfigError, match="another key"):
+        backup(node, tmp_path / "b.tar")
+    assert not (tmp_path / "b.tar").exists()
+
+
+def test_by_force_a_key_that_was_to_follow_stays_with_the_book_that_names_it(
+    node, file, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(identity, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trio.run(rotate, node)
+    follows = peer_of(load(node.data_dir, identity.NEXT_FILE))
+    found = restore(node, file, force=True)
+    trio.run(settle, node)  # as the next start does: it would drop the key
+    kept = Path(found.kept_aside)
+    assert peer_of(load(kept, identity.NEXT_FILE)) == follows
+    aside = paths(str(kept))
+    trio.run(settle, aside)
+    assert peer_of(load(kept)) == follows
+
+
 def test_the_same_identity_without_its_ledger_gets_it_back(node, file):
     node.ledger.unlink()
     assert restore(node, file).peer == SELLER
     assert reader.read_audit(node.ledger).ok
+
+
+async def test_a_job_that_was_running_is_not_bought_again(node, tmp_path):
+    row = JobRow(
+        id=JobId("ab" * 16), operation="mesh.noop", request=b"\x80", state="new", ceiling=1,
+        deadline=None, peer="", created=1.0,
+    )  # fmt: skip
+    async with open_jobs(node.jobs) as jobs:
+        await jobs.add(row)
+        await jobs.add(structs.replace(row, id=JobId("cd" * 16)))
+        await jobs.end(JobId("cd" * 16), "done")
+    backup(node, tmp_path / "b.tar")
+    other = paths(str(tmp_path / "other"))
+    found = await trio.to_thread.run_sync(restore, other, tmp_path / "b.tar")
+    assert found.jobs_cancelled == 1
+    async with open_jobs(other.jobs) as jobs:
+        assert await jobs.unfinished() == []
+        ended = {job.id[:2]: (job.state, job.code) for job in await jobs.latest(5)}
+    assert ended == {"ab": ("cancelled", "CANCELLED"), "cd": ("done", "")}
 
 
 def test_a_folder_on_which_a_node_runs_is_refused_even_by_force(node, file):

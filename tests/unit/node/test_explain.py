@@ -138,6 +138,17 @@ def test_more_signed_than_recomputed_is_a_fault_and_less_is_said():
     assert one.note.startswith("6 micro-credits are not signed yet")
 
 
+def test_what_came_back_at_a_sync_may_be_more_than_was_stored():
+    book = {AttemptId(FIRST): Signed(items=(item(200),), recovered=104)}
+    found = explain(Kept(job(), [attempt()], {}), book)
+    assert (found.ok, found.attempts[0].faults) == (True, ())
+    assert "104 micro-credits were signed for output that this node has forgotten" in (
+        found.attempts[0].note
+    )
+    book = {AttemptId(FIRST): Signed(items=(item(200),), recovered=103)}
+    assert not explain(Kept(job(), [attempt()], {}), book).ok
+
+
 def test_arrears_after_a_crash_may_be_more_than_was_stored():
     row = attempt(price=0, outcome="stopped")
     found, one = alone(row, [item(30, arrears=True)], state="failed", result=None)
