@@ -266,6 +266,9 @@ class NodeBook:
     def owed_to(self, peer: PeerId) -> MicroCredits:
         return max(0, -self._ledger.desk.pair(peer).balance)
 
+    def owed_by(self, peer: PeerId) -> MicroCredits:
+        return max(0, self._ledger.desk.pair(peer).balance)
+
     # seller
 
     def begin_sale(

@@ -127,8 +127,7 @@ async def open_node(
         )  # fmt: skip
         market = Market(links, discovery, ledger, herald.advertise)
         clearing = Clearing(ledger, villagers.hubs, events)
-        market.clear = clearing.try_clear
-        market.debt_of = lambda peer: ledger.view(peer).owed_to_me
+        market.clear, market.debt_of = clearing.try_clear, ledger.owed_by
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.buy = buyer.buy
