@@ -16,7 +16,7 @@ import msgspec
 from aivillage.ledger.migrations import migrate, schema
 from aivillage.protocols.errors import ConfigError, RequestError
 from aivillage.protocols.types import MicroCredits, PeerId, peer_id, public_key
-from aivillage.protocols.vouchers import digest, lane_of
+from aivillage.protocols.vouchers import GIFT, REFUND, ROUTE, digest, lane_of
 
 APPLICATION_ID: Final = 0x41495642  # "AIVB"
 SCHEMA_VERSION: Final = 2
@@ -38,6 +38,14 @@ class Leg(NamedTuple):
     account: str
     attempt: bytes | None
     amount: MicroCredits
+
+
+_ACCOUNTS: Final = {ROUTE: "routed", REFUND: "routed", GIFT: "gift"}
+
+
+def account_of(kind: int, work: str) -> str:
+    """Where an item's money is posted; `work`: the side of whoever asks, earned or spent."""
+    return _ACCOUNTS.get(kind, work)
 
 
 class Cause(NamedTuple):

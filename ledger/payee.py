@@ -8,12 +8,18 @@ import apsw
 import msgspec
 
 from aivillage.ledger import transfers
-from aivillage.ledger.books import Cause, Leg, ensure_peer, keep_evidence, one, post, rows
+from aivillage.ledger.books import (
+    Cause,
+    Leg,
+    account_of,
+    ensure_peer,
+    keep_evidence,
+    one,
+    post,
+    rows,
+)
 from aivillage.protocols.types import MicroCredits, PeerId
 from aivillage.protocols.vouchers import (
-    GIFT,
-    REFUND,
-    ROUTE,
     SERVICE,
     Item,
     ReceiptRow,
@@ -33,12 +39,14 @@ class Booked(NamedTuple):
 
 
 class _Lane(NamedTuple):
-    n: int
-    cum: MicroCredits
-    attr: MicroCredits
-    service: MicroCredits
-    vouchers: int
-    sealed: int
+    """What is stored of a lane; one that is not stored has 0 vouchers."""
+
+    n: int = 0
+    cum: MicroCredits = 0
+    attr: MicroCredits = 0
+    service: MicroCredits = 0
+    vouchers: int = 0
+    sealed: int = 0
 
 
 def book_voucher(
@@ -59,15 +67,21 @@ def book_voucher(
         proof = (rival[0], rival[1], voucher.body, voucher.signature)
         keep_evidence(db, peer, (body.lane, body.n), proof, at_ms)
         return Booked(body.lane, None)
-    known_peer = one(db, "SELECT 1 FROM peer WHERE peer = ? AND known = 1", (peer,)) is not None
-    if _says_nothing(db, peer, body, voucher, known_peer):
-        # A neighbour may hear that it came; a stranger would only ask again.
-        receipt = ReceiptRow(body.n, digest(voucher.body), False) if known_peer else None
-        return Booked(body.lane, receipt)
-    items = _book(db, peer, body, voucher, (cause, attest, at_ms))
+    lane = _Lane(*(one(db, _LANE, (peer, body.lane)) or ()))
+    if body.cum <= lane.cum:  # no money: it may still be news
+        is_known = one(db, _KNOWN, (peer,)) is not None
+        if _says_nothing(db, peer, body, voucher, lane, is_known=is_known):
+            # A neighbour may hear that it came; a stranger would only ask again.
+            receipt = ReceiptRow(body.n, digest(voucher.body), False) if is_known else None
+            return Booked(body.lane, receipt)
+    items = _book(db, peer, body, voucher, lane, (cause, attest, at_ms))
     return Booked(body.lane, ReceiptRow(body.n, digest(voucher.body), attest), items)
 
 
+_LANE: Final = (
+    "SELECT n, cum, attr, service, count, sealed FROM lane_in WHERE peer = ? AND lane = ?"
+)
+_KNOWN: Final = "SELECT 1 FROM peer WHERE peer = ? AND known = 1"
 _STORED: Final = "SELECT body, signature, cum FROM voucher_in WHERE peer = ? AND lane = ?"
 _BEFORE: Final = f"{_STORED} AND n < ? ORDER BY n DESC LIMIT 1"
 _AFTER: Final = f"{_STORED} AND n > ? ORDER BY n LIMIT 1"
@@ -88,21 +102,25 @@ def _rival(db: apsw.Connection, peer: PeerId, body: VoucherBody) -> tuple[bytes,
 
 
 def _says_nothing(
-    db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher, known: bool
+    db: apsw.Connection,
+    peer: PeerId,
+    body: VoucherBody,
+    voucher: Voucher,
+    lane: _Lane,
+    *,
+    is_known: bool,
 ) -> bool:
-    """A voucher without money, news of an attempt or an end: it would only fill the disk.
+    """A voucher without money has no news of an attempt or an end: it would only fill the disk.
 
     A later one made it worthless, and compaction may have dropped it. Work for nothing is news
     of a neighbour's only.
     """
-    row = one(db, "SELECT n, cum, attr FROM lane_in WHERE peer = ? AND lane = ?", (peer, body.lane))
-    n, cum, attr = row or (0, 0, 0)
-    if body.cum > cum or (known and body.n > n):
+    if is_known and body.n > lane.n:
         return False
     for item in voucher.items:
         row = one(db, _ITEM, (peer, item.kind, item.id))
-        amount, final = (row[1], row[2]) if row else (0, not known)
-        if (item.amount > amount and attr < cum) or (item.final and not final):
+        amount, final = (row[1], row[2]) if row else (0, not is_known)
+        if (item.amount > amount and lane.attr < lane.cum) or (item.final and not final):
             return False
     return True
 
@@ -117,18 +135,13 @@ def _book(
     peer: PeerId,
     body: VoucherBody,
     voucher: Voucher,
+    old: _Lane,
     how: tuple[str, bool, int],
 ) -> tuple[Item, ...]:
     kind, attest, at_ms = how
     place = (peer, body.lane)
-    row = one(
-        db,
-        "SELECT n, cum, attr, service, count, sealed FROM lane_in WHERE peer = ? AND lane = ?",
-        place,
-    )
-    if row is None:
+    if not old.vouchers:
         ensure_peer(db, peer)
-    old = _Lane(*row) if row else _Lane(0, 0, 0, 0, 0, 0)
     cum = max(old.cum, body.cum)
     counted = _label(db, peer, body, voucher, cum - old.attr)
     attr = old.attr + sum(increase for _, increase in counted)
@@ -148,18 +161,15 @@ def _book(
         ),
     )
     db.execute("UPDATE peer SET paid = paid + ? WHERE peer = ?", (credit, peer))
-    earned = [Leg(_ACCOUNTS[item.kind], item.id, -increase) for item, increase in counted]
+    earned = [
+        Leg(account_of(item.kind, "earned"), item.id, -increase) for item, increase in counted
+    ]
     rest = -money - sum(leg.amount for leg in earned)
     cause = Cause(peer, body.lane, body.n, voucher.body, kind)
     post(db, cause, [Leg("peer", None, money), *earned, Leg("unlabelled", None, rest)], at_ms)
     for item, increase in counted:
         transfers.take(db, peer, item, increase, at_ms)
     return tuple(item for item, _ in counted)
-
-
-_ACCOUNTS: Final = {ROUTE: "routed", REFUND: "routed", GIFT: "gift"} | dict.fromkeys(
-    SERVICE, "earned"
-)
 
 
 def _service(
@@ -178,12 +188,8 @@ def _label(
     """Takes the items that the lane's cum covers: (item, increase). Items never exceed cum."""
     counted = []
     for item in voucher.items:
-        row = one(
-            db,
-            "SELECT lane, amount FROM item WHERE mine = 0 AND peer = ? AND kind = ? AND id = ?",
-            (peer, item.kind, item.id),
-        )
-        lane, amount = row or (body.lane, 0)
+        row = one(db, _ITEM, (peer, item.kind, item.id))
+        lane, amount, _ = row or (body.lane, 0, 0)
         increase = max(0, item.amount - amount)
         if lane != body.lane or increase > room:
             continue

@@ -13,14 +13,21 @@ import apsw
 import msgspec
 
 from aivillage.ledger import transfers
-from aivillage.ledger.books import Cause, Leg, ensure_peer, keep_evidence, key_of, one, post, rows
+from aivillage.ledger.books import (
+    Cause,
+    Leg,
+    account_of,
+    ensure_peer,
+    keep_evidence,
+    key_of,
+    one,
+    post,
+    rows,
+)
 from aivillage.ledger.signing import Signer
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
 from aivillage.protocols.vouchers import (
-    GIFT,
     JOB,
-    REFUND,
-    ROUTE,
     SERVICE,
     Item,
     Receipt,
@@ -137,11 +144,6 @@ def _insert(db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Vouch
             drop_intent(db, peer, AttemptId(item.id))
 
 
-_ACCOUNTS: Final = {ROUTE: "routed", REFUND: "routed", GIFT: "gift"} | dict.fromkeys(
-    SERVICE, "spent"
-)
-
-
 def _pay(
     db: apsw.Connection,
     cause: Cause,
@@ -150,7 +152,7 @@ def _pay(
     at_ms: int,
 ) -> None:
     """Entry of a payment; `money` beyond the items (lost vouchers) stays unlabelled."""
-    spent = [Leg(_ACCOUNTS[item.kind], item.id, increase) for item, increase in increases]
+    spent = [Leg(account_of(item.kind, "spent"), item.id, increase) for item, increase in increases]
     rest = money - sum(leg.amount for leg in spent)
     post(db, cause, [Leg("peer", None, -money), *spent, Leg("unlabelled", None, rest)], at_ms)
 

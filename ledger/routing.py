@@ -8,6 +8,7 @@ from typing import Final
 import apsw
 
 from aivillage.ledger import payer, transfers
+from aivillage.ledger.books import Pair
 from aivillage.ledger.buying import Buying
 from aivillage.ledger.desk import Desk, Failed, Partner
 from aivillage.protocols.errors import RefusedError
@@ -67,7 +68,7 @@ class Routing:
         at_ms = self._desk.clock.unix_ms()
 
         def released(amount: MicroCredits) -> None:
-            self._desk.refresh(pair.peer for pair in self._desk.pairs() if pair.routed)
+            self._tell_end(xid)
             done(amount)
 
         self._desk.submit(lambda db: transfers.release(db, xid, at_ms), released, failed)
@@ -92,17 +93,19 @@ class Routing:
         for item in items:
             if item.kind in {ROUTE, REFUND}:
                 self._waiting = True
-                self._desk.refresh(pair.peer for pair in self._desk.pairs() if pair.routed)
                 self._tell_end(item.id)
 
     def _tell_end(self, xid: bytes) -> None:
-        """What the book says of it: an item may bring less than the whole."""
+        """What the book says of a ring of mine: an item may bring less than the whole."""
 
-        def told(state: str) -> None:
+        def told(found: tuple[str, list[Pair]]) -> None:
+            state, pairs = found
+            for pair in pairs:
+                self._desk.keep(pair)
             if state in {"closed", "refunded"}:
                 self.on_end(xid, state)
 
-        self._desk.submit(lambda db: transfers.state_of(db, xid), told)
+        self._desk.submit(lambda db: transfers.standing(db, xid), told)
 
     def _signing(self, db: apsw.Connection) -> transfers.Sign:
         wallet, at_ms = self._desk.wallet, self._desk.clock.unix_ms()

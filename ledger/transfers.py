@@ -25,7 +25,7 @@ from aivillage.ledger.books import (
     rows,
 )
 from aivillage.protocols.errors import LedgerError, RequestError
-from aivillage.protocols.types import MicroCredits, PeerId, as_credits, peer_id
+from aivillage.protocols.types import MicroCredits, PeerId, as_credits
 from aivillage.protocols.vouchers import (
     REFUND,
     RING_MAX,
@@ -360,12 +360,9 @@ def _mark(
         db.execute(_MARKED.format(side), (state, xid, peer, old))
 
 
-def state_of(db: apsw.Connection, xid: bytes) -> str:
-    """Of a ring of mine; empty where it is none."""
-    row = one(db, "SELECT state FROM route WHERE xid = ?", (xid,))
-    return row[0] if row else ""
-
-
-def names(ring: bytes) -> tuple[PeerId, ...]:
-    """The members of a stored ring, the one who started it first."""
-    return tuple(peer_id(key) for key in _keys(ring))
+def standing(db: apsw.Connection, xid: bytes) -> tuple[str, list[Pair]]:
+    """State of a ring of mine, and the counters with its members; empty where it is none."""
+    found = one(db, "SELECT state, ring FROM route WHERE xid = ?", (xid,))
+    if found is None:
+        return "", []
+    return found[0], [read_pair(db, name_of(db, key)) for key in _keys(found[1])[1:]]

@@ -124,7 +124,7 @@ def _delta() -> AbstractContextManager[Any]:
         edited(payer, "adopt", ("max(0, body.cum - row[1])", "body.cum")),
         edited(payee, "_book", ("cum = max(old.cum, body.cum)", "cum = old.cum + body.cum")),
         patch.object(payee, "_rival", lambda *_: None),
-        patch.object(payee, "_says_nothing", lambda *_: False),
+        patch.object(payee, "_says_nothing", lambda *_, **__: False),
     )
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from aivillage.ledger import books, transfers
 from aivillage.protocols.errors import AivillageError
+from aivillage.protocols.types import PeerId, peer_id
 from aivillage.protocols.vouchers import RING_MAX, RING_MIN
 from tests.simulation.world import EXPOSURE, Node, World, broken
 
@@ -86,9 +89,14 @@ def at_risk(node: Node) -> dict[str, int]:
     """By the open rings themselves, whatever the node keeps count of."""
     amounts: dict[str, int] = {}
     for amount, ring in books.rows(node.db, "SELECT amount, ring FROM route WHERE state = 'open'"):
-        for peer in transfers.names(ring)[1:]:
+        for peer in members(ring)[1:]:
             amounts[peer] = amounts.get(peer, 0) + amount
     return amounts
+
+
+def members(ring: bytes) -> tuple[PeerId, ...]:
+    """Of a stored ring, the one who started it first."""
+    return tuple(peer_id(key) for key in msgspec.msgpack.decode(ring))
 
 
 def held_back(node: Node, peer: str) -> int:
@@ -116,7 +124,7 @@ def when_quiet(world: World) -> None:
             if {transfer.previous, transfer.next} <= honest:
                 raise broken("I13", f"node {node.index}: {transfer} is stuck")
         for xid, ring in books.rows(node.db, "SELECT xid, ring FROM route WHERE state = 'open'"):
-            if {*transfers.names(ring)} <= honest:
+            if {*members(ring)} <= honest:
                 raise broken("I13", f"node {node.index}: ring {xid.hex()} never ended")
         if all(other.lossless for other in world.nodes):
             never_more_out(node)
