@@ -112,6 +112,8 @@ def configure(db: apsw.Connection) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF"):
         db.execute(f"PRAGMA {pragma}").fetchall()
 
+    # Hot pages are written back once for four: a quarter less of what a commit costs, 16 MB more.
+    db.execute("PRAGMA wal_autocheckpoint=4000").fetchall()
     # What undoes a job is some 60 KB: a temporary file for each would cost 30 us.
     db.execute("PRAGMA temp_store=MEMORY").fetchall()
     # Plans never depend on values: else SQLite compiles a range or a join again at every call.

@@ -54,20 +54,10 @@ def book_voucher(
 ) -> Booked:
     """Books a voucher whose signature, payee and root were checked. `cause`: kind of entry."""
     body = msgspec.msgpack.decode(voucher.body, type=VoucherBody)
-    known = one(
-        db,
-        "SELECT body, signature, attest FROM voucher_in WHERE peer = ? AND lane = ? AND n = ?",
-        (peer, body.lane, body.n),
-    )
-    if known is not None and known[0] == voucher.body:
-        row = ReceiptRow(body.n, digest(voucher.body), bool(known[2]))
-        return Booked(body.lane, row)
-    rival = known or _rival(db, peer, body)
-    if rival is not None:
-        proof = (rival[0], rival[1], voucher.body, voucher.signature)
-        keep_evidence(db, peer, (body.lane, body.n), proof, at_ms)
-        return Booked(body.lane, None)
     lane = _Lane(*(one(db, _LANE, (peer, body.lane)) or ()))
+    follows = body.n > lane.n and body.cum >= lane.cum  # the last of a lane has the highest cum
+    if not follows and (answer := _held_against(db, peer, body, voucher, at_ms)):
+        return answer
     if body.cum <= lane.cum:  # no money: it may still be news
         is_known = one(db, _KNOWN, (peer,)) is not None
         if _says_nothing(db, peer, body, voucher, lane, is_known=is_known):
@@ -82,6 +72,27 @@ _LANE: Final = (
     "SELECT n, cum, attr, service, count, sealed FROM lane_in WHERE peer = ? AND lane = ?"
 )
 _KNOWN: Final = "SELECT 1 FROM peer WHERE peer = ? AND known = 1"
+
+
+def _held_against(
+    db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher, at_ms: int
+) -> Booked | None:
+    """What became of a voucher that is stored already or contradicts one that is."""
+    known = one(
+        db,
+        "SELECT body, signature, attest FROM voucher_in WHERE peer = ? AND lane = ? AND n = ?",
+        (peer, body.lane, body.n),
+    )
+    if known is not None and known[0] == voucher.body:
+        return Booked(body.lane, ReceiptRow(body.n, digest(voucher.body), bool(known[2])))
+    rival = known or _rival(db, peer, body)
+    if rival is None:
+        return None
+    proof = (rival[0], rival[1], voucher.body, voucher.signature)
+    keep_evidence(db, peer, (body.lane, body.n), proof, at_ms)
+    return Booked(body.lane, None)
+
+
 _STORED: Final = "SELECT body, signature, cum FROM voucher_in WHERE peer = ? AND lane = ?"
 _BEFORE: Final = f"{_STORED} AND n < ? ORDER BY n DESC LIMIT 1"
 _AFTER: Final = f"{_STORED} AND n > ? ORDER BY n LIMIT 1"

@@ -98,6 +98,12 @@ def test_a_signature_of_another_shape_is_a_no(signature):
     assert not is_signed_by(PUBLIC, b"text", signature)
 
 
+def test_a_key_that_anybody_can_sign_for_is_a_no():
+    neutral = bytes([1]) + bytes(31)  # of order one: R = [S]B + [h]A holds for R = B, S = 1
+    base = bytes([0x58]) + bytes([0x66]) * 31
+    assert not is_signed_by(neutral, b"text", bytes([1]) + base + bytes([1]) + bytes(31))
+
+
 @pytest.mark.parametrize("size", [0, 31, 33])
 def test_a_key_of_another_size_is_a_no(size):
     assert not is_signed_by(PUBLIC[:size].ljust(size, b"\0"), b"text", sign(KEY, b"text"))
