@@ -132,7 +132,7 @@ def clearing(claims: Claims, base: Plan, seeds: range) -> None:
 
 
 def measure_room(claims: Claims) -> None:
-    """How much room one ring makes at the creditor, at once and by the hour."""
+    """How much one clearing moves, and the room that it makes at the creditor."""
     village = Village(Plan(size=3), ["honest"] * 3)
     debtor, creditor, middle = village.members
     village.work(debtor, creditor, CREDIT)
@@ -141,15 +141,10 @@ def measure_room(claims: Claims) -> None:
     moved = village.clear(debtor, creditor, CREDIT)
     claims.add("ring_moves_at_once_micro_credits", moved)
     claims.add("ring_room_at_once_micro_credits", creditor.headroom(debtor) - before)
-    hours = 0
-    while creditor.headroom(debtor) == before and hours < 24:
-        village.pass_hour()
-        hours += 1
-    claims.add("ring_room_after_hours", hours)
 
 
 def exposure(claims: Claims, base: Plan, seeds: range) -> None:
-    """X sets how much a ring may move: a quarter of it at once, all of it per hour and pair."""
+    """X sets how much a ring may move: a quarter of it at a time."""
     small = replace(base, size=10, load=0.5, free=0.1, line=3 * CREDIT // 10, clearing="hub")
     small = replace(small, days=2 * base.days)
     for amount in (2_000, 20_000, 200_000):

@@ -36,8 +36,6 @@ BIG_SHARE = 3
 OWING, LENDING = 4, 2
 """Peers that are tried as the first of a ring: with debts to the buyer, and without."""
 SELLERS_TRIED = 3
-WAIT_HOURS = 2
-"""A transfer counts against the line of who was paid last until an hour after its time."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,6 @@ class Village:
         self.frames: deque[tuple[Member, Member, bytes]] = deque()
         self.linked: set[tuple[int, int]] = set()
         self.members: list[Member] = []
-        self.waiting: list[tuple[float, Member, str, int]] = []
         self.rings = self.rings_refunded = self.ring_amount = self.saved = 0
         for role in roles:
             self.add(role)
@@ -230,12 +227,9 @@ class Village:
         buyer.got += delivered
         return delivered
 
-    def buy(self, buyer: Member, kind: str, amount: int, *, waited: bool = False) -> None:
-        """Finds a seller who is free and lends enough; or clears a line and waits; or is refused.
-
-        A ring makes room only once it can no longer come back; see `WAIT_HOURS`.
-        """
-        buyer.asked += not waited
+    def buy(self, buyer: Member, kind: str, amount: int) -> None:
+        """Finds a seller who is free and lends enough, clearing a line for it; or is refused."""
+        buyer.asked += 1
         able = [
             seller
             for seller in self.members
@@ -244,20 +238,20 @@ class Village:
         self.rng.shuffle(able)
         if self.plan.choice == "debtor":
             able.sort(key=lambda seller: -seller.owes(buyer))
-        seller = next((one for one in able if one.headroom(buyer) >= amount), None)
-        if seller is not None:
-            assert self.work(buyer, seller, amount) == amount
-            buyer.done += 1
-            self.saved += waited
-        elif able and not waited and self.clear_one(buyer, able, amount):
-            self.waiting.append((self.now + WAIT_HOURS * HOUR_SECONDS, buyer, kind, amount))
-        else:
+        seller = _lender(buyer, able, amount)
+        if seller is None and self.clear_one(buyer, able, amount):
+            seller = _lender(buyer, able, amount)
+            self.saved += 1
+        if seller is None:
             buyer.refused["line" if able else "busy"] += 1
+            return
+        assert self.work(buyer, seller, amount) == amount
+        buyer.done += 1
 
     # clearing
 
     def clear_one(self, buyer: Member, able: list[Member], amount: int) -> bool:
-        """Whether some seller will lend `amount` once the rings that this begins have passed."""
+        """Whether some seller lends `amount` after the rings that this begins."""
         if self.plan.clearing == "none":
             return False
         tried = sorted(able, key=lambda one: -one.headroom(buyer))[:SELLERS_TRIED]
@@ -345,17 +339,9 @@ class Village:
                 while jobs and jobs[0][0] < hour + 1:
                     _, index, kind, amount = jobs.popleft()
                     self.buy(self.members[index], kind, amount)
-                self.try_again()
                 if self.plan.clearing == "early":
                     self.clear_early()
                 self.pass_hour()
-
-    def try_again(self) -> None:
-        """Those who cleared a line and waited."""
-        due = [job for job in self.waiting if job[0] <= self.now]
-        self.waiting = [job for job in self.waiting if job[0] > self.now]
-        for _, buyer, kind, amount in due:
-            self.buy(buyer, kind, amount, waited=True)
 
     def _jobs_of_day(self) -> Iterator[tuple[float, int, str, int]]:
         """(hour, buyer, kind, amount): the same for every policy under one seed."""
@@ -368,6 +354,10 @@ class Village:
                 chat = rng.randint(CHAT_LEAST, CHAT_MOST)
                 yield hour, member.index, kind, {"noop": NOOP, "chat": chat, "long": LONG}[kind]
                 hour += rng.expovariate(member.demand / 24)
+
+
+def _lender(buyer: Member, able: Iterable[Member], amount: int) -> Member | None:
+    return next((one for one in able if one.headroom(buyer) >= amount), None)
 
 
 def _impossible(error: AivillageError) -> None:
