@@ -52,6 +52,24 @@ def test_both_signed_bodies_are_kept_and_nothing_is_booked(stored, later):
         assert B.verify(A.public_key, voucher_prefixed(body), signature)
 
 
+@pytest.mark.parametrize(
+    ("stored", "later"),
+    [
+        (forged(1, 20, item(1, 20)), forged(2, 20, item(1, 20, final=True))),
+        (forged(2, 20, item(1, 20)), forged(1, 20, item(2, 20))),
+        (forged(2, 20, item(1, 20)), forged(1, 19, item(2, 19))),
+    ],
+    ids=["a later one says as much", "an earlier one says as much", "an earlier one says less"],
+)
+def test_what_contradicts_nothing_is_no_evidence(stored, later):
+    seller = book(B)
+    exposure.certify(seller, BUYER, 1_000, 160, NOW)
+    take(seller, stored)
+    assert take(seller, later).receipt is not None
+    assert books.rows(seller, KEPT) == []
+    assert books.read_pair(seller, BUYER).balance == 20
+
+
 def accuse(first_n, second_n):
     """(village, liar, judge), and the proof that a third one shows to the judge."""
     village = Village()

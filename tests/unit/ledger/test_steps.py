@@ -133,6 +133,29 @@ def test_a_forgotten_voucher_is_adopted_once(buyer):
     assert books.rows(restored, "SELECT kind FROM entry") == [("pay",), ("recover-pay",)]
 
 
+@pytest.mark.parametrize(
+    ("change", "spent"),
+    [
+        ({}, 20),
+        ({"peer": BUYER}, 30),
+        ({"kind": ARREARS}, 30),
+        ({"id": bytes([2]) * 16}, 30),
+        ({"lane": lane_of(4, b"lane-old")}, 30),
+        ({"mine": 0}, 30),
+    ],
+)
+def test_only_the_same_item_of_the_same_lane_was_counted_before(buyer, change, spent):
+    """10 of 30 were booked: under another name they were for something else."""
+    stored = {"mine": 1, "peer": SELLER, "kind": JOB, "id": bytes([1]) * 16, "lane": WALLET.lane}
+    with buyer:
+        buyer.execute(
+            "INSERT INTO item VALUES (?, ?, ?, ?, ?, 10, 1, 0)", (*(stored | change).values(),)
+        )
+        payer.adopt(buyer, SELLER, forged(2, 30, item(1, 30)), NOW)
+    legs = books.rows(buyer, "SELECT amount FROM posting WHERE account = 'spent'")
+    assert legs == [(spent,)]
+
+
 # payee
 
 
@@ -487,3 +510,22 @@ def test_holes_between_runs_whatever_a_peer_says(runs, holes):
         assert all(first <= last for first, last in sync._holes(runs))
     else:
         assert sync._holes(runs) == holes
+
+
+@pytest.mark.parametrize(
+    ("counters", "share"),
+    [
+        ({"reserved": 0, "balance": 50}, 0),
+        ({"reserved": 40, "paid": 10, "balance": 0}, 30),
+        ({"reserved": 40, "paid": 10, "balance": 5}, 35),
+        ({"reserved": 40, "paid": 10, "balance": -5}, 30),
+        ({"reserved": 40, "paid": 10, "balance": 90}, 40),
+        ({"reserved": 10, "paid": 40, "balance": 5}, 5),
+        ({"known": True, "reserved": 40, "paid": 10, "balance": 5}, 35),
+        ({"known": True, "reserved": 0, "paid": 0, "balance": -5}, 0),
+        ({"known": True, "reserved": 0, "paid": 0, "balance": 90}, 90),
+    ],
+)
+def test_a_share_of_a_limit_is_what_may_still_be_owed(counters, share):
+    """Of strangers never more than was reserved for them: they could promise for ever."""
+    assert exposure.share_of(books.Pair(BUYER, **counters)) == share
