@@ -40,6 +40,8 @@ PACKAGES: Final = {
     "libp2p": "==0.8.1",
     "msgspec": ">=0.22",
     "platformdirs": ">=4",
+    "pynacl": ">=1.6",
+    "segno": ">=1.6",
     "trio": ">=0.35",
 }
 MODEL_PACKAGES: Final = {

@@ -1,4 +1,4 @@
-"""init, start, stop, status, peers, invite, join, paths, config."""
+"""init, start, stop, status, peers, join, paths, config."""
 
 from __future__ import annotations
 
@@ -137,8 +137,18 @@ def status(args: argparse.Namespace) -> int:
 def peers(args: argparse.Namespace) -> int:
     with connect(args) as client:
         found = client.ask("peers")
+    if args.why:
+        found = [peer for peer in found if peer["peer"].endswith(args.why)]
+        if not found:
+            raise RequestError(f"nobody known is {args.why!r}", next_step="aivillage-node peers")
     if args.json:
         show.as_json(found)
+        return 0
+    if args.why is not None:
+        show.table(
+            [(show.short(peer["peer"]), _seen(peer), peer["why"]) for peer in found],
+            ("peer", "seen", "why"),
+        )
         return 0
     show.table(
         [
@@ -171,19 +181,6 @@ def _seen(peer: dict[str, Any]) -> str:
     if peer["connected"]:
         return "here"
     return show.ago(peer["last_seen_unix"]) if peer["last_seen_unix"] else "heard of"
-
-
-def invite(args: argparse.Namespace) -> int:
-    line = amount(args.line) if args.line else None
-    with connect(args) as client:
-        found = client.ask("invite", **({} if line is None else {"line_micro_credits": line}))
-    if args.json:
-        show.as_json(found)
-        return 0
-    print(found["token"])
-    show.note("Good for one person and seven days; whoever has it can join. On their machine:")
-    show.note("  aivillage-node start --join TOKEN")
-    return 0
 
 
 def join(args: argparse.Namespace) -> int:

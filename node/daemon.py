@@ -85,7 +85,7 @@ async def run(
             open_node(key, settings, origins, paths, jobs, ledger, workers, transport)
         )
         if join is not None:
-            await desk.villagers.join(join)
+            await desk.villagers.joining.join(join)
         ready(desk)
         await _stopped(desk.stop)
 

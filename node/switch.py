@@ -47,7 +47,7 @@ class Switch:
             messages.ListOperations: lambda link, frame: seller.on_list(link, frame.id),
             messages.Standing: villagers.on_standing,
             messages.Fetch: _refuse_fetch,
-            messages.Join: villagers.on_join,
+            messages.Join: villagers.joining.on_join,
             messages.Granted: villagers.on_granted,
             messages.PairQuestion: pairs.on_question,
         }
