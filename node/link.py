@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ class Link:
     ) -> None:
         self.peer: PeerId = stream.peer
         self.hello = hello
+        self.clock_ahead_ms = hello.clock_unix_ms - int(time.time() * 1000)
+        """Of the peer's clock, as its hello said it: what it signs with an end ends by that."""
         self.dialled = dialled
         self.rtt_seconds: Seconds = 0.0
         self.heard_count = 0

@@ -244,7 +244,8 @@ class Market:
     async def _quote(self, need: Need, link: Link) -> Quoted:
         """Terms are posted, so a quote that is still good saves a round trip."""
         kept = self._quotes.get((link.peer, need.operation))
-        if kept and kept.quote.not_after_unix_ms - QUOTE_MARGIN_MS > time.time() * 1000:
+        its_now_ms = time.time() * 1000 + link.clock_ahead_ms
+        if kept and kept.quote.not_after_unix_ms - QUOTE_MARGIN_MS > its_now_ms:
             return kept
         owed = self._book.owed_to(link.peer)
         question = messages.QuoteRequest(

@@ -87,6 +87,7 @@ class Switch:
                 id=sale.call.id, code="CANCELLED", message="its owner stopped this node"
             )
             send_or_drop(sale.link, failure)
+        self._herald.farewell()
 
     def rider(self, link: Link) -> Frame | None:
         """A receipt never travels in a write of its own while others leave."""

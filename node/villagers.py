@@ -6,7 +6,6 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import trio
@@ -16,6 +15,7 @@ from aivillage.ledger.ledger import NodeBook
 from aivillage.node import succession, village
 from aivillage.node.config import Settings
 from aivillage.node.dialling import first_to_answer
+from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.grants import Grants
@@ -29,7 +29,6 @@ from aivillage.node.owners import Owners
 from aivillage.node.reasons import Reasons
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, PeerError, RequestError
-from aivillage.protocols.messages import Offer
 from aivillage.protocols.ports import SomebodyElseError
 from aivillage.protocols.types import AMOUNT_MAX, MicroCredits, PeerId, Seconds
 
@@ -57,10 +56,10 @@ class Villagers:
         tasks: Tasks,
         owners: Owners,
         grants: Grants,
+        discovery: Discovery,
     ) -> None:
         self.peer = peer_of(key)
         self.membership = membership
-        self._key = key
         self._settings = settings
         self._links = links
         self._jobs = jobs
@@ -79,9 +78,8 @@ class Villagers:
         self._trusting: dict[PeerId, trio.Event] = {}
         self._members: dict[PeerId, Link] = {}
         self._following = trio.Lock()
-        self.on_succeeded: Callable[[PeerId, PeerId], None] = lambda old, new: None
-        self.heard_of: Callable[[], Iterable[Offer]] = tuple
-        """Offers that came by gossip: of people of our village whom we may not have met."""
+        self._discovery = discovery
+        discovery.is_neighbour = self.is_member
         self.services = (self.keep_in_touch, self.end_grants)
 
     def line_of(self, link: Link) -> MicroCredits | None:
@@ -162,7 +160,7 @@ class Villagers:
         if link is not None:
             link.close("its key was replaced")
         self._not_before.pop(old, None)
-        self.on_succeeded(old, new)
+        self._discovery.rename(old, new)
         self._events.emit("key_changed", peer=new, former=old)
         await self._jobs.rename_peer(old, new)
 
@@ -175,6 +173,7 @@ class Villagers:
         line = self.line_of(link)
         self._not_before.pop(link.peer, None)
         self.reasons.forget(link.peer)
+        self._discovery.met(link.peer)
         self._book.connected(
             link.peer,
             link.hello.boot_epoch,
@@ -300,7 +299,8 @@ class Villagers:
     def on_down(self, link: Link, reason: str) -> None:
         if not self._is_retired(link.peer):  # else the books are open with its next key
             self._book.disconnected(link.peer)
-        self.reasons.note(link.peer, f"its link ended: {reason}")
+        left = self._discovery.has_left(link.peer)
+        self.reasons.note(link.peer, "it said goodbye" if left else f"its link ended: {reason}")
         self._tell("peer_down", link, reason=reason)
         self._members.pop(link.peer, None)
         self._grants.left(link.peer)
@@ -323,7 +323,7 @@ class Villagers:
             for known in await self._jobs.known_peers():
                 self._dial_if_due(known.id, known.addresses)
             if len(self._members) < NEIGHBOURS:
-                for offer in self.heard_of():
+                for offer in self._discovery.offers():  # of people whom we may not have met
                     self._dial_if_due(offer.seller, offer.addresses)
             await trio.sleep(random.uniform(0.5, 1.5))
 

@@ -18,7 +18,7 @@ from aivillage.protocols.vouchers import BLOB_BYTES_MAX, Lane
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
 VERSION_MAJOR: Final = 1
-VERSION_MINOR: Final = 1
+VERSION_MINOR: Final = 2
 CALLS_PER_PAIR_MAX: Final = 256
 CERTIFICATES_MAX: Final = 8
 SUCCESSIONS_MAX: Final = 4
@@ -365,6 +365,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     addresses: Addresses
     operations: tuple[OfferedOperation, ...]
     free_slots: Count = 0
+    lifetime_ms: Count = 0
+    """Since 1.2: how long it was good when it was made, for listeners whose clocks differ."""
 
 
 class TaskAd(msgspec.Struct, frozen=True, kw_only=True):
@@ -375,6 +377,8 @@ class TaskAd(msgspec.Struct, frozen=True, kw_only=True):
     not_after_unix_ms: Count
     operation: str
     addresses: Addresses = ()
+    lifetime_ms: Count = 0
+    """Since 1.2, as of an offer."""
 
 
 class Invite(msgspec.Struct, frozen=True, kw_only=True):

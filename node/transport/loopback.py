@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -44,6 +44,8 @@ class LoopbackNetwork:
         self.jitter_seconds = jitter_seconds
         self.loss = loss
         self.nodes: dict[str, LoopbackTransport] = {}
+        self.undialable: Collection[str] = ()
+        """Names behind a router that lets nobody in: they dial, and nobody dials them."""
         self._random = random.Random(seed)
         self._side: dict[str, int] = {}
         self._changed = trio.Event()
@@ -131,7 +133,7 @@ class LoopbackTransport:
             return peer
         await self._round_trip(name, peer)
         other = self.network.nodes.get(name)
-        if other is None:
+        if other is None or name in self.network.undialable:
             raise _lost(f"nobody answers at {address}")
         if other.peer != peer:
             raise SomebodyElseError(f"{other.peer} answered at {address}", other.peer)
