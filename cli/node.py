@@ -122,6 +122,7 @@ def status(args: argparse.Namespace) -> int:
             "state": found["state"] + (" [DEVELOPMENT MODE]" if found["dev_mode"] else ""),
             "up": f"{found['uptime_seconds']:.0f} s",
             "reached at": ", ".join(found["addresses"]) or "nowhere",
+            "from outside": _reachable(found["reachable"]),
             "village": found["village"][:16],
             "peers": f"{found['peers']} connected, {found['members']} of my village",
             "balance": f"{as_credits(found['balance_micro_credits'])} credits",
@@ -132,6 +133,11 @@ def status(args: argparse.Namespace) -> int:
         }
     )
     return 0
+
+
+def _reachable(found: dict[str, Any]) -> str:
+    step = f" -> {found['next_step']}" if found["next_step"] else ""
+    return f"{found['state']}: {found['why']}{step}"
 
 
 def peers(args: argparse.Namespace) -> int:

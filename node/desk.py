@@ -104,6 +104,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "state": "ready" if refusal is None else f"refusing work: {refusal.message}",
             "uptime_seconds": round(time.time() - self.started, 1),
             "addresses": list(self.addresses()),
+            "reachable": msgspec.to_builtins(self.villagers.reachability.verdict),
             "village": self.villagers.membership.village.hex(),
             "peers": len(self.links.all()),
             "members": len(self.villagers.members()),

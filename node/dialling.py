@@ -23,6 +23,13 @@ STAGGER_SECONDS: Final = 0.15
 """Longer than a round trip on a LAN, and than most between continents: who is near wins."""
 NEAR, FAR, RELAYED = range(3)
 T = TypeVar("T")
+_NEAR_NETWORKS: Final = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16",
+        "::1/128", "fc00::/7", "fe80::/10",
+    )
+)  # fmt: skip
 
 
 async def first_to_answer(
@@ -96,11 +103,15 @@ def ip_of(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     if kind not in {"ip4", "ip6"}:
         return None
     try:
-        return ipaddress.ip_address(rest.partition("/")[0])
+        ip = ipaddress.ip_address(rest.partition("/")[0])
     except ValueError:
         return None
+    return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip
 
 
 def is_near(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Loopback, private or link-local: no router in between, or only the house's own."""
-    return ip.is_loopback or ip.is_private or ip.is_link_local
+    """Loopback, private or link-local: no router in between, or only the house's own.
+
+    Narrower than `is_private`, which also counts reserved blocks that some networks use as public.
+    """
+    return any(ip.version == network.version and ip in network for network in _NEAR_NETWORKS)

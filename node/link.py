@@ -34,6 +34,7 @@ from aivillage.protocols.messages import (
     Ping,
     Pong,
     QuoteRequest,
+    Reach,
     Standing,
     Submit,
     Text,
@@ -47,7 +48,9 @@ log = logging.getLogger("aivillage.links")
 NOT_FOR_PEERS: Final = (Hello, Ask, Answer, Submit, Text, Tunnel)
 """A second hello, and what only the owner's control socket may say."""
 
-QUESTIONS: Final = (QuoteRequest, Join, Standing, ListOperations, Fetch, Granted, PairQuestion)
+QUESTIONS: Final = (
+    QuoteRequest, Join, Standing, ListOperations, Fetch, Granted, PairQuestion, Reach,
+)  # fmt: skip
 """What costs us far more than the asker."""
 
 

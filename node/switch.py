@@ -50,6 +50,7 @@ class Switch:
             messages.Join: villagers.joining.on_join,
             messages.Granted: villagers.on_granted,
             messages.PairQuestion: pairs.on_question,
+            messages.Reach: villagers.reachability.on_reach,
         }
         links.on_message = self.on_message
         links.admit = villagers.admit

@@ -26,6 +26,7 @@ from aivillage.node.joining import Joining
 from aivillage.node.links import Link, Links
 from aivillage.node.membership import Membership
 from aivillage.node.owners import Owners
+from aivillage.node.reachability import Reachability
 from aivillage.node.reasons import Reasons
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, PeerError, RequestError
@@ -80,7 +81,8 @@ class Villagers:
         self._following = trio.Lock()
         self._discovery = discovery
         discovery.is_neighbour = self.is_member
-        self.services = (self.keep_in_touch, self.end_grants)
+        self.reachability = Reachability(links, tasks, events, self.members)
+        self.services = (self.keep_in_touch, self.end_grants, self.reachability.run)
 
     def line_of(self, link: Link) -> MicroCredits | None:
         """What a neighbour's certificates let it owe us, grants apart; None for a stranger."""
@@ -299,8 +301,7 @@ class Villagers:
     def on_down(self, link: Link, reason: str) -> None:
         if not self._is_retired(link.peer):  # else the books are open with its next key
             self._book.disconnected(link.peer)
-        left = self._discovery.has_left(link.peer)
-        self.reasons.note(link.peer, "it said goodbye" if left else f"its link ended: {reason}")
+        self.reasons.note(link.peer, f"its link ended: {reason}")
         self._tell("peer_down", link, reason=reason)
         self._members.pop(link.peer, None)
         self._grants.left(link.peer)
@@ -345,8 +346,9 @@ class Villagers:
         if link is not None:
             return "linked, a member" if self.is_member(peer) else "linked, not of my village"
         blocked = "blocked by you" if self._book.view(peer).blocked else ""
-        last = self.reasons.last(peer)
-        return "; ".join(part for part in (blocked, last, self._plan(peer)) if part)
+        left = "it said goodbye" if self._discovery.has_left(peer) else ""
+        parts = (blocked, left, self.reasons.last(peer), self._plan(peer))
+        return "; ".join(part for part in parts if part)
 
     def _plan(self, peer: PeerId) -> str:
         if self._is_retired(peer):

@@ -266,6 +266,21 @@ class PairView(Message, frozen=True, kw_only=True, tag="pair_view"):
     into_left_out: Count = 0
 
 
+class Reach(Message, frozen=True, kw_only=True, tag="reach"):
+    """Since 1.2: can you dial me at this address of mine?"""
+
+    id: Count
+    address: Address
+
+
+class Reached(Message, frozen=True, kw_only=True, tag="reached"):
+    """Since 1.2: whether the asker answered there; `seen_from` is where its link comes from."""
+
+    id: Count
+    reached: bool
+    seen_from: Name = ""
+
+
 class Tunnel(Message, frozen=True, kw_only=True, tag="tunnel"):
     """Raw bytes of a foreign protocol over the control socket; reserved for the MCP gateway."""
 
@@ -332,7 +347,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
 PEER_MESSAGES: Final = (
     Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
     Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Standing, Fetch, Join,
-    Joined, Granted, PairQuestion, PairView, Step,
+    Joined, Granted, PairQuestion, PairView, Reach, Reached, Step,
 )  # fmt: skip
 CONTROL_MESSAGES: Final = (
     Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,

@@ -27,6 +27,7 @@ log = logging.getLogger("aivillage.transport")
 DIAL_SECONDS: Final = 10.0
 OPEN_SECONDS: Final = 10.0
 CLOSE_SECONDS: Final = 1.0
+PROBE_SECONDS: Final = 5.0
 LINGER_SECONDS: Final = 5.0
 _SOMEBODY_ELSE: Final = re.compile(r"remote_peer_id_from_pubkey=(\w+)")
 """Noise's own words, once the other side has proved who it is."""
@@ -123,6 +124,36 @@ class Libp2pTransport:
             self._made[peer] = made
         elif first is not made:
             await _Call(made.close).wait_in(self._nursery, CLOSE_SECONDS)
+
+    async def probe(self, address: str) -> None:
+        _, peer = _parsed(address)
+        call = _Call(self._prove, address, peer)
+        try:
+            await call.run_in(self._nursery, PROBE_SECONDS, f"nobody answers at {address}")
+        except PeerError as error:
+            _tell_somebody_else(error, address)
+            raise
+
+    async def _prove(self, address: str, peer: Any) -> None:
+        """Past the list of connections: this one carries nothing but the proof."""
+        import multiaddr
+
+        maddr = multiaddr.Multiaddr(address)
+        with trio.fail_after(PROBE_SECONDS):
+            raw = await self._swarm.transport_manager.transport_for_dialing(maddr).dial(maddr)
+            try:
+                await self._swarm.upgrader.upgrade_security(raw, True, peer)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await raw.close()
+
+    def host_of(self, peer: PeerId) -> str:
+        for connection in self._swarm.get_connections(_library_peer(peer)):
+            if not connection.is_closed:
+                found = connection.muxed_conn.secured_conn.get_remote_address()
+                if found is not None:
+                    return str(found[0])
+        return ""
 
     async def open_stream(self, peer: PeerId, protocol: str) -> Libp2pStream:
         library_peer = _library_peer(peer)

@@ -125,21 +125,33 @@ class LoopbackTransport:
         self._handlers[protocol] = handler
 
     async def dial(self, address: str) -> PeerId:
-        name, peer = _parsed(address)
+        peer = _parsed(address)[1]
         if peer == self._peer:
             raise RequestError("this is the node's own address", next_step="dial another node")
         await trio.lowlevel.checkpoint()
         if peer in self.connections:
             return peer
+        other = await self._found_at(address)
+        if peer not in self.connections:
+            _Connection(self, other)
+        return peer
+
+    async def probe(self, address: str) -> None:
+        await self._found_at(address)
+
+    async def _found_at(self, address: str) -> LoopbackTransport:
+        name, peer = _parsed(address)
         await self._round_trip(name, peer)
         other = self.network.nodes.get(name)
         if other is None or name in self.network.undialable:
             raise _lost(f"nobody answers at {address}")
         if other.peer != peer:
             raise SomebodyElseError(f"{other.peer} answered at {address}", other.peer)
-        if peer not in self.connections:
-            _Connection(self, other)
-        return peer
+        return other
+
+    def host_of(self, peer: PeerId) -> str:
+        connection = self.connections.get(peer)
+        return connection.other(self).name if connection is not None else ""
 
     async def open_stream(self, peer: PeerId, protocol: str) -> LoopbackStream:
         connection = self._connection(peer)
