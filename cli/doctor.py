@@ -43,6 +43,7 @@ PACKAGES: Final = {
     "pynacl": ">=1.6",
     "segno": ">=1.6",
     "trio": ">=0.35",
+    "zeroconf": ">=0.150",
 }
 MODEL_PACKAGES: Final = {
     "gguf": ">=0.17",

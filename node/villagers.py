@@ -23,6 +23,7 @@ from aivillage.node.guard import Tasks
 from aivillage.node.identity import peer_of
 from aivillage.node.jobs import Jobs
 from aivillage.node.joining import Joining
+from aivillage.node.lan import Lan
 from aivillage.node.links import Link, Links
 from aivillage.node.membership import Membership
 from aivillage.node.owners import Owners
@@ -82,7 +83,13 @@ class Villagers:
         self._discovery = discovery
         discovery.is_neighbour = self.is_member
         self.reachability = Reachability(links, tasks, events, self.members)
-        self.services = (self.keep_in_touch, self.end_grants, self.reachability.run)
+        self.lan = Lan(
+            self.peer, lambda: membership.village, links.transport.addresses, events,
+            on_found=lambda peer: self._not_before.pop(peer, None),
+        )  # fmt: skip
+        self.services = (self.keep_in_touch, self.end_grants, self.reachability.run) + (
+            (self.lan.run,) if settings.mdns else ()
+        )
 
     def line_of(self, link: Link) -> MicroCredits | None:
         """What a neighbour's certificates let it owe us, grants apart; None for a stranger."""
@@ -322,10 +329,12 @@ class Villagers:
         """
         while True:
             for known in await self._jobs.known_peers():
-                self._dial_if_due(known.id, known.addresses)
+                self._dial_if_due(known.id, (*self.lan.found.get(known.id, ()), *known.addresses))
             if len(self._members) < NEIGHBOURS:
                 for offer in self._discovery.offers():  # of people whom we may not have met
                     self._dial_if_due(offer.seller, offer.addresses)
+                for peer, addresses in list(self.lan.found.items()):
+                    self._dial_if_due(peer, addresses)
             await trio.sleep(random.uniform(0.5, 1.5))
 
     def _dial_if_due(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
@@ -358,7 +367,11 @@ class Villagers:
         if peer in self._not_before:
             wait = max(0.0, self._not_before[peer][0] - trio.current_time())
             return f"the next try is in {wait:.0f} s"
-        return "not dialled: only villagers that gave an address are"
+        if all(offer.seller != peer for offer in self._discovery.offers()):
+            return "never dialled: not known to be of my village"
+        if len(self._members) >= NEIGHBOURS:
+            return "never dialled: heard of only, and we have neighbours enough"
+        return "about to be dialled"
 
     async def _dial(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
         try:

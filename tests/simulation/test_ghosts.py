@@ -7,6 +7,7 @@ import trio
 from aivillage.protocols.messages import Gossip
 from tests.simulation.mesh import open_mesh, result_of, until
 from tests.simulation.test_market import expected
+from tests.simulation.test_people import ask
 
 
 def sellers(node):
@@ -90,3 +91,50 @@ async def test_no_third_party_takes_a_living_node_down(tmp_path):
         await trio.sleep(0.1)
         assert victim.peer in sellers(watcher)
         assert watcher.desk.links.get(victim.peer) is not None
+
+
+# ------------------------------------------------------------------ why somebody is not linked
+
+
+async def why(node, other):
+    return {peer["peer"]: peer["why"] for peer in await node.desk.on_peers({})}[other.peer]
+
+
+async def test_every_reason_for_a_missing_link_is_said_in_one_line(tmp_path):
+    async with open_mesh(tmp_path) as mesh:
+        node = await mesh.add("node", serve=False)
+        friend = await mesh.add("friend", serve=False)
+        stranger = await mesh.add("stranger", stranger=True, serve=False)
+        for other in (friend, stranger):
+            await mesh.link(node, other)
+        assert await why(node, friend) == "linked, a member"
+        assert await why(node, stranger) == "linked, not of my village"
+        with trio.fail_after(5):
+            while friend.peer not in {known.id for known in await node.desk.jobs.known_peers()}:
+                await trio.sleep(0.01)
+        await friend.stop()
+        await until(lambda: "could not be reached" in node.desk.villagers.why(friend.peer))
+        assert "nobody answers at /memory/friend" in await why(node, friend)
+        assert "the next try is in" in await why(node, friend)
+        await ask(node, "block", peer=friend.peer)
+        assert (await why(node, friend)).startswith("blocked by you; ")
+        # Somebody else lives there now.
+        impostor = await mesh.add("impostor", stranger=True, serve=False)
+        wrong = f"/memory/impostor/p2p/{friend.peer}"
+        await node.desk.villagers._dial(friend.peer, (wrong,))
+        assert f"{impostor.peer} answered at" in await why(node, friend) or (
+            "not the peer that was looked for" in await why(node, friend)
+        )
+
+
+async def test_who_was_only_heard_of_is_not_dialled_where_there_are_neighbours_enough(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("aivillage.node.villagers.NEIGHBOURS", 1)
+    async with open_mesh(tmp_path) as mesh:
+        hub = await mesh.add("hub", serve=False)
+        one, two = await mesh.add("one", serve=False), await mesh.add("two")
+        for other in (one, two):
+            await mesh.link(other, hub)
+        await until(lambda: sellers(one) == {two.peer})
+        assert await why(one, two) == "never dialled: heard of only, and we have neighbours enough"
