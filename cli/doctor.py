@@ -40,7 +40,10 @@ PACKAGES: Final = {
     "libp2p": "==0.8.1",
     "msgspec": ">=0.22",
     "platformdirs": ">=4",
+    "pynacl": ">=1.6",
+    "segno": ">=1.6",
     "trio": ">=0.35",
+    "zeroconf": ">=0.150",
 }
 MODEL_PACKAGES: Final = {
     "gguf": ">=0.17",
@@ -415,6 +418,16 @@ def _daemon(patient: Patient) -> Findings:
         yield Finding("warn", "node", detail, "set fewer slots, or stop other programs")
 
 
+def _reachable(patient: Patient) -> Findings:
+    """As a villager found it: this machine cannot tell by itself."""
+    found = (patient.status or {}).get("reachable")
+    if found is not None:
+        level: Level = "warn" if found["state"] == "not reachable" else "ok"
+        yield Finding(
+            level, "from outside", f"{found['state']}: {found['why']}", found["next_step"]
+        )
+
+
 def _clock(_patient: Patient) -> Findings:
     now = dt.datetime.now(dt.UTC)
     if YEARS[0] <= now.year < YEARS[1]:
@@ -439,6 +452,7 @@ CHECKS: Final[tuple[tuple[str, Check], ...]] = (
     ("node", _daemon),
     ("control socket", _control_socket),
     ("port", _port),
+    ("from outside", _reachable),
     ("ledger", _ledger),
 )
 """What does not need a node first, then the node."""

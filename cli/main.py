@@ -81,11 +81,9 @@ def _node_commands(command: Command, common: argparse.ArgumentParser) -> None:
     )
     command("stop", "aivillage.cli.node:stop", "stop the running node")
     command("status", "aivillage.cli.node:status", "what the node is doing now")
-    command("peers", "aivillage.cli.node:peers", "who is known, who is here, how they did")
-    invite = command(
-        "invite", "aivillage.cli.node:invite", "a token that lets one person join (secret)"
-    )
-    invite.add_argument("--line", metavar="CREDITS", help="what the guest may owe")
+    peers = command("peers", "aivillage.cli.node:peers", "who is known, who is here, how they did")
+    peers.add_argument("--why", metavar="PEER", nargs="?", const="", help="why not linked")
+    _invite_command(command)
     join = command("join", "aivillage.cli.node:join", "join the village that a token invites to")
     join.add_argument("token")
     command(
@@ -105,6 +103,17 @@ def _node_commands(command: Command, common: argparse.ArgumentParser) -> None:
     )
     demo.add_argument("--tokens", type=int, default=48, help="length of the answers")
     demo.add_argument("--keep", action="store_true", help="leave the data folders behind")
+
+
+def _invite_command(command: Command) -> None:
+    invite = command("invite", "aivillage.cli.invites:invite", "a token to join by (secret)")
+    invite.add_argument("--uses", type=int, default=1, metavar="N", help="how many may join by it")
+    invite.add_argument("--days", type=int, default=7, metavar="D", help="how long it is good")
+    invite.add_argument("--line", metavar="CREDITS", help="what a guest may owe")
+    invite.add_argument("--note", default="", metavar="TEXT", help="for whom; only you see it")
+    invite.add_argument("--qr", action="store_true", help="as a QR code too")
+    invite.add_argument("--list", action="store_true", help="those made here, and who used them")
+    invite.add_argument("--revoke", metavar="ID", help="take one back")
 
 
 def _grant_commands(command: Command, common: argparse.ArgumentParser) -> None:

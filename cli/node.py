@@ -1,4 +1,4 @@
-"""init, start, stop, status, peers, invite, join, paths, config."""
+"""init, start, stop, status, peers, join, paths, config."""
 
 from __future__ import annotations
 
@@ -122,6 +122,7 @@ def status(args: argparse.Namespace) -> int:
             "state": found["state"] + (" [DEVELOPMENT MODE]" if found["dev_mode"] else ""),
             "up": f"{found['uptime_seconds']:.0f} s",
             "reached at": ", ".join(found["addresses"]) or "nowhere",
+            "from outside": _reachable(found["reachable"]),
             "village": found["village"][:16],
             "peers": f"{found['peers']} connected, {found['members']} of my village",
             "balance": f"{as_credits(found['balance_micro_credits'])} credits",
@@ -134,11 +135,26 @@ def status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _reachable(found: dict[str, Any]) -> str:
+    step = f" -> {found['next_step']}" if found["next_step"] else ""
+    return f"{found['state']}: {found['why']}{step}"
+
+
 def peers(args: argparse.Namespace) -> int:
     with connect(args) as client:
         found = client.ask("peers")
+    if args.why:
+        found = [peer for peer in found if peer["peer"].endswith(args.why)]
+        if not found:
+            raise RequestError(f"nobody known is {args.why!r}", next_step="aivillage-node peers")
     if args.json:
         show.as_json(found)
+        return 0
+    if args.why is not None:
+        show.table(
+            [(show.short(peer["peer"]), _seen(peer), peer["why"]) for peer in found],
+            ("peer", "seen", "why"),
+        )
         return 0
     show.table(
         [
@@ -171,19 +187,6 @@ def _seen(peer: dict[str, Any]) -> str:
     if peer["connected"]:
         return "here"
     return show.ago(peer["last_seen_unix"]) if peer["last_seen_unix"] else "heard of"
-
-
-def invite(args: argparse.Namespace) -> int:
-    line = amount(args.line) if args.line else None
-    with connect(args) as client:
-        found = client.ask("invite", **({} if line is None else {"line_micro_credits": line}))
-    if args.json:
-        show.as_json(found)
-        return 0
-    print(found["token"])
-    show.note("Good for one person and seven days; whoever has it can join. On their machine:")
-    show.note("  aivillage-node start --join TOKEN")
-    return 0
 
 
 def join(args: argparse.Namespace) -> int:

@@ -33,6 +33,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     announce: Annotated[
         tuple[str, ...], _doc("addresses to hand out instead of the ones found, host:port")
     ] = ()
+    mdns: Annotated[bool, _doc("find villagers on the same network, and be found there")] = True
     dev_mode: Annotated[bool, _doc("development only: debug logs, unsandboxed modules")] = False
     enable: Annotated[tuple[str, ...], _doc("experimental operations to switch on")] = ()
     serve: Annotated[bool, _doc("run other people's jobs")] = True

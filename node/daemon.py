@@ -85,7 +85,7 @@ async def run(
             open_node(key, settings, origins, paths, jobs, ledger, workers, transport)
         )
         if join is not None:
-            await desk.villagers.join(join)
+            await desk.villagers.joining.join(join)
         ready(desk)
         await _stopped(desk.stop)
 
@@ -109,14 +109,13 @@ async def open_node(
     limits = LinkLimits(ping_seconds=settings.heartbeat_seconds)
     async with open_links(transport, hello, limits=limits) as links, trio.open_nursery() as nursery:
         tasks = Tasks(nursery, events)
+        discovery = await _discovery(key, jobs)
         villagers = Villagers(
             key=key, settings=settings, membership=membership, links=links, jobs=jobs,
             book=ledger, events=events, tasks=tasks, owners=owners, grants=grants,
+            discovery=discovery,
         )  # fmt: skip
-        discovery = await _discovery(key, jobs)
         gossiper = Gossiper(links.all, villagers.is_member, discovery.accept)
-        discovery.is_neighbour = villagers.is_member
-        villagers.on_succeeded, villagers.heard_of = discovery.rename, discovery.offers
         seller = Seller(
             settings=settings, prices=PriceList(key, settings.price_percent), workers=workers,
             book=ledger, events=events, nursery=nursery,

@@ -26,6 +26,7 @@ from aivillage.node.owners import Owners
 from aivillage.node.pairs import Pairs
 from aivillage.node.paths import Paths
 from aivillage.node.seller import Seller
+from aivillage.node.village import INVITE_DAYS
 from aivillage.node.villagers import Villagers
 from aivillage.protocols.errors import RefusedError, RequestError
 from aivillage.protocols.messages import Offer
@@ -80,6 +81,8 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "audit_peer": self.on_audit_peer,
             "settle": self.on_settle,
             "invite": self.on_invite,
+            "invites": self.on_invites,
+            "invite_revoke": self.on_invite_revoke,
             "join": self.on_join,
             "owner": self.on_owner,
             "owner_join": self.on_owner_join,
@@ -101,6 +104,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "state": "ready" if refusal is None else f"refusing work: {refusal.message}",
             "uptime_seconds": round(time.time() - self.started, 1),
             "addresses": list(self.addresses()),
+            "reachable": msgspec.to_builtins(self.villagers.reachability.verdict),
             "village": self.villagers.membership.village.hex(),
             "peers": len(self.links.all()),
             "members": len(self.villagers.members()),
@@ -133,6 +137,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         return {
             "peer": peer,
             "connected": link is not None,
+            "why": self.villagers.why(peer),
             "member": self.villagers.is_member(peer),
             "line": view.line,
             "blocked": view.blocked,
@@ -265,12 +270,25 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
 
     async def on_invite(self, args: dict[str, Any]) -> dict[str, Any]:
         line = args.get("line_micro_credits")
-        return {
-            "token": self.villagers.invite(self.addresses(), line and msgspec.convert(line, Amount))
-        }
+        token = await self.villagers.joining.invite(
+            self.addresses(),
+            line and msgspec.convert(line, Amount),
+            uses=int(args.get("uses", 1)),
+            days=int(args.get("days", INVITE_DAYS)),
+            note=str(args.get("note", "")),
+        )
+        return {"token": token}
+
+    async def on_invites(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those that were made here, the newest first; never the tokens."""
+        return list(msgspec.to_builtins(await self.villagers.joining.invites.listing()))
+
+    async def on_invite_revoke(self, args: dict[str, Any]) -> dict[str, Any]:
+        revoked = await self.villagers.joining.invites.revoke(str(args["id"]))
+        return dict(msgspec.to_builtins(revoked))
 
     async def on_join(self, args: dict[str, Any]) -> dict[str, Any]:
-        inviter = await self.villagers.join(str(args["token"]))
+        inviter = await self.villagers.joining.join(str(args["token"]))
         return {"inviter": inviter, "village": self.villagers.membership.village.hex()}
 
     async def on_owner(self, _args: dict[str, Any]) -> dict[str, Any]:

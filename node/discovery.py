@@ -10,19 +10,22 @@ import msgspec
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from aivillage.node.freshness import LIFETIME_MS_MAX
 from aivillage.node.gossip import News
 from aivillage.node.identity import peer_of
+from aivillage.node.offers import Offers
 from aivillage.protocols.codec import pack
 from aivillage.protocols.envelope import seal
 from aivillage.protocols.messages import Offer, OfferedOperation, OperationInfo, TaskAd
 from aivillage.protocols.types import PeerId, Seconds
 
-OFFERS_MAX: Final = 10_000
 OFFER_BYTES_MAX: Final = 1024
 UNREACHABLE_SECONDS: Final = 60.0
 """A peer that did not answer is left alone this long, whatever others say of it."""
 UNKNOWN_UNITS_PER_SECOND: Final = 5.0
 """A pessimistic guess for a peer never measured: never a veto."""
+FAREWELL_SECONDS: Final = 120.0
+"""As long as an offer: who hears it later hears no older offer either."""
 SMOOTHING: Final = 0.3
 
 
@@ -59,8 +62,10 @@ class Discovery:
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
         self.peer = peer_of(key)
-        self._offers: dict[PeerId, Offer] = {}
-        self._envelopes: dict[PeerId, bytes] = {}
+        self._offers = Offers()
+        self.met, self.has_left = self._offers.met, self._offers.has_left
+        self.envelopes, self.offers = self._offers.envelopes, self._offers.all
+        self.forget = self._offers.drop_stranger
         self._unreachable_until: dict[PeerId, float] = {}
         self.records: dict[PeerId, Record] = {}
         self._seq = int(time.time() * 1000)
@@ -72,7 +77,8 @@ class Discovery:
         return self.records.setdefault(peer, Record())
 
     def rename(self, old: PeerId, new: PeerId) -> None:
-        """A peer changed its key: how it did follows it."""
+        """A peer changed its key: how it did follows it, and the old key offers nothing."""
+        self._offers.replaced(old)
         if old in self.records:
             self.records[new] = self.records.pop(old)
 
@@ -89,33 +95,11 @@ class Discovery:
             return True
         if signer != news.seller or signer == self.peer:
             return False
-        old = self._offers.get(signer)
-        if not old and len(self._offers) >= OFFERS_MAX:
-            self.offers()  # forgets the expired ones
-        if (old and old.seq >= news.seq) or (not old and len(self._offers) >= OFFERS_MAX):
+        if not self._offers.take(news, envelope):
             return False
-        self._offers[signer] = news
-        self._envelopes[signer] = envelope
         self._changed.set()
         self._changed = trio.Event()
         return True
-
-    def offers(self) -> list[Offer]:
-        """Offers that are still good; expired ones are forgotten."""
-        now = int(time.time() * 1000)
-        self._offers = {p: o for p, o in self._offers.items() if o.not_after_unix_ms >= now}
-        self._envelopes = {p: self._envelopes[p] for p in self._offers}
-        return list(self._offers.values())
-
-    def envelopes(self) -> list[bytes]:
-        """The live offers as their sellers signed them, for a newcomer."""
-        self.offers()
-        return [envelope for envelope in self._envelopes.values() if envelope]
-
-    def forget(self, peer: PeerId) -> None:
-        """Drops the offer of a stranger that left."""
-        if self._envelopes.get(peer) == b"":
-            del self._offers[peer], self._envelopes[peer]
 
     def candidates(self, operation: str) -> list[Candidate]:
         """Peers that offer `operation` and were not found unreachable just now, best first."""
@@ -147,6 +131,10 @@ class Discovery:
         self._unreachable_until.pop(peer, None)
 
     # ------------------------------------------------------------------ said
+    def make_farewell(self) -> bytes:
+        """Our last word: an offer of nothing, at no address."""
+        return self.make_offer((), (), 0, FAREWELL_SECONDS)
+
     def make_offer(
         self,
         operations: Sequence[OperationInfo],
@@ -156,6 +144,7 @@ class Discovery:
     ) -> bytes:
         """An envelope around our offer of at most 1 KiB; what does not fit is not offered."""
         self._seq += 1
+        lifetime_ms = min(int(lifetime_seconds * 1000), LIFETIME_MS_MAX)
         offered = [
             OfferedOperation(
                 name=operation.name,
@@ -167,7 +156,8 @@ class Discovery:
         offer = Offer(
             seller=self.peer,
             seq=self._seq,
-            not_after_unix_ms=int((time.time() + lifetime_seconds) * 1000),
+            not_after_unix_ms=int(time.time() * 1000) + lifetime_ms,
+            lifetime_ms=lifetime_ms,
             addresses=tuple(addresses)[:4],
             operations=tuple(offered),
             free_slots=free_slots,
@@ -186,6 +176,7 @@ class Discovery:
                 buyer=self.peer,
                 seq=self._seq,
                 not_after_unix_ms=int((time.time() + lifetime_seconds) * 1000),
+                lifetime_ms=int(lifetime_seconds * 1000),
                 operation=operation,
             ),
         )

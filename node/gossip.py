@@ -16,6 +16,7 @@ from typing import Final, Protocol
 
 import msgspec
 
+from aivillage.node.freshness import left_ms
 from aivillage.protocols.envelope import unseal
 from aivillage.protocols.errors import PeerError, RequestError
 from aivillage.protocols.messages import Frame, Gossip, Offer, TaskAd
@@ -28,7 +29,6 @@ HOPS_MAX: Final = 8
 SEEN_MAX: Final = 16_384
 NEWS_PER_SECOND: Final = 50
 """Verified per neighbour: 50 x 0.11 ms is half a percent of a core."""
-LIFETIME_MS_MAX: Final = 600_000
 
 DOMAINS: Final[dict[str, type[Offer] | type[TaskAd]]] = {"offer": Offer, "task": TaskAd}
 News = Offer | TaskAd
@@ -92,8 +92,8 @@ class Gossiper:
         self._budget.pop(peer, None)
 
     def _is_current(self, news: News) -> bool:
-        now = int(time.time() * 1000)
-        return now <= news.not_after_unix_ms <= now + LIFETIME_MS_MAX
+        now_ms = int(time.time() * 1000)
+        return left_ms(news.not_after_unix_ms, news.lifetime_ms, now_ms) is not None
 
     def _hear_stranger(self, source: PeerId, gossip: Gossip) -> None:
         """Its own offer, which nobody hears from us."""

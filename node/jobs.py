@@ -52,7 +52,6 @@ CREATE TABLE known_peer(
   units_per_second REAL NOT NULL DEFAULT 0, good INTEGER NOT NULL DEFAULT 0,
   bad INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE TABLE certificate(body BLOB PRIMARY KEY, village BLOB NOT NULL, added REAL NOT NULL) STRICT;
-CREATE TABLE used_invite(nonce BLOB PRIMARY KEY, guest TEXT NOT NULL, at REAL NOT NULL) STRICT;
 CREATE TABLE setting(key TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
 """
 
@@ -157,6 +156,9 @@ class Jobs:
             return found
 
         return await trio.to_thread.run_sync(transaction, limiter=self._limiter)
+
+    transaction = _run
+    """For tables that have a file of their own: `work` on the connection, all of it or nothing."""
 
     async def _write(self, sql: str, *rows: tuple[Any, ...]) -> None:
         def work(db: apsw.Connection) -> None:
@@ -346,22 +348,6 @@ class Jobs:
             )
             for row in rows
         ]
-
-    async def use_invite(self, nonce: bytes, guest: PeerId) -> bool:
-        """Marks an invite as used by `guest`; False where somebody else used it before.
-
-        The same guest may ask again: its answer may have been lost.
-        """
-
-        def work(db: apsw.Connection) -> bool:
-            db.execute(
-                "INSERT OR IGNORE INTO used_invite(nonce, guest, at) VALUES(?,?,?)",
-                (nonce, guest, time.time()),
-            )
-            row = db.execute("SELECT guest FROM used_invite WHERE nonce=?", (nonce,)).get
-            return bool(row == guest)
-
-        return await self._run(work)
 
     async def add_certificates(self, village: bytes, bodies: tuple[bytes, ...]) -> None:
         now = time.time()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from aivillage.protocols.messages import (
     Ping,
     Pong,
     QuoteRequest,
+    Reach,
     Standing,
     Submit,
     Text,
@@ -46,7 +48,9 @@ log = logging.getLogger("aivillage.links")
 NOT_FOR_PEERS: Final = (Hello, Ask, Answer, Submit, Text, Tunnel)
 """A second hello, and what only the owner's control socket may say."""
 
-QUESTIONS: Final = (QuoteRequest, Join, Standing, ListOperations, Fetch, Granted, PairQuestion)
+QUESTIONS: Final = (
+    QuoteRequest, Join, Standing, ListOperations, Fetch, Granted, PairQuestion, Reach,
+)  # fmt: skip
 """What costs us far more than the asker."""
 
 
@@ -108,6 +112,8 @@ class Link:
     ) -> None:
         self.peer: PeerId = stream.peer
         self.hello = hello
+        self.clock_ahead_ms = hello.clock_unix_ms - int(time.time() * 1000)
+        """Of the peer's clock, as its hello said it: what it signs with an end ends by that."""
         self.dialled = dialled
         self.rtt_seconds: Seconds = 0.0
         self.heard_count = 0

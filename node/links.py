@@ -93,6 +93,10 @@ class Links:
     def all(self) -> list[Link]:
         return list(self._live.values())
 
+    def my_addresses(self) -> tuple[str, ...]:
+        """This node's own, as others are told them."""
+        return self._hello().addresses
+
     async def drop(self, peer: PeerId, reason: str) -> None:
         """Closes the link and every connection with `peer`; an unknown peer is no error.
 

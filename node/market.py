@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 import trio
 
+from aivillage.node.dialling import first_to_answer
 from aivillage.node.discovery import Candidate, Discovery
 from aivillage.node.links import Link, Links
 from aivillage.node.pricelist import quote_hash, read_quote
@@ -227,21 +228,24 @@ class Market:
         link = self._links.get(candidate.peer)
         if link is not None:
             return link
-        for address in candidate.addresses:
-            with trio.move_on_after(CONNECT_SECONDS):
-                try:
-                    link = await self._links.connect(address)
-                except AivillageError:
-                    continue  # the next address; all failing is said below
-                if link.peer == candidate.peer:  # an offer may name somebody else's address
-                    return link
-        self._discovery.unreachable(candidate.peer)
-        raise PeerError(f"{candidate.peer} cannot be reached", code="PEER_LOST")
+
+        async def reach(address: str) -> Link:
+            found = await self._links.connect(address)
+            if found.peer != candidate.peer:  # an offer may name somebody else's address
+                raise PeerError(f"{address} is somebody else", code="PEER_LOST")
+            return found
+
+        try:
+            return await first_to_answer(candidate.addresses, reach, seconds=CONNECT_SECONDS)
+        except AivillageError:
+            self._discovery.unreachable(candidate.peer)
+            raise PeerError(f"{candidate.peer} cannot be reached", code="PEER_LOST") from None
 
     async def _quote(self, need: Need, link: Link) -> Quoted:
         """Terms are posted, so a quote that is still good saves a round trip."""
         kept = self._quotes.get((link.peer, need.operation))
-        if kept and kept.quote.not_after_unix_ms - QUOTE_MARGIN_MS > time.time() * 1000:
+        its_now_ms = time.time() * 1000 + link.clock_ahead_ms
+        if kept and kept.quote.not_after_unix_ms - QUOTE_MARGIN_MS > its_now_ms:
             return kept
         owed = self._book.owed_to(link.peer)
         question = messages.QuoteRequest(

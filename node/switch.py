@@ -47,9 +47,10 @@ class Switch:
             messages.ListOperations: lambda link, frame: seller.on_list(link, frame.id),
             messages.Standing: villagers.on_standing,
             messages.Fetch: _refuse_fetch,
-            messages.Join: villagers.on_join,
+            messages.Join: villagers.joining.on_join,
             messages.Granted: villagers.on_granted,
             messages.PairQuestion: pairs.on_question,
+            messages.Reach: villagers.reachability.on_reach,
         }
         links.on_message = self.on_message
         links.admit = villagers.admit
@@ -87,6 +88,7 @@ class Switch:
                 id=sale.call.id, code="CANCELLED", message="its owner stopped this node"
             )
             send_or_drop(sale.link, failure)
+        self._herald.farewell()
 
     def rider(self, link: Link) -> Frame | None:
         """A receipt never travels in a write of its own while others leave."""

@@ -1,8 +1,9 @@
 """Who belongs: invites, certificates, and the chain that proves them.
 
 A village is named by the hash of its founder's public key. An invite is a signed promise, good
-once and for a week; whoever shows it gets a certificate. A certificate counts when a chain of
-certificates leads from it to the founder, each signed by somebody who may invite.
+for as many guests and days as its maker said; whoever shows it gets a certificate. A certificate
+counts when a chain of certificates leads from it to the founder, each signed by somebody who may
+invite.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ def make_invite(
     addresses: Sequence[str],
     line: MicroCredits,
     now_unix_ms: int,
+    days: int = INVITE_DAYS,
 ) -> str:
-    """A token to hand to one person; whoever holds it can join."""
+    """A token to hand on; whoever holds it can join."""
     invite = Invite(
         village=village,
         inviter=peer_of(key),
         addresses=tuple(addresses),
         nonce=secrets.token_bytes(16),
-        not_after_unix_ms=now_unix_ms + INVITE_DAYS * DAY_MS,
+        not_after_unix_ms=now_unix_ms + days * DAY_MS,
         line_micro_credits=line,
     )
     return token.to_text(TOKEN_PREFIX, seal(key, "invite", invite))

@@ -1,4 +1,4 @@
-"""The people around: who is linked, who belongs, joining, and finding lost neighbours again."""
+"""The people around: who is linked, who belongs, and finding lost neighbours again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import trio
@@ -15,22 +14,26 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aivillage.ledger.ledger import NodeBook
 from aivillage.node import succession, village
 from aivillage.node.config import Settings
+from aivillage.node.dialling import first_to_answer
+from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.grants import Grants
 from aivillage.node.guard import Tasks
 from aivillage.node.identity import peer_of
 from aivillage.node.jobs import Jobs
+from aivillage.node.joining import Joining
+from aivillage.node.lan import Lan
 from aivillage.node.links import Link, Links
 from aivillage.node.membership import Membership
 from aivillage.node.owners import Owners
+from aivillage.node.reachability import Reachability
+from aivillage.node.reasons import Reasons
 from aivillage.protocols import messages
-from aivillage.protocols.errors import AivillageError, PeerError, RefusedError, RequestError
-from aivillage.protocols.messages import ADDRESSES_MAX, Offer
+from aivillage.protocols.errors import AivillageError, PeerError, RequestError
 from aivillage.protocols.ports import SomebodyElseError
 from aivillage.protocols.types import AMOUNT_MAX, MicroCredits, PeerId, Seconds
 
-JOIN_SECONDS: Final = 15.0
 GRANTED_MINOR: Final = 1
 GRANTS_LOOK_SECONDS: Final = 1.0
 DIAL_SECONDS: Final = 10.0
@@ -40,7 +43,7 @@ NEIGHBOURS: Final = 16
 
 
 class Villagers:
-    """Neighbours: who may owe us what, who joins, and who is to be found again."""
+    """Neighbours: who may owe us what, and who is to be found again."""
 
     def __init__(
         self,
@@ -55,10 +58,10 @@ class Villagers:
         tasks: Tasks,
         owners: Owners,
         grants: Grants,
+        discovery: Discovery,
     ) -> None:
         self.peer = peer_of(key)
         self.membership = membership
-        self._key = key
         self._settings = settings
         self._links = links
         self._jobs = jobs
@@ -67,15 +70,26 @@ class Villagers:
         self._tasks = tasks
         self._owners = owners
         self._grants = grants
+        self.joining = Joining(
+            key=key, membership=membership, links=links, jobs=jobs, book=book, events=events,
+            tasks=tasks, usual_line=settings.village_line_micro_credits, on_joined=self._look_again,
+        )  # fmt: skip
+        self.reasons = Reasons()
         self._not_before: dict[PeerId, tuple[float, Seconds]] = {}
         self._dialling: set[PeerId] = set()
         self._trusting: dict[PeerId, trio.Event] = {}
         self._members: dict[PeerId, Link] = {}
         self._following = trio.Lock()
-        self.on_succeeded: Callable[[PeerId, PeerId], None] = lambda old, new: None
-        self.heard_of: Callable[[], Iterable[Offer]] = tuple
-        """Offers that came by gossip: of people of our village whom we may not have met."""
-        self.services = (self.keep_in_touch, self.end_grants)
+        self._discovery = discovery
+        discovery.is_neighbour = self.is_member
+        self.reachability = Reachability(links, tasks, events, self.members)
+        self.lan = Lan(
+            self.peer, lambda: membership.village, links.transport.addresses, events,
+            on_found=lambda peer: self._not_before.pop(peer, None),
+        )  # fmt: skip
+        self.services = (self.keep_in_touch, self.end_grants, self.reachability.run) + (
+            (self.lan.run,) if settings.mdns else ()
+        )
 
     def line_of(self, link: Link) -> MicroCredits | None:
         """What a neighbour's certificates let it owe us, grants apart; None for a stranger."""
@@ -126,6 +140,7 @@ class Villagers:
                 await self._follow(step.old, step.new)
         now_called = self._book.names_of(peer)[0]
         if now_called != peer:
+            self.reasons.note(peer, f"refused: its key was replaced by {now_called}")
             raise PeerError(
                 f"this key was replaced by {now_called}",
                 code="OWNER_LIMIT",
@@ -154,7 +169,7 @@ class Villagers:
         if link is not None:
             link.close("its key was replaced")
         self._not_before.pop(old, None)
-        self.on_succeeded(old, new)
+        self._discovery.rename(old, new)
         self._events.emit("key_changed", peer=new, former=old)
         await self._jobs.rename_peer(old, new)
 
@@ -166,6 +181,8 @@ class Villagers:
             return
         line = self.line_of(link)
         self._not_before.pop(link.peer, None)
+        self.reasons.forget(link.peer)
+        self._discovery.met(link.peer)
         self._book.connected(
             link.peer,
             link.hello.boot_epoch,
@@ -291,6 +308,7 @@ class Villagers:
     def on_down(self, link: Link, reason: str) -> None:
         if not self._is_retired(link.peer):  # else the books are open with its next key
             self._book.disconnected(link.peer)
+        self.reasons.note(link.peer, f"its link ended: {reason}")
         self._tell("peer_down", link, reason=reason)
         self._members.pop(link.peer, None)
         self._grants.left(link.peer)
@@ -311,10 +329,12 @@ class Villagers:
         """
         while True:
             for known in await self._jobs.known_peers():
-                self._dial_if_due(known.id, known.addresses)
+                self._dial_if_due(known.id, (*self.lan.found.get(known.id, ()), *known.addresses))
             if len(self._members) < NEIGHBOURS:
-                for offer in self.heard_of():
+                for offer in self._discovery.offers():  # of people whom we may not have met
                     self._dial_if_due(offer.seller, offer.addresses)
+                for peer, addresses in list(self.lan.found.items()):
+                    self._dial_if_due(peer, addresses)
             await trio.sleep(random.uniform(0.5, 1.5))
 
     def _dial_if_due(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
@@ -329,122 +349,61 @@ class Villagers:
         self._dialling.add(peer)
         self._tasks.start_soon(self._dial, peer, addresses)
 
+    def why(self, peer: PeerId) -> str:
+        """One line: why a peer is not linked, and what is done about it."""
+        link = self._links.get(peer)
+        if link is not None:
+            return "linked, a member" if self.is_member(peer) else "linked, not of my village"
+        blocked = "blocked by you" if self._book.view(peer).blocked else ""
+        left = "it said goodbye" if self._discovery.has_left(peer) else ""
+        parts = (blocked, left, self.reasons.last(peer), self._plan(peer))
+        return "; ".join(part for part in parts if part)
+
+    def _plan(self, peer: PeerId) -> str:
+        if self._is_retired(peer):
+            return f"it goes by another key now, {self._book.names_of(peer)[0][-8:]}"
+        if peer in self._dialling:
+            return "being dialled now"
+        if peer in self._not_before:
+            wait = max(0.0, self._not_before[peer][0] - trio.current_time())
+            return f"the next try is in {wait:.0f} s"
+        if all(offer.seller != peer for offer in self._discovery.offers()):
+            return "never dialled: not known to be of my village"
+        if len(self._members) >= NEIGHBOURS:
+            return "never dialled: heard of only, and we have neighbours enough"
+        return "about to be dialled"
+
     async def _dial(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
         try:
-            for address in addresses[:ADDRESSES_MAX]:
-                with trio.move_on_after(DIAL_SECONDS):
-                    try:
-                        await self._reach_heir(peer, address)
-                    except AivillageError:
-                        continue  # the next address; the backoff brings us back
-                    return
+            await first_to_answer(
+                addresses, functools.partial(self._reach_heir, peer), seconds=DIAL_SECONDS
+            )
+        except AivillageError as error:  # the backoff brings us back
+            self.reasons.note(peer, f"could not be reached: {error.message}")
         finally:
             self._dialling.discard(peer)
 
-    async def _reach_heir(self, peer: PeerId, address: str) -> None:
-        """Links with `peer`, or, if somebody else lives there, with its next key."""
+    async def _reach_heir(self, peer: PeerId, address: str) -> Link:
+        """The link with `peer`, or, if somebody else lives there, with its next key."""
         try:
-            await self._links.connect(address)
+            return await self._links.connect(address)
         except SomebodyElseError as error:
             there = address.replace(f"/p2p/{peer}", f"/p2p/{error.found}")
             link = await self._links.connect(there)
             if self._book.names_of(peer)[0] != link.peer and not self.is_member(link.peer):
                 link.close("not the peer that was looked for")
+                raise
+            return link
 
-    # ------------------------------------------------------------------ joining
-    def invite(self, addresses: tuple[str, ...], line: MicroCredits | None) -> str:
-        """A token for one newcomer.
-
-        Raises:
-            RefusedError: OWNER_LIMIT, only the founder of a village invites.
-        """
-        if village.village_of(self._book.names[-1]) != self.membership.village:
-            raise RefusedError(
-                "only the founder of this village can invite",
-                code="OWNER_LIMIT",
-                next_step="ask the person who invited you for another token",
-            )
-        promised = self._settings.village_line_micro_credits if line is None else line
-        now = int(time.time() * 1000)
-        return village.make_invite(self._key, self.membership.village, addresses, promised, now)
-
-    async def join(self, token: str) -> PeerId:
-        """Becomes a member of the inviter's village.
-
-        Raises:
-            AivillageError: the token is bad, used or expired, or the inviter is not there.
-        """
-        invite = village.read_invite(token)
-        if self._belongs_to(invite.village):
-            return invite.inviter  # `start --join` is a command that people repeat
-        link = await self._reach(invite.addresses, invite.inviter)
-        reply = await link.ask(
-            messages.Join(id=link.next_id(), token=token), timeout_seconds=JOIN_SECONDS
-        )
-        now = int(time.time() * 1000)
-        joined = reply.certificates if isinstance(reply, messages.Joined) else ()
-        if village.membership(joined, self._book.names, invite.village, now) is None:
-            raise PeerError("the inviter sent no valid certificate", code="BAD_REQUEST")
-        await self.membership.store(invite.village, joined)
-        await self._jobs.saw_peer(link.peer, link.hello.addresses)
-        # The hellos were said before we were members: say them again.
-        await self._links.drop(link.peer, "joined a village")
+    def _look_again(self) -> None:
+        """We belong somewhere else now: who of those linked does too?"""
         linked = self._links.all()
         self._members = {known.peer: known for known in linked if self.line_of(known) is not None}
-        await self._reach(invite.addresses, invite.inviter)
-        self._events.emit("village_joined", village=invite.village.hex(), inviter=invite.inviter)
-        return invite.inviter
 
     async def say_hello_again(self) -> None:
         """Our papers changed, and the hellos were said before: links are opened anew."""
         for link in self._links.all():
             await self._links.drop(link.peer, "its papers changed")
-
-    def _belongs_to(self, wanted: bytes) -> bool:
-        known, now = self.membership, int(time.time() * 1000)
-        line = village.membership(known.certificates, self._book.names, wanted, now)
-        return known.village == wanted and line is not None
-
-    async def _reach(self, addresses: tuple[str, ...], peer: PeerId) -> Link:
-        failure: AivillageError = PeerError("the invite names no address", code="PEER_LOST")
-        for address in addresses:
-            try:
-                with trio.fail_after(DIAL_SECONDS):
-                    link = await self._links.connect(address)
-            except trio.TooSlowError:
-                failure = PeerError(f"{address} does not answer", code="PEER_LOST")
-            except AivillageError as error:
-                failure = error
-            else:
-                if link.peer == peer:
-                    return link
-                failure = PeerError(f"{address} is somebody else", code="PEER_LOST")
-        failure.next_step = "is the inviter's node running, and reachable from here?"
-        raise failure
-
-    def on_join(self, link: Link, request: messages.Join) -> None:
-        self._tasks.start_soon(self._admit, link, request)
-
-    async def _admit(self, link: Link, request: messages.Join) -> None:
-        try:
-            now = int(time.time() * 1000)
-            nonce, certificate = village.redeem(self._key, request.token, link.peer, now)
-            if not await self._jobs.use_invite(nonce, link.peer):
-                raise RefusedError(
-                    "this invite was used already",
-                    code="OWNER_LIMIT",
-                    next_step="ask for a new one: `aivillage-node invite`",
-                )
-        except AivillageError as error:
-            failure = messages.Failure(
-                id=request.id, code=error.code, message=error.message, next_step=error.next_step
-            )
-            send_or_drop(link, failure)
-            return
-        self._events.emit("member_admitted", peer=link.peer)
-        chain = village.newest((certificate, *self.membership.certificates))
-        joined = messages.Joined(id=request.id, certificates=chain)
-        send_or_drop(link, joined)
 
 
 def _send_blob(link: Link, blob: bytes) -> None:

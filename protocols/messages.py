@@ -18,7 +18,7 @@ from aivillage.protocols.vouchers import BLOB_BYTES_MAX, Lane
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
 VERSION_MAJOR: Final = 1
-VERSION_MINOR: Final = 1
+VERSION_MINOR: Final = 2
 CALLS_PER_PAIR_MAX: Final = 256
 CERTIFICATES_MAX: Final = 8
 SUCCESSIONS_MAX: Final = 4
@@ -266,6 +266,21 @@ class PairView(Message, frozen=True, kw_only=True, tag="pair_view"):
     into_left_out: Count = 0
 
 
+class Reach(Message, frozen=True, kw_only=True, tag="reach"):
+    """Since 1.2: can you dial me at this address of mine?"""
+
+    id: Count
+    address: Address
+
+
+class Reached(Message, frozen=True, kw_only=True, tag="reached"):
+    """Since 1.2: whether the asker answered there; `seen_from` is where its link comes from."""
+
+    id: Count
+    reached: bool
+    seen_from: Name = ""
+
+
 class Tunnel(Message, frozen=True, kw_only=True, tag="tunnel"):
     """Raw bytes of a foreign protocol over the control socket; reserved for the MCP gateway."""
 
@@ -332,7 +347,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
 PEER_MESSAGES: Final = (
     Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
     Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Standing, Fetch, Join,
-    Joined, Granted, PairQuestion, PairView, Step,
+    Joined, Granted, PairQuestion, PairView, Reach, Reached, Step,
 )  # fmt: skip
 CONTROL_MESSAGES: Final = (
     Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,
@@ -365,6 +380,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     addresses: Addresses
     operations: tuple[OfferedOperation, ...]
     free_slots: Count = 0
+    lifetime_ms: Count = 0
+    """Since 1.2: how long it was good when it was made, for listeners whose clocks differ."""
 
 
 class TaskAd(msgspec.Struct, frozen=True, kw_only=True):
@@ -375,6 +392,8 @@ class TaskAd(msgspec.Struct, frozen=True, kw_only=True):
     not_after_unix_ms: Count
     operation: str
     addresses: Addresses = ()
+    lifetime_ms: Count = 0
+    """Since 1.2, as of an offer."""
 
 
 class Invite(msgspec.Struct, frozen=True, kw_only=True):

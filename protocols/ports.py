@@ -75,6 +75,21 @@ class Transport(Protocol):
         """
         ...
 
+    async def probe(self, address: str) -> None:
+        """Returns once the peer that `address` names has proved to be there.
+
+        Over a connection of its own, also where one is open, and which is gone afterwards.
+
+        Raises:
+            PeerError: PEER_LOST, nobody there, or somebody else.
+            RequestError: `address` is malformed.
+        """
+        ...
+
+    def host_of(self, peer: PeerId) -> str:
+        """Where a connected peer comes from, as in an address; empty where that is not known."""
+        ...
+
     async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
         """Raises: PeerError: PEER_LOST, not connected, or the peer does not speak it."""
         ...

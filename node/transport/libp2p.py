@@ -6,6 +6,7 @@ call that writes runs in a task of the transport: the caller may leave, the call
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,6 +27,7 @@ log = logging.getLogger("aivillage.transport")
 DIAL_SECONDS: Final = 10.0
 OPEN_SECONDS: Final = 10.0
 CLOSE_SECONDS: Final = 1.0
+PROBE_SECONDS: Final = 5.0
 LINGER_SECONDS: Final = 5.0
 _SOMEBODY_ELSE: Final = re.compile(r"remote_peer_id_from_pubkey=(\w+)")
 """Noise's own words, once the other side has proved who it is."""
@@ -58,8 +60,8 @@ class Libp2pTransport:
         self._swarm = host.get_network()
         self._peer = peer
         self._nursery = nursery
-        # Two dials of one peer at a time would end in two connections.
-        self._dials: WeakValueDictionary[PeerId, trio.Lock] = WeakValueDictionary()
+        self._dials: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+        self._made: WeakValueDictionary[PeerId, Any] = WeakValueDictionary()
 
     @property
     def peer(self) -> PeerId:
@@ -99,17 +101,59 @@ class Libp2pTransport:
         name = PeerId(str(peer))
         if name == self._peer:
             raise RequestError("this is the node's own address", next_step="dial another node")
-        async with self._dials.setdefault(name, trio.Lock()):
+        async with self._dials.setdefault(address, trio.Lock()):
             if not self._connected(peer):
                 # Straight to the address: the library's own way tries one address per kind only,
                 # waits 250 ms after a success, and refuses a peer for a minute after a failure.
                 call = _Call(self._swarm.dial_addr, maddr, peer)
+                call.if_abandoned = functools.partial(self._keep_one, name)
                 try:
-                    await call.run_in(self._nursery, DIAL_SECONDS, f"nobody answers at {address}")
+                    made = await call.run_in(
+                        self._nursery, DIAL_SECONDS, f"nobody answers at {address}"
+                    )
                 except PeerError as error:
                     _tell_somebody_else(error, address)
                     raise
+                await self._keep_one(name, made)
         return name
+
+    async def _keep_one(self, peer: PeerId, made: Any) -> None:
+        """Of several addresses dialled at a time the first connection stays, later ones go."""
+        first = self._made.get(peer)
+        if first is None or first.is_closed:
+            self._made[peer] = made
+        elif first is not made:
+            await _Call(made.close).wait_in(self._nursery, CLOSE_SECONDS)
+
+    async def probe(self, address: str) -> None:
+        _, peer = _parsed(address)
+        call = _Call(self._prove, address, peer)
+        try:
+            await call.run_in(self._nursery, PROBE_SECONDS, f"nobody answers at {address}")
+        except PeerError as error:
+            _tell_somebody_else(error, address)
+            raise
+
+    async def _prove(self, address: str, peer: Any) -> None:
+        """Past the list of connections: this one carries nothing but the proof."""
+        import multiaddr
+
+        maddr = multiaddr.Multiaddr(address)
+        with trio.fail_after(PROBE_SECONDS):
+            raw = await self._swarm.transport_manager.transport_for_dialing(maddr).dial(maddr)
+            try:
+                await self._swarm.upgrader.upgrade_security(raw, True, peer)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await raw.close()
+
+    def host_of(self, peer: PeerId) -> str:
+        for connection in self._swarm.get_connections(_library_peer(peer)):
+            if not connection.is_closed:
+                found = connection.muxed_conn.secured_conn.get_remote_address()
+                if found is not None:
+                    return str(found[0])
+        return ""
 
     async def open_stream(self, peer: PeerId, protocol: str) -> Libp2pStream:
         library_peer = _library_peer(peer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -44,6 +44,8 @@ class LoopbackNetwork:
         self.jitter_seconds = jitter_seconds
         self.loss = loss
         self.nodes: dict[str, LoopbackTransport] = {}
+        self.undialable: Collection[str] = ()
+        """Names behind a router that lets nobody in: they dial, and nobody dials them."""
         self._random = random.Random(seed)
         self._side: dict[str, int] = {}
         self._changed = trio.Event()
@@ -123,21 +125,33 @@ class LoopbackTransport:
         self._handlers[protocol] = handler
 
     async def dial(self, address: str) -> PeerId:
-        name, peer = _parsed(address)
+        peer = _parsed(address)[1]
         if peer == self._peer:
             raise RequestError("this is the node's own address", next_step="dial another node")
         await trio.lowlevel.checkpoint()
         if peer in self.connections:
             return peer
-        await self._round_trip(name, peer)
-        other = self.network.nodes.get(name)
-        if other is None:
-            raise _lost(f"nobody answers at {address}")
-        if other.peer != peer:
-            raise SomebodyElseError(f"{other.peer} answered at {address}", other.peer)
+        other = await self._found_at(address)
         if peer not in self.connections:
             _Connection(self, other)
         return peer
+
+    async def probe(self, address: str) -> None:
+        await self._found_at(address)
+
+    async def _found_at(self, address: str) -> LoopbackTransport:
+        name, peer = _parsed(address)
+        await self._round_trip(name, peer)
+        other = self.network.nodes.get(name)
+        if other is None or name in self.network.undialable:
+            raise _lost(f"nobody answers at {address}")
+        if other.peer != peer:
+            raise SomebodyElseError(f"{other.peer} answered at {address}", other.peer)
+        return other
+
+    def host_of(self, peer: PeerId) -> str:
+        connection = self.connections.get(peer)
+        return connection.other(self).name if connection is not None else ""
 
     async def open_stream(self, peer: PeerId, protocol: str) -> LoopbackStream:
         connection = self._connection(peer)

@@ -323,6 +323,7 @@ class Yard:
         self.environment = kept | {
             "PYTHONPATH": str(ROOT),
             "AIVILLAGE_CACHE_DIR": cache,
+            "AIVILLAGE_MDNS": "false",  # nobody on the tester's network is to hear of this
             "XDG_RUNTIME_DIR": str(self._runtime),
         }
 

@@ -123,7 +123,9 @@ async def villagers(
             node = await stack.enter_async_context(opened(network, folder, name, number, **own))
             if nodes:
                 first = nodes[0].desk
-                token = first.villagers.invite(tuple(first.links.transport.addresses()), None)
-                await node.desk.villagers.join(token)
+                token = await first.villagers.joining.invite(
+                    tuple(first.links.transport.addresses()), None
+                )
+                await node.desk.villagers.joining.join(token)
             nodes.append(node)
         yield nodes

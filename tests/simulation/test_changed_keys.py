@@ -260,8 +260,8 @@ async def test_a_founder_with_a_new_key_still_admits_people(tmp_path):
         await mesh.start(founder, stranger=True)
         assert (await founder.desk.on_status({}))["village"] == home
         guest = await mesh.add("guest", stranger=True, serve=False)
-        token = founder.desk.villagers.invite((founder.address,), None)
-        await guest.desk.villagers.join(token)
+        token = await founder.desk.villagers.joining.invite((founder.address,), None)
+        await guest.desk.villagers.joining.join(token)
         await mesh.link(guest, member)  # who never met the founder's new key
         assert member.desk.villagers.is_member(guest.peer)
         assert founder.desk.villagers.is_member(guest.peer)

@@ -13,15 +13,15 @@ from tests.simulation.mesh import certificate, open_mesh, result_of, until
 from tests.simulation.test_market import expected
 
 
-def invite(node, line=None):
-    return node.desk.villagers.invite((node.address,), line)
+async def invite(node, line=None):
+    return await node.desk.villagers.joining.invite((node.address,), line)
 
 
 async def test_who_joins_by_invite_buys_at_once(tmp_path):
     async with open_mesh(tmp_path) as mesh:
         founder = await mesh.add("founder")
         guest = await mesh.add("guest", stranger=True, serve=False)
-        assert await guest.desk.villagers.join(invite(founder)) == founder.peer
+        assert await guest.desk.villagers.joining.join(await invite(founder)) == founder.peer
         assert result_of(await guest.ask("hello", tokens=3)) == expected("hello", 3)
         assert (await guest.desk.on_status({}))["village"] == (await founder.desk.on_status({}))[
             "village"
@@ -34,14 +34,49 @@ async def test_an_invite_admits_one_guest_only(tmp_path):
         founder = await mesh.add("founder")
         first = await mesh.add("first", stranger=True)
         second = await mesh.add("second", stranger=True)
-        token = invite(founder)
-        await first.desk.villagers.join(token)
+        token = await invite(founder)
+        await first.desk.villagers.joining.join(token)
         with pytest.raises(RefusedError) as caught:
-            await second.desk.villagers.join(token)
+            await second.desk.villagers.joining.join(token)
         assert caught.value.code == "OWNER_LIMIT"
         assert "used already" in caught.value.message
         assert founder.desk.villagers.line_of(founder.desk.links.get(second.peer)) is None
-        await first.desk.villagers.join(token)  # its answer may have been lost
+        await first.desk.villagers.joining.join(token)  # its answer may have been lost
+
+
+async def test_a_revoked_invite_is_refused_at_the_door(tmp_path):
+    async with open_mesh(tmp_path) as mesh:
+        founder = await mesh.add("founder")
+        first = await mesh.add("first", stranger=True)
+        second = await mesh.add("second", stranger=True)
+        made = await founder.desk.on_invite({"uses": 5, "note": "the choir"})
+        await first.desk.villagers.joining.join(made["token"])
+        (listed,) = await founder.desk.on_invites({})
+        assert (listed["uses_left"], listed["note"]) == (4, "the choir")
+        assert [guest["peer"] for guest in listed["guests"]] == [first.peer]
+        await founder.desk.on_invite_revoke({"id": listed["id"]})
+        with pytest.raises(RefusedError, match="revoked"):
+            await second.desk.villagers.joining.join(made["token"])
+        assert founder.desk.villagers.is_member(first.peer)
+        assert not founder.desk.villagers.is_member(second.peer)
+
+
+async def test_no_log_line_event_or_file_has_an_invites_token(tmp_path, caplog):
+    async with open_mesh(tmp_path) as mesh:
+        founder = await mesh.add("founder")
+        guest = await mesh.add("guest", stranger=True)
+        with caplog.at_level("DEBUG"):
+            token = await invite(founder)
+            await guest.desk.villagers.joining.join(token)
+            with pytest.raises(RefusedError):
+                await founder.desk.villagers.joining.invites.use(
+                    village.read_invite(token).nonce, make_peer(99)
+                )
+        said = caplog.text + repr([list(n.desk.events.recent) for n in mesh.nodes])
+    assert "member_admitted" in said
+    kept = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert token[:40] not in said
+    assert token[5:45].encode() not in kept
 
 
 async def test_the_line_is_the_lesser_of_the_promise_and_the_owners_limit(tmp_path):
@@ -49,7 +84,7 @@ async def test_the_line_is_the_lesser_of_the_promise_and_the_owners_limit(tmp_pa
         founder = await mesh.add("founder", village_line_micro_credits=5_000)
         for name, promised, line in (("poor", 300, 300), ("rich", 10**9, 5_000)):
             guest = await mesh.add(name, stranger=True)
-            await guest.desk.villagers.join(invite(founder, promised))
+            await guest.desk.villagers.joining.join(await invite(founder, promised))
             await until(lambda g=guest, n=line: founder.ledger.view(g.peer).line == n)
 
 
@@ -58,7 +93,7 @@ async def test_only_the_founder_invites(tmp_path):
         await mesh.add("founder")
         member = await mesh.add("member")
         with pytest.raises(RefusedError) as caught:
-            invite(member)
+            await invite(member)
         assert caught.value.code == "OWNER_LIMIT"
 
 
@@ -68,7 +103,7 @@ async def test_members_who_never_met_know_each_other_by_their_papers(tmp_path):
         one = await mesh.add("one", stranger=True, serve=False)
         two = await mesh.add("two", stranger=True)
         for guest in (one, two):
-            await guest.desk.villagers.join(invite(founder))
+            await guest.desk.villagers.joining.join(await invite(founder))
         # One hears of two through the founder, and dials it for the job.
         running = await one.ask("hello", tokens=2)
         assert result_of(running) == expected("hello", 2)
@@ -79,7 +114,7 @@ async def test_a_restarted_member_finds_its_village_again_by_itself(tmp_path):
     async with open_mesh(tmp_path) as mesh:
         founder = await mesh.add("founder")
         guest = await mesh.add("guest", stranger=True, serve=False)
-        await guest.desk.villagers.join(invite(founder))
+        await guest.desk.villagers.joining.join(await invite(founder))
         await guest.stop()
         await until(lambda: founder.desk.links.get(guest.peer) is None)
         await mesh.start(guest, stranger=True)
@@ -111,7 +146,7 @@ async def test_a_former_member_may_owe_nothing_more(tmp_path):
     async with open_mesh(tmp_path) as mesh:
         founder = await mesh.add("founder")
         guest = await mesh.add("guest", stranger=True)
-        await guest.desk.villagers.join(invite(founder))
+        await guest.desk.villagers.joining.join(await invite(founder))
         await until(lambda: founder.ledger.view(guest.peer).line)
         guest.desk.villagers.membership.certificates = ()  # they have expired
         await guest.desk.links.drop(founder.peer, "again")
@@ -213,12 +248,12 @@ async def test_a_peer_only_heard_of_is_listed_and_a_join_is_two_lines(tmp_path, 
         one = await mesh.add("one", stranger=True, serve=False)
         two = await mesh.add("two", stranger=True)
         with caplog.at_level("INFO", "aivillage"):
-            await one.desk.villagers.join(invite(founder))
+            await one.desk.villagers.joining.join(await invite(founder))
             await trio.sleep(0.1)
         said = [m.split()[0] for m in caplog.messages]
         # Both nodes log here: the founder two lines, the guest two.
         assert sorted(said) == ["member_admitted", "peer_up", "peer_up", "village_joined"]
-        await two.desk.villagers.join(invite(founder))
+        await two.desk.villagers.joining.join(await invite(founder))
         await until(lambda: one.desk.discovery.candidates("mesh.noop")[1:])
         shown = {peer["peer"]: peer for peer in await one.desk.on_peers({})}
         assert shown[founder.peer]["connected"]

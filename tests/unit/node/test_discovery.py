@@ -118,7 +118,7 @@ def test_every_accepted_offer_is_news_and_a_stale_one_is_not(found):
 
 
 def test_the_table_has_a_bound_that_the_dead_do_not_fill(found, clock, monkeypatch):
-    monkeypatch.setattr(discovering, "OFFERS_MAX", 2)
+    monkeypatch.setattr("aivillage.node.offers.OFFERS_MAX", 2)
     hear(found, offer(by=2))
     hear(found, offer(by=3))
     assert not hear(found, offer(by=4))

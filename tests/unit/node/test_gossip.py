@@ -4,10 +4,10 @@ import msgspec
 import pytest
 
 from aivillage.node import gossip as gossiping
+from aivillage.node.freshness import LIFETIME_MS_MAX
 from aivillage.node.gossip import (
     GOSSIP_BYTES_MAX,
     HOPS_MAX,
-    LIFETIME_MS_MAX,
     NEWS_PER_SECOND,
     Gossiper,
 )

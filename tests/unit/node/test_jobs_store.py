@@ -143,16 +143,6 @@ async def test_a_passed_result_and_its_price_are_stored_together(tmp_path):
         assert (attempt.price, attempt.outcome) == (77, "done")
 
 
-async def test_an_invite_is_used_by_one_guest_who_may_ask_again(tmp_path):
-    async with open_jobs(tmp_path / "jobs.db") as jobs:
-        assert await jobs.use_invite(b"n" * 16, make_peer(1))
-        assert await jobs.use_invite(b"n" * 16, make_peer(1))
-        assert not await jobs.use_invite(b"n" * 16, make_peer(2))
-    async with open_jobs(tmp_path / "jobs.db") as jobs:
-        assert not await jobs.use_invite(b"n" * 16, make_peer(2))
-        assert await jobs.use_invite(b"m" * 16, make_peer(2))
-
-
 async def test_peers_certificates_and_settings_survive(tmp_path):
     async with open_jobs(tmp_path / "jobs.db") as jobs:
         await jobs.saw_peer(make_peer(1), ("/a",))

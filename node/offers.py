@@ -1,0 +1,112 @@
+"""The offers of others, and who has left: nobody comes back by an old offer.
+
+An offer is its seller's signed word, and anybody may carry it, also late or out of malice. So of
+each seller the number of its newest word is remembered for longer than any older one could be
+played again. The last word of a node that stops is an offer of nothing, at no address; from then
+on only a newer word of its own brings it back, or meeting it. A key that was replaced has no newer
+word. What a third peer says of a seller is never looked at: there is no message for it.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from typing import Final
+
+import msgspec
+
+from aivillage.node.freshness import left_ms
+from aivillage.protocols.messages import Offer
+from aivillage.protocols.types import PeerId, Seconds
+
+OFFERS_MAX: Final = 10_000
+DEPARTED_SECONDS: Final[Seconds] = 3600.0
+"""More than `freshness.REPLAY_MS_MAX`: a departure outlives every offer from before it."""
+
+SEQ_MAX: Final = 2**53 - 1
+
+
+class _Live(msgspec.Struct, frozen=True):
+    offer: Offer
+    envelope: bytes
+    ends: float
+
+
+class _LastWord(msgspec.Struct, frozen=True):
+    seq: int
+    until: float
+    departed: bool
+
+
+class Offers:
+    """By seller, on this machine's own steady clock."""
+
+    def __init__(self) -> None:
+        self._live: dict[PeerId, _Live] = {}
+        self._last: collections.OrderedDict[PeerId, _LastWord] = collections.OrderedDict()
+
+    def take(self, offer: Offer, envelope: bytes) -> bool:
+        """Keeps an offer that is its seller's newest word; the signature has been checked."""
+        now, seller = time.monotonic(), offer.seller
+        left = left_ms(offer.not_after_unix_ms, offer.lifetime_ms, int(time.time() * 1000))
+        if left is None or offer.seq <= self._barred(seller, now):
+            return False
+        if is_farewell(offer):
+            self._live.pop(seller, None)
+            self._note(seller, _LastWord(offer.seq, now + DEPARTED_SECONDS, departed=True))
+            return True
+        if seller not in self._live and len(self._live) >= OFFERS_MAX:
+            self.all()  # forgets the expired ones
+            if len(self._live) >= OFFERS_MAX:
+                return False
+        self._live[seller] = _Live(offer, envelope, now + left / 1000)
+        self._note(seller, _LastWord(offer.seq, now + DEPARTED_SECONDS, departed=False))
+        return True
+
+    def met(self, peer: PeerId) -> None:
+        """Direct contact overrides whatever was said, and by whom; its next word counts."""
+        self._last.pop(peer, None)
+
+    def replaced(self, peer: PeerId) -> None:
+        """Its key is no longer in use: whoever still has it has nothing to offer."""
+        self._live.pop(peer, None)
+        until = time.monotonic() + DEPARTED_SECONDS
+        self._note(peer, _LastWord(SEQ_MAX, until, departed=True))
+
+    def has_left(self, peer: PeerId) -> bool:
+        """Whether its last word was goodbye."""
+        last = self._last.get(peer)
+        return last is not None and last.departed and last.until > time.monotonic()
+
+    def drop_stranger(self, peer: PeerId) -> None:
+        """Of a stranger that left nothing stays; it never spoke but for itself."""
+        live = self._live.get(peer)
+        if live is not None and not live.envelope:
+            del self._live[peer]
+
+    def all(self) -> list[Offer]:
+        """Offers that are still good; expired ones are forgotten."""
+        now = time.monotonic()
+        self._live = {peer: live for peer, live in self._live.items() if live.ends >= now}
+        return [live.offer for live in self._live.values()]
+
+    def envelopes(self) -> list[bytes]:
+        """The live offers of members as they were signed."""
+        self.all()
+        return [live.envelope for live in self._live.values() if live.envelope]
+
+    def _barred(self, seller: PeerId, now: float) -> int:
+        """The highest number that is old news."""
+        last = self._last.get(seller)
+        return last.seq if last is not None and last.until > now else -1
+
+    def _note(self, seller: PeerId, word: _LastWord) -> None:
+        self._last.pop(seller, None)
+        self._last[seller] = word
+        if len(self._last) > OFFERS_MAX:
+            self._last.popitem(last=False)
+
+
+def is_farewell(offer: Offer) -> bool:
+    """Nothing is offered, and nowhere: an earlier version finds just that in it."""
+    return not offer.operations and not offer.addresses
