@@ -168,6 +168,7 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     submit.add_argument("--detach", action="store_true", help="print the job's id and return")
     submit.add_argument("-h", "--help", action="store_true", dest="wants_help", help="all flags")
     submit.epilog = "Further flags come from the operation: `submit OPERATION --help`."
+    _map_command(command)
     jobs = command("jobs", "aivillage.cli.jobs:jobs", "list, show or cancel your jobs")
     actions = jobs.add_subparsers(metavar="list|show|cancel", required=True, dest="action")
     listing = actions.add_parser("list", parents=[common], help="the latest jobs")
@@ -178,6 +179,17 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     _explain_command(command)
     command("operations", "aivillage.cli.jobs:operations", "what can be asked, prices, who does it")
     _blob_commands(command, common)
+
+
+def _map_command(command: Command) -> None:
+    fan = command("map", "aivillage.cli.map:run_map", "one operation over every line of a file")
+    fan.add_argument("operation", nargs="?", help="see `aivillage-node operations`")
+    fan.add_argument("--input", metavar="FILE", help="one JSON request a line; - is standard input")
+    fan.add_argument("--output", metavar="FILE", help="write here, not to standard output")
+    fan.add_argument("--reduce", metavar="OPERATION", help="one more task: it gets all results")
+    fan.add_argument("--max-price", metavar="CREDITS", help="most it may cost in all")
+    fan.add_argument("--parallel", type=int, metavar="N", help="most tasks at once")
+    fan.add_argument("--resume", metavar="ID", help="go on with a map, and show its results")
 
 
 def _explain_command(command: Command) -> None:

@@ -26,7 +26,12 @@ def one_line(text: object) -> str:
 
 def as_json(value: Any) -> None:
     """One JSON value on one line: what scripts read."""
-    print(json.dumps(value, default=_plain))
+    print(json_line(value))
+
+
+def json_line(value: Any) -> str:
+    """Bytes become hexadecimal."""
+    return json.dumps(value, default=_plain)
 
 
 def _plain(value: Any) -> Any:

@@ -54,6 +54,29 @@ class Buyer:
         Raises:
             AivillageError: the request is wrong, or this node takes no work now.
         """
+        self._require_room()
+        self._starting += 1
+        try:
+            row = await self._record(submit, order.parent if order else "")
+            return self._start(self._pursuit(row, say, order.sub_jobs if order else None))
+        finally:
+            self._starting -= 1
+
+    async def take(self, row: JobRow, pursuit: Pursuit | None = None) -> Running:
+        """Records and starts a task of a map, whose request was looked at before.
+
+        Raises:
+            AivillageError: this node takes no work now.
+        """
+        self._require_room()
+        self._starting += 1
+        try:
+            await self._trade.jobs.add(row)
+            return self._start(pursuit or self._pursuit(row, _unheard))
+        finally:
+            self._starting -= 1
+
+    def _require_room(self) -> None:
         refusal = self.refusal()
         if refusal is not None:
             raise refusal
@@ -63,12 +86,6 @@ class Buyer:
                 code="BUSY",
                 next_step="wait for one, or `aivillage-node jobs cancel ID`",
             )
-        self._starting += 1
-        try:
-            row = await self._record(submit, order.parent if order else "")
-            return self._start(self._pursuit(row, say, order.sub_jobs if order else None))
-        finally:
-            self._starting -= 1
 
     async def buy(self, order: Order) -> Bought:
         """A sub-job of a module that runs here, to its end. Cancelled, it ends too.

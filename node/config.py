@@ -38,6 +38,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     enable: Annotated[tuple[str, ...], _doc("experimental operations to switch on")] = ()
     serve: Annotated[bool, _doc("run other people's jobs")] = True
     slots: Annotated[int, Meta(ge=1, le=256), _doc("jobs of others at the same time")] = 8
+    module_workers: Annotated[
+        int, Meta(ge=1, le=256), _doc("modules that run at once, each in a process; others wait")
+    ] = 2
     price_percent: Annotated[
         int, Meta(ge=0, le=1_000_000), _doc("my prices as a percentage of the default ones")
     ] = 100

@@ -31,6 +31,7 @@ from aivillage.node.guard import Tasks
 from aivillage.node.herald import Herald
 from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.node.links import LinkLimits, open_links
+from aivillage.node.maps import open_maps
 from aivillage.node.market import Market
 from aivillage.node.membership import Membership
 from aivillage.node.monitor import Monitor
@@ -141,9 +142,9 @@ async def open_node(
             stop=stop, started=time.time(), addresses=addresses, clearing=clearing,
             owners=owners, grants=grants, pairs=pairs,
         )  # fmt: skip
-        await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
+        maps = await open_maps(settings, trade, buyer, nursery)  # before anybody can submit
         people = PeopleDesk(desk, keeper, settings.village_exposure_micro_credits)
-        handlers = desk.handlers() | people.handlers()
+        handlers = desk.handlers() | people.handlers() | maps.handlers()
         async with open_control(paths.socket, Control(handlers, buyer, hello, events)):
             for service in (monitor.run, *villagers.services, herald.run, clearing.run, keeper.run):
                 tasks.serve(service)
@@ -184,6 +185,7 @@ def worker_settings(settings: Settings) -> WorkerSettings:
         enabled=settings.enable,
         dev_mode=settings.dev_mode,
         idle_exit_seconds=settings.worker_idle_seconds,
+        module_workers_max=settings.module_workers,
         engine_slots=min(settings.slots, ENGINE_SLOTS_MAX),
         limits=WorkerLimits(memory_bytes_max=settings.worker_memory_mb << 20),
     )

@@ -146,6 +146,10 @@ class Jobs:
         self._pending: list[tuple[_Kept, Callable[[], None]]] = []
         self._wake = trio.Event()
 
+    async def run(self, work: Callable[[apsw.Connection], T]) -> T:
+        """`work` as one transaction: for tables that another file knows."""
+        return await self._run(work)
+
     async def _run(self, work: Callable[[apsw.Connection], T]) -> T:
         def transaction() -> T:
             try:

@@ -148,6 +148,18 @@ class Market:
                 tried.clear()  # they could not be reached; who is back may be asked again
         raise self._nobody(need, excluded, reasons)
 
+    async def terms_of(self, peer: str, need: Need) -> Choice:
+        """What this seller asks, and nobody else; at once, without waiting for its return.
+
+        Raises:
+            PeerError: PEER_LOST, it offers nothing now or cannot be reached.
+            AivillageError: it refused.
+        """
+        for candidate in self._discovery.candidates(need.operation):
+            if candidate.peer == peer:
+                return await self._quoted(need, candidate)
+        raise PeerError(f"{peer[-8:]} is gone", code="PEER_LOST")
+
     def _candidates(self, need: Need) -> list[Candidate]:
         found = self._discovery.candidates(need.operation)
         if not need.peer:

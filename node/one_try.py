@@ -1,0 +1,52 @@
+"""A job at one named seller, once: whoever handed it out knows better where it goes next."""
+
+from __future__ import annotations
+
+import msgspec
+
+from aivillage.node.attempt import Output
+from aivillage.node.link import Link
+from aivillage.node.market import Choice, Need
+from aivillage.node.pursuit import Pursuit
+from aivillage.protocols.errors import AivillageError
+from aivillage.protocols.types import PeerId
+
+
+class Had(msgspec.Struct, frozen=True):
+    """What a try leaves to the next one."""
+
+    output: Output
+    sellers: tuple[PeerId, ...]
+    kernels: frozenset[tuple[str, str]]
+
+
+class OneTry(Pursuit):
+    """As any job, except that neither the market nor another attempt follows a failure."""
+
+    def had(self) -> Had:
+        """What it was given so far, and by whom."""
+        output = self.output
+        copied = Output(list(output.bodies), list(output.ids), list(output.text), output.read_bytes)
+        return Had(copied, tuple(self._sellers), frozenset(self._kernels))
+
+    def go_on_from(self, had: Had) -> None:
+        """What an earlier try of the same task was given, and paid for, is not bought again."""
+        self.output = had.output
+        self._sellers, self._kernels = list(had.sellers), set(had.kernels)
+
+    async def _choose(self, need: Need) -> Choice | None:
+        return await self._trade.market.terms_of(self.row.peer, need)
+
+    async def _give_up_on(self, link: Link, error: AivillageError) -> None:
+        trade = self._trade
+        trade.market.forget_quote(link.peer, self.row.operation)
+        if error.code == "PEER_LOST" and not trade.market.is_back(link):
+            trade.discovery.unreachable(link.peer)
+        trade.events.emit(
+            "attempt_failed",
+            job=self.row.id,
+            peer=link.peer,
+            code=error.code,
+            reason=error.message,
+        )
+        raise error
