@@ -62,6 +62,10 @@ class Herald:
         others = self._discovery.envelopes()[:NEWS_FOR_NEWCOMER_MAX] if member else []
         return [Gossip(topic="offer", envelope=e) for e in (self._offer(), *others)]
 
+    def hurry(self) -> None:
+        """What we offer changed: tell it soon."""
+        self._early.set()
+
     def forget(self, stranger: PeerId) -> None:
         self._discovery.forget(stranger)
 
@@ -82,4 +86,4 @@ class Herald:
 
     def _on_wanted(self, ad: TaskAd) -> None:
         if any(operation.name == ad.operation for operation in self._seller.operations()):
-            self._early.set()
+            self.hurry()

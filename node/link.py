@@ -196,6 +196,11 @@ class Link:
         if inbox is not None:
             inbox.close()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether an answer to something of ours is still to come."""
+        return bool(self._asks or self._inboxes)
+
     def close(self, reason: str, *, say: Failure | None = None) -> None:
         """Dead from now on, for both sides; what is queued has `flush_seconds` to leave.
 
