@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 from weakref import WeakValueDictionary
 
@@ -40,7 +40,7 @@ AUTO_SECONDS: Final = 60.0
 """Nobody has dialled us for so long: perhaps nobody can."""
 LOOK_SECONDS: Final = 1.0
 AGAIN_SECONDS: Final = 30.0
-"""Before a relay that refused, or broke, is asked again."""
+"""Before a relay that refused is asked again."""
 DIRECT_SECONDS: Final = (5.0, 600.0)
 """Between attempts to do without the relay: the first, and the longest."""
 DIAL_SECONDS: Final = 10.0
@@ -207,6 +207,7 @@ class Circuits:
 
     async def _hold(self, relay: PeerId) -> None:
         """One reservation, from asking for it to its end."""
+        pause = LOOK_SECONDS
         try:
             stream = await self._transport.open_stream(relay, RELAY_PROTOCOL)
             try:
@@ -217,10 +218,11 @@ class Circuits:
                 with trio.CancelScope(shield=True):
                     await stream.close()
         except AivillageError as error:
+            pause = AGAIN_SECONDS
             self._events.emit("reservation_refused", peer=relay, reason=error.message)
         finally:
             self._asking.discard(relay)
-            self._not_before[relay] = trio.current_time() + AGAIN_SECONDS
+            self._not_before[relay] = trio.current_time() + pause
 
     async def _until_it_ends(self, relay: PeerId, stream: Stream) -> None:
         self._asking.discard(relay)
@@ -229,8 +231,9 @@ class Circuits:
             self._events.emit("reservation_made", peer=relay)
             self.on_changed()
             try:
-                while await stream.read(1024):
-                    continue  # a relay has nothing to say here
+                with suppress(PeerError):  # the relay is gone, which is an end
+                    while await stream.read(1024):
+                        continue  # it has nothing to say here
             finally:
                 del self._held[relay]
                 self._events.emit("reservation_ended", peer=relay)
