@@ -45,6 +45,8 @@ class LoopbackNetwork:
         self.jitter_seconds = jitter_seconds
         self.loss = loss
         self.nodes: dict[str, LoopbackTransport] = {}
+        self.hidden: set[str] = set()
+        """Behind NAT: these dial others, and nobody dials them."""
         self._random = random.Random(seed)
         self._side: dict[str, int] = {}
         self._changed = trio.Event()
@@ -134,7 +136,7 @@ class LoopbackTransport:
             return peer
         await self._round_trip(name, peer)
         other = self.network.nodes.get(name)
-        if other is None:
+        if other is None or name in self.network.hidden:
             raise _lost(f"nobody answers at {address}")
         if other.peer != peer:
             raise SomebodyElseError(f"{other.peer} answered at {address}", other.peer)
