@@ -109,6 +109,15 @@ def stop(args: argparse.Namespace) -> int:
     return 0
 
 
+def _relays(relay: dict[str, Any]) -> str:
+    carried, through = relay["carried"], relay["reachable_through"]
+    reached = f"I am reached through {len(through)}; " if through else ""
+    return (
+        f"{reached}{carried['circuits']} circuits carried for others, "
+        f"{carried['bytes_today'] / 1e6:.1f} of {carried['bytes_a_day'] / 1e6:.0f} MB today"
+    )
+
+
 def status(args: argparse.Namespace) -> int:
     with connect(args) as client:
         found = client.ask("status")
@@ -123,6 +132,7 @@ def status(args: argparse.Namespace) -> int:
             "up": f"{found['uptime_seconds']:.0f} s",
             "reached at": ", ".join(found["addresses"]) or "nowhere",
             "from outside": _reachable(found["reachable"]),
+            "relays": _relays(found["relay"]),
             "village": found["village"][:16],
             "peers": f"{found['peers']} connected, {found['members']} of my village",
             "balance": f"{as_credits(found['balance_micro_credits'])} credits",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from aivillage.protocols.errors import ConfigError
 from aivillage.protocols.messages import ADDRESS_CHARACTERS_MAX, ADDRESSES_MAX
@@ -13,8 +14,14 @@ from aivillage.protocols.types import PeerId
 Addresses = Callable[[], tuple[str, ...]]
 
 
-def addresses_of(transport: Transport, announce: Sequence[str]) -> Addresses:
-    """What to hand out, as it is at the moment of the call.
+DIRECT_MAX: Final = 2
+"""Of this node's own, where it has others through relays: an offer names four addresses."""
+
+
+def addresses_of(
+    transport: Transport, announce: Sequence[str], circuits: Addresses = tuple
+) -> Addresses:
+    """What to hand out, as it is at the moment of the call: direct addresses first.
 
     Raises:
         ConfigError: an entry of `announce` is no host:port.
@@ -24,7 +31,12 @@ def addresses_of(transport: Transport, announce: Sequence[str]) -> Addresses:
         raise ConfigError(
             f"announce has {len(told)} addresses", next_step=f"name at most {ADDRESSES_MAX}"
         )
-    return lambda: told or short_list(transport.addresses())
+
+    def addresses() -> tuple[str, ...]:
+        direct, through = told or short_list(transport.addresses()), circuits()
+        return (*direct[:DIRECT_MAX], *through) if through else direct
+
+    return addresses
 
 
 def short_list(found: Iterable[str]) -> tuple[str, ...]:

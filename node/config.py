@@ -75,6 +75,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     worker_idle_seconds: Annotated[Positive, _doc("an idle worker process ends after")] = 600.0
     worker_memory_mb: Annotated[int, Meta(ge=256), _doc("data memory of one worker")] = 4096
     blob_bytes_max: Annotated[int, Meta(ge=1), _doc("largest blob that is kept here")] = 4 << 30
+    relay: Annotated[bool, _doc("carry bytes for villagers who cannot reach each other")] = True
+    relay_circuits: Annotated[
+        int, Meta(ge=1, le=1024), _doc("most circuits that are carried at the same time")
+    ] = 16
+    relay_bytes_per_second: Annotated[
+        int, Meta(ge=65_536), _doc("most that is carried in a second, all circuits together")
+    ] = 2 << 20
+    relay_bytes_a_day: Annotated[
+        int, Meta(ge=0), _doc("most that is carried in a day (UTC), all circuits together")
+    ] = 2 << 30
+    through_relay: Annotated[
+        str,
+        Meta(pattern="^(auto|always|never)$"),
+        _doc("be reached through relays; auto: where nobody has dialled this node for a minute"),
+    ] = "auto"
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$"), _doc("log level")] = (
         "info"
     )

@@ -16,13 +16,14 @@ from aivillage import __version__
 from aivillage.ledger.desk import Settings as LedgerSettings
 from aivillage.ledger.ledger import NodeBook, open_ledger
 from aivillage.node import identity, lock, rotation
-from aivillage.node.addresses import Addresses, addresses_of
+from aivillage.node.addresses import Addresses
 from aivillage.node.buyer import Buyer
 from aivillage.node.caretaker import Caretaker
 from aivillage.node.clearing import Clearing
 from aivillage.node.config import Origin, Settings
 from aivillage.node.control import Control, open_control
 from aivillage.node.desk import Desk
+from aivillage.node.detours import Detours
 from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
 from aivillage.node.gossip import Gossiper
@@ -105,8 +106,8 @@ async def open_node(
     """The services between stores and network, on any transport."""
     events, monitor, stop = Events(), Monitor(paths.data_dir), trio.Event()
     membership, owners, grants = await _papers(key, settings, jobs, ledger)
-    addresses = addresses_of(transport, settings.announce)
-    hello = _hello(ledger, membership, owners, grants, addresses)
+    detours = Detours(transport, settings, events)
+    hello = _hello(ledger, membership, owners, grants, detours.addresses)
     limits = LinkLimits(ping_seconds=settings.heartbeat_seconds)
     async with open_links(transport, hello, limits=limits) as links, trio.open_nursery() as nursery:
         tasks = Tasks(nursery, events)
@@ -122,7 +123,7 @@ async def open_node(
             book=ledger, events=events, nursery=nursery,
         )  # fmt: skip
         herald = Herald(
-            discovery=discovery, gossiper=gossiper, seller=seller, addresses=addresses,
+            discovery=discovery, gossiper=gossiper, seller=seller, addresses=detours.addresses,
             offer_seconds=settings.offer_seconds,
         )  # fmt: skip
         market = Market(links, discovery, ledger, herald.advertise)
@@ -130,17 +131,17 @@ async def open_node(
         market.clear, market.debt_of = clearing.try_clear, ledger.owed_by
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
-        seller.buy = buyer.buy
+        seller.buy, seller.acquainted = buyer.buy, villagers.acquainted
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
-        seller.acquainted = villagers.acquainted
+        detours.join(links, villagers, herald, seller, jobs, tasks)
         pairs = Pairs(ledger, tasks)
         switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald, pairs)
         keeper = Caretaker(ledger, jobs, events, (seller.running, buyer.running))
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
-            stop=stop, started=time.time(), addresses=addresses, clearing=clearing,
-            owners=owners, grants=grants, pairs=pairs,
+            stop=stop, started=time.time(), addresses=detours.addresses, clearing=clearing,
+            owners=owners, grants=grants, pairs=pairs, detours=detours,
         )  # fmt: skip
         maps = await open_maps(settings, trade, buyer, nursery)  # before anybody can submit
         people = PeopleDesk(desk, keeper, settings.village_exposure_micro_credits)

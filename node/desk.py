@@ -16,6 +16,7 @@ from aivillage.node.addresses import Addresses
 from aivillage.node.buyer import Buyer
 from aivillage.node.clearing import Clearing
 from aivillage.node.config import Origin
+from aivillage.node.detours import Detours
 from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
 from aivillage.node.grants import Grants, from_token, to_token
@@ -64,6 +65,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     owners: Owners
     grants: Grants
     pairs: Pairs
+    detours: Detours
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
         """What can be asked, by name."""
@@ -116,6 +118,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "dev_mode": settings["dev_mode"],
             "rss_mb": round(self.monitor.rss_mb(), 1),
             "loop_lag_ms": self.monitor.loop_lag_ms(),
+            "relay": self.detours.status(),
         }
 
     async def on_peers(self, _args: dict[str, Any]) -> list[dict[str, Any]]:

@@ -66,6 +66,10 @@ class Herald:
         """Our last word: whoever hears of us from now on hears that we left."""
         self._gossiper.publish("offer", self._discovery.make_farewell())
 
+    def hurry(self) -> None:
+        """What we offer changed: tell it soon."""
+        self._early.set()
+
     def forget(self, stranger: PeerId) -> None:
         self._discovery.forget(stranger)
 
@@ -86,4 +90,4 @@ class Herald:
 
     def _on_wanted(self, ad: TaskAd) -> None:
         if any(operation.name == ad.operation for operation in self._seller.operations()):
-            self._early.set()
+            self.hurry()

@@ -117,6 +117,7 @@ class Link:
         self.dialled = dialled
         self.rtt_seconds: Seconds = 0.0
         self.heard_count = 0
+        self._heard_at = trio.current_time()
         self.closed_because = ""
         self.silent = False
         self.ended = trio.Event()
@@ -201,6 +202,11 @@ class Link:
         inbox = self._inboxes.pop(call, None)
         if inbox is not None:
             inbox.close()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an answer to something of ours is still to come."""
+        return bool(self._asks or self._inboxes)
 
     def close(self, reason: str, *, say: Failure | None = None) -> None:
         """Dead from now on, for both sides; what is queued has `flush_seconds` to leave.
@@ -320,6 +326,7 @@ class Link:
 
     def _take(self, frame: Frame) -> None:
         self.heard_count += 1
+        self._heard_at = trio.current_time()
         self._hearing.unpark_all()
         if isinstance(frame, Ping):
             self.send(Pong(nonce=frame.nonce))
@@ -358,16 +365,23 @@ class Link:
     # ------------------------------------------------------------------ liveness
 
     async def _ping_loop(self) -> None:
-        """Three intervals in which nothing at all came from the peer drop the link."""
-        misses = 0
-        while misses < self._limits.ping_misses_max:
+        """Three intervals in which nothing at all came from the peer drop the link.
+
+        Counted from the last sign of life, in steps of our own sleep: a machine that was itself
+        suspended for an hour heard nothing either, and that says nothing of its peer.
+        """
+        quiet, limit = 0.0, self._limits.ping_seconds * self._limits.ping_misses_max
+        while quiet < limit:
             if self.closed_because:
                 return
             heard_count = self.heard_count
             self._ping()
-            await trio.sleep(self._limits.ping_seconds)
-            misses = misses + 1 if self.heard_count == heard_count else 0
+            step = min(self._limits.ping_seconds, limit - quiet)
+            await trio.sleep(step)
+            was_silent = self.heard_count == heard_count
+            quiet = quiet + step if was_silent else trio.current_time() - self._heard_at
         self.silent = True
+        misses = self._limits.ping_misses_max
         raise PeerError(f"no sign of life for {misses} pings", code="PEER_LOST")
 
     def _ping(self) -> None:

@@ -72,6 +72,8 @@ class Links:
         nursery: trio.Nursery,
     ) -> None:
         self.transport = transport
+        self.dial: Callable[[str], Awaitable[PeerId]] = transport.dial
+        """How to get a connection with whoever is at an address."""
         self.admit: Callable[[PeerId, Hello], Awaitable[None]] = _admit_all
         """Before a link is up: what its peer's hello proves is noted first, or it is refused."""
         self.on_up: Callable[[Link], None] = _ignore_up
@@ -115,7 +117,7 @@ class Links:
             RequestError: `address` is malformed or this node's own.
             PeerError: PEER_LOST or VERSION_UNSUPPORTED.
         """
-        peer = await self.transport.dial(address)
+        peer = await self.dial(address)
         if peer == self.transport.peer:
             raise RequestError("this is the node's own address", next_step="dial another node")
         while True:

@@ -102,6 +102,24 @@ class Transport(Protocol):
         """Drops every connection with `peer`; never raises."""
         ...
 
+    async def adopt(self, stream: Stream, peer: PeerId | None) -> PeerId:
+        """Makes a stream that a relay joined to another node a connection with that node.
+
+        Both ends call it: who dials says whom it means, who is dialled says None. The other end
+        proves who it is, as on every connection; `stream.peer` is only the relay. The stream is
+        the transport's from now on, which closes it with the connection. Direct connections are
+        preferred to adopted ones, and `dial` makes one where only an adopted one is there.
+
+        Raises:
+            SomebodyElseError: PEER_LOST, another peer is at the other end.
+            PeerError: PEER_LOST, nobody is.
+        """
+        ...
+
+    def callers(self) -> tuple[PeerId, ...]:
+        """Who is connected because it dialled an address of this node directly."""
+        ...
+
 
 # --------------------------------------------------------------------------- ledger
 

@@ -17,15 +17,17 @@ from weakref import WeakValueDictionary
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from aivillage.node.transport import circuit
 from aivillage.node.transport.host import run_host
 from aivillage.protocols.errors import PeerError, RequestError
-from aivillage.protocols.ports import SomebodyElseError, StreamHandler
+from aivillage.protocols.ports import SomebodyElseError, Stream, StreamHandler
 from aivillage.protocols.types import PeerId, peer_id
 
 log = logging.getLogger("aivillage.transport")
 
 DIAL_SECONDS: Final = 10.0
 OPEN_SECONDS: Final = 10.0
+ADOPT_SECONDS: Final = 10.0
 CLOSE_SECONDS: Final = 1.0
 PROBE_SECONDS: Final = 5.0
 LINGER_SECONDS: Final = 5.0
@@ -102,7 +104,7 @@ class Libp2pTransport:
         if name == self._peer:
             raise RequestError("this is the node's own address", next_step="dial another node")
         async with self._dials.setdefault(address, trio.Lock()):
-            if not self._connected(peer):
+            if not any(map(circuit.is_direct, self._open_connections(peer))):
                 # Straight to the address: the library's own way tries one address per kind only,
                 # waits 250 ms after a success, and refuses a peer for a minute after a failure.
                 call = _Call(self._swarm.dial_addr, maddr, peer)
@@ -158,7 +160,7 @@ class Libp2pTransport:
     async def open_stream(self, peer: PeerId, protocol: str) -> Libp2pStream:
         library_peer = _library_peer(peer)
         await trio.lowlevel.checkpoint()
-        if not self._connected(library_peer):
+        if not self._open_connections(library_peer):
             raise _lost(f"not connected to {peer}")
         call = _Call(self._host.new_stream, library_peer, [protocol])
         reason = f"{peer} did not open a stream for {protocol}"
@@ -183,9 +185,44 @@ class Libp2pTransport:
             for library_peer in list(self._swarm.connections):
                 nursery.start_soon(self.hang_up, PeerId(str(library_peer)))
 
-    def _connected(self, library_peer: Any) -> bool:
+    async def adopt(self, stream: Stream, peer: PeerId | None) -> PeerId:
+        raw = circuit.raw_connection(stream, dialled=peer is not None)
+        call = _Call(self._upgrade, raw, peer)
+        try:
+            muxed = await call.run_in(self._nursery, ADOPT_SECONDS, "nobody at the other end")
+        except BaseException as error:
+            # An upgrade that nobody waits for any more ends with its stream.
+            with trio.CancelScope(shield=True):
+                await stream.close()
+            if isinstance(error, PeerError):
+                _tell_somebody_else(error, "the other end of a circuit")
+            raise
+        return PeerId(str(muxed.peer_id))
+
+    async def _upgrade(self, raw: Any, peer: PeerId | None) -> Any:
+        if peer is None:
+            muxed = await self._swarm.upgrade_inbound_raw_conn(raw, "a circuit")
+        else:
+            upgrade = self._swarm.upgrade_outbound_raw_conn
+            muxed = (await upgrade(raw, _library_peer(peer))).muxed_conn
+        self._nursery.start_soon(self._close_with, muxed, raw)
+        return muxed
+
+    async def _close_with(self, muxed: Any, raw: Any) -> None:
+        await muxed.event_closed.wait()
+        await raw.close()
+
+    def callers(self) -> tuple[PeerId, ...]:
+        return tuple(
+            PeerId(str(library_peer))
+            for library_peer in list(self._swarm.connections)
+            for connection in self._open_connections(library_peer)
+            if circuit.is_direct(connection) and circuit.is_inbound(connection)
+        )
+
+    def _open_connections(self, library_peer: Any) -> list[Any]:
         known = self._swarm.get_connections(library_peer)
-        return any(not connection.is_closed for connection in known)
+        return [connection for connection in known if not connection.is_closed]
 
 
 class Libp2pStream:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import trio
 
 from aivillage.protocols.errors import ConfigError, PeerError, RequestError
-from aivillage.protocols.ports import SomebodyElseError, StreamHandler
+from aivillage.protocols.ports import SomebodyElseError, Stream, StreamHandler
 from aivillage.protocols.types import PeerId
 
 log = logging.getLogger("aivillage.transport")
@@ -26,6 +26,7 @@ BUFFER_BYTES: Final = 256 * 1024
 """In flight per direction, as a Yamux window: beyond it a writer waits for the reader."""
 CONNECT_SECONDS_MAX: Final = 10.0
 """How long a dial or a new stream waits for a partition to heal; libp2p's own limit."""
+NAME_BYTES: Final = 64
 RETRANSMIT_SECONDS: Final = 0.2
 """What a lost chunk costs: TCP's usual first retransmission timeout."""
 
@@ -44,8 +45,8 @@ class LoopbackNetwork:
         self.jitter_seconds = jitter_seconds
         self.loss = loss
         self.nodes: dict[str, LoopbackTransport] = {}
-        self.undialable: Collection[str] = ()
-        """Names behind a router that lets nobody in: they dial, and nobody dials them."""
+        self.hidden: set[str] = set()
+        """Behind NAT: these dial others, and nobody dials them."""
         self._random = random.Random(seed)
         self._side: dict[str, int] = {}
         self._changed = trio.Event()
@@ -110,6 +111,8 @@ class LoopbackTransport:
         self.network = network
         self.name = name
         self.connections: dict[PeerId, _Connection] = {}
+        self.circuits: dict[PeerId, _Connection] = {}
+        """Those through a relay; the direct ones are preferred."""
         self.nursery = nursery
         self._peer = peer
         self._handlers: dict[str, StreamHandler] = {}
@@ -143,7 +146,7 @@ class LoopbackTransport:
         name, peer = _parsed(address)
         await self._round_trip(name, peer)
         other = self.network.nodes.get(name)
-        if other is None or name in self.network.undialable:
+        if other is None or name in self.network.hidden:
             raise _lost(f"nobody answers at {address}")
         if other.peer != peer:
             raise SomebodyElseError(f"{other.peer} answered at {address}", other.peer)
@@ -157,7 +160,7 @@ class LoopbackTransport:
         connection = self._connection(peer)
         other = connection.other(self)
         await self._round_trip(other.name, peer)
-        if self.connections.get(peer) is not connection:
+        if connection.broken(self).is_set():
             raise _lost(f"the connection to {peer} broke")
         handler = other.handler(protocol)
         if handler is None:
@@ -168,19 +171,52 @@ class LoopbackTransport:
 
     async def hang_up(self, peer: PeerId) -> None:
         await trio.lowlevel.checkpoint()
-        connection = self.connections.get(peer)
-        if connection is not None:
-            connection.hang_up(self)
+        for connection in (self.connections.get(peer), self.circuits.get(peer)):
+            if connection is not None:
+                connection.hang_up(self)
 
     def hang_up_all(self) -> None:
-        for connection in list(self.connections.values()):
+        for connection in (*self.connections.values(), *self.circuits.values()):
             connection.hang_up(self)
+
+    async def adopt(self, stream: Stream, peer: PeerId | None) -> PeerId:
+        """Only names, and the connection's end, travel on `stream`; the rest goes past it."""
+        with trio.move_on_after(CONNECT_SECONDS_MAX):
+            try:
+                connection = await self._introduced(stream, peer)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await stream.close()
+                raise
+            self.nursery.start_soon(connection.ride, self, stream)
+            return connection.other(self).peer
+        raise _lost("nobody at the other end")
+
+    async def _introduced(self, stream: Stream, peer: PeerId | None) -> _Connection:
+        await stream.write(self.name.encode().ljust(NAME_BYTES))
+        other = self.network.nodes.get((await _exactly(stream, NAME_BYTES)).decode().strip())
+        if other is None:
+            raise _lost("nobody at the other end")
+        if peer is None:
+            await _exactly(stream, 1)  # it knows us by now, and made the connection
+            made = self.circuits.get(other.peer)
+            if made is None:
+                raise _lost("the other end left")
+            return made
+        if other.peer != peer:
+            raise SomebodyElseError(f"{other.peer} is at the other end", other.peer)
+        connection = _Connection(self, other, relayed=True)
+        await stream.write(b"!")
+        return connection
+
+    def callers(self) -> tuple[PeerId, ...]:
+        return tuple(peer for peer, known in self.connections.items() if known.accepted_by(self))
 
     def handler(self, protocol: str) -> StreamHandler | None:
         return self._handlers.get(protocol)
 
     def _connection(self, peer: PeerId) -> _Connection:
-        connection = self.connections.get(peer)
+        connection = self.connections.get(peer) or self.circuits.get(peer)
         if connection is None:
             raise _lost(f"not connected to {peer}")
         return connection
@@ -197,11 +233,37 @@ class LoopbackTransport:
 class _Connection:
     """What two nodes share; it lists itself with both until it breaks."""
 
-    def __init__(self, dialer: LoopbackTransport, acceptor: LoopbackTransport) -> None:
+    def __init__(
+        self, dialer: LoopbackTransport, acceptor: LoopbackTransport, *, relayed: bool = False
+    ) -> None:
         self._ends = (dialer, acceptor)
+        self._relayed = relayed
         self._streams: dict[LoopbackTransport, list[LoopbackStream]] = {dialer: [], acceptor: []}
-        dialer.connections[acceptor.peer] = self
-        acceptor.connections[dialer.peer] = self
+        self._broken = {end: trio.Event() for end in self._ends}
+        for end in self._ends:
+            self._listing(end)[self.other(end).peer] = self
+
+    def _listing(self, end: LoopbackTransport) -> dict[PeerId, _Connection]:
+        return end.circuits if self._relayed else end.connections
+
+    def broken(self, end: LoopbackTransport) -> trio.Event:
+        """Set once `end` knows that the connection is gone."""
+        return self._broken[end]
+
+    def accepted_by(self, end: LoopbackTransport) -> bool:
+        return self._ends[1] is end
+
+    async def ride(self, end: LoopbackTransport, stream: Stream) -> None:
+        """Breaks with `stream`, which a relay carries, and takes it along."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_first, self._broken[end].wait, nursery.cancel_scope)
+            with suppress(PeerError):  # that is an end, too
+                while await stream.read(BUFFER_BYTES):
+                    continue
+            nursery.cancel_scope.cancel()
+        self._break(end, at_once=False)
+        with trio.CancelScope(shield=True):
+            await stream.close()
 
     def joins(self, name: str) -> bool:
         return any(end.name == name for end in self._ends)
@@ -239,8 +301,9 @@ class _Connection:
 
     def _break(self, end: LoopbackTransport, *, at_once: bool) -> None:
         peer = self.other(end).peer
-        if end.connections.get(peer) is self:
-            del end.connections[peer]
+        self._broken[end].set()
+        if self._listing(end).get(peer) is self:
+            del self._listing(end)[peer]
         for stream in self._streams[end]:
             stream.break_(at_once=at_once)
         self._streams[end] = []
@@ -392,6 +455,16 @@ class _Pipe:
             and self._chunks[0][0] <= now
             and not self._network.separated(*self._names)
         )
+
+
+async def _exactly(stream: Stream, size_bytes: int) -> bytes:
+    found = b""
+    while len(found) < size_bytes:
+        chunk = await stream.read(size_bytes - len(found))
+        if not chunk:
+            raise _lost("the other end left")
+        found += chunk
+    return found
 
 
 async def _first(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:

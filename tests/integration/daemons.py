@@ -85,7 +85,10 @@ class Daemon:
     def __init__(self, name: str, data_dir: pathlib.Path, environment: dict[str, str]) -> None:
         self.name = name
         self.data_dir = data_dir
+        self.host = "127.0.0.1"
         self.port = free_port()
+        self.launcher: tuple[str, ...] = ()
+        """Words before the command that starts it: where it is to run."""
         self.peer = ""
         self.process: subprocess.Popen[bytes] | None = None
         self.log = data_dir.with_suffix(".log")
@@ -111,7 +114,8 @@ class Daemon:
     def launch(self, *flags: str, json_output: bool = True) -> None:
         """Starts the process, and does not wait for it."""
         assert not self.running(), f"{self.name} runs already"
-        command = self._command("start", "--listen", f"127.0.0.1:{self.port}", *flags)
+        command = self._command("start", "--listen", f"{self.host}:{self.port}", *flags)
+        command = [*self.launcher, *command]
         self.out.write_bytes(b"")
         with self.out.open("wb") as out, self.log.open("ab") as log:
             self.process = subprocess.Popen(

@@ -328,6 +328,138 @@ async def test_a_cancelled_owner_leaves_quickly(mesh):
     assert trio.current_time() - began < 2
 
 
+# ------------------------------------------------------------------ through a third node
+JOIN = "/test/join/1"
+JOINED = "/test/joined/1"
+
+
+async def joined(nodes):
+    """Each of the first two has a stream that the third joined to the other's."""
+    one, other, relay = nodes
+    send, receive = trio.open_memory_channel(1)
+
+    async def join(near) -> None:
+        far = await relay.open_stream(other.peer, JOINED)
+        async with trio.open_nursery() as nursery:
+            for source, sink in ((near, far), (far, near)):
+                nursery.start_soon(pump, source, sink, nursery.cancel_scope)
+        await far.close()
+
+    async def hold(stream) -> None:
+        await send.send(stream)
+        await trio.sleep_forever()
+
+    relay.serve(JOIN, join)
+    other.serve(JOINED, hold)
+    for end in (one, other):
+        await end.dial(relay.addresses()[0])
+    while other.peer not in relay.callers():
+        await trio.sleep(0.01)
+    near = await one.open_stream(relay.peer, JOIN)
+    return near, await receive.receive()
+
+
+async def pump(source, sink, scope) -> None:
+    with suppress(PeerError):
+        while data := await source.read(65536):
+            await sink.write(data)
+    scope.cancel()
+
+
+async def adopted(nodes, meant=None):
+    """Makes the two joined streams a connection; gives the peers that each end proved."""
+    one, other, _relay = nodes
+    near, far = await joined(nodes)
+    found = {}
+
+    async def accept() -> None:
+        with suppress(PeerError):
+            found["accepted"] = await other.adopt(far, None)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept)
+        found["dialled"] = await one.adopt(near, meant or other.peer)
+    return found, near
+
+
+async def test_an_adopted_stream_is_a_connection_both_ways(mesh):
+    async with mesh(count=3) as nodes:
+        one, other, relay = nodes
+        found, _ = await adopted(nodes)
+        assert found == {"dialled": other.peer, "accepted": one.peer}
+        assert await echoes(one, other.peer)
+        assert await echoes(other, one.peer)
+        # Nobody dialled the two ends themselves.
+        assert one.callers() == other.callers() == ()
+        assert set(relay.callers()) == {one.peer, other.peer}
+
+
+async def test_an_adopted_connection_ends_with_its_stream_and_with_its_relay(mesh):
+    async with mesh(count=3) as nodes:
+        one, other, relay = nodes
+        _, near = await adopted(nodes)
+        stream = await one.open_stream(other.peer, ECHO)
+        await near.close()
+        await lost(stream)
+        await adopted(nodes)
+        stream = await one.open_stream(other.peer, ECHO)
+        await relay.hang_up(one.peer)
+        await lost(stream)
+
+
+async def test_a_hang_up_ends_an_adopted_connection_and_its_stream(mesh):
+    async with mesh(count=3) as nodes:
+        one, other, _ = nodes
+        _, near = await adopted(nodes)
+        await one.hang_up(other.peer)
+        with pytest.raises(PeerError):
+            await one.open_stream(other.peer, ECHO)
+        await lost(near)
+
+
+async def lost(stream) -> None:
+    with pytest.raises(PeerError), trio.fail_after(5):
+        while True:
+            await stream.write(b"x")
+            await trio.sleep(0.01)
+
+
+async def test_somebody_else_at_the_other_end_of_an_adopted_stream_is_found_out(mesh, peer_of):
+    async with mesh(count=3) as nodes:
+        caught = None
+        try:
+            await adopted(nodes, meant=peer_of(9))
+        except* SomebodyElseError as group:
+            caught = group.exceptions[0]
+        assert caught.code == "PEER_LOST"
+        assert caught.found == nodes[1].peer
+        with pytest.raises(PeerError):
+            await nodes[0].open_stream(peer_of(9), ECHO)
+
+
+async def test_nobody_at_the_other_end_is_peer_lost_and_not_waited_for_when_cancelled(mesh):
+    async with mesh(count=3) as nodes:
+        near, far = await joined(nodes)
+        with trio.move_on_after(0.2) as scope:
+            await nodes[0].adopt(near, nodes[1].peer)
+        assert scope.cancelled_caught
+        with pytest.raises(PeerError), trio.fail_after(5):
+            await nodes[1].adopt(far, None)
+        assert await echoes(nodes[0], nodes[2].peer)
+
+
+async def test_a_direct_dial_goes_beside_an_adopted_connection_and_outlives_it(mesh):
+    async with mesh(count=3) as nodes:
+        one, other, _ = nodes
+        _, near = await adopted(nodes)
+        assert await one.dial(other.addresses()[0]) == other.peer
+        while one.peer not in other.callers():
+            await trio.sleep(0.01)
+        await near.close()
+        await trio.sleep(0.3)
+        assert await echoes(one, other.peer)
+
+
 async def test_a_port_is_free_again_after_its_owner_was_cancelled(key_of):
     with trio.CancelScope() as scope:
         async with open_libp2p(key_of(1), "127.0.0.1:0") as node:

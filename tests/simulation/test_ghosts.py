@@ -48,7 +48,7 @@ async def test_who_only_heard_of_a_node_hears_that_it_left(tmp_path):
     async with open_mesh(tmp_path) as mesh:
         hub, leaver = await mesh.add("hub", serve=False), await mesh.add("leaver")
         far = await mesh.add("far", serve=False)
-        mesh.network.undialable = {"leaver", "far"}
+        mesh.network.hidden = {"leaver", "far"}
         await mesh.link(leaver, hub)
         await mesh.link(far, hub)
         await until(lambda: sellers(far) == {leaver.peer})

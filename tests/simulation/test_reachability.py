@@ -28,7 +28,7 @@ async def becomes(node, state):
 
 async def test_a_node_that_a_villager_dials_back_is_reachable_and_one_behind_a_router_not(tmp_path):
     async with open_mesh(tmp_path) as mesh:
-        mesh.network.undialable = {"shut"}
+        mesh.network.hidden = {"shut"}
         helper, shut = await mesh.add("helper"), await mesh.add("shut")
         state, why = await said(shut)
         assert (state, "no villager is here" in why) == ("unknown", True)
@@ -39,7 +39,7 @@ async def test_a_node_that_a_villager_dials_back_is_reachable_and_one_behind_a_r
         assert "dialled shut" not in (await becomes(helper, "reachable")).why
         assert shut.events("reachability_found")[0]["state"] == "not reachable"
         # The router's owner lets it in.
-        mesh.network.undialable = ()
+        mesh.network.hidden = set()
         shut.desk.villagers.reachability._note(await shut.desk.villagers.reachability.look())
         assert (await said(shut))[0] == "reachable"
 

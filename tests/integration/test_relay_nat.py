@@ -1,0 +1,96 @@
+"""A seller behind NAT serves a paid job: real daemons in network namespaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from tests.integration.daemons import Daemon, Yard, settled, wait_for
+from tests.integration.netns import Wires, missing
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "present")]
+
+RELAY, BUYER, ROUTER, SELLER = "10.77.0.1", "10.77.0.2", "10.77.0.9", "192.168.77.2"
+
+
+class Village(NamedTuple):
+    wires: Wires
+    relay: Daemon
+    buyer: Daemon
+    seller: Daemon
+
+
+@pytest.fixture(scope="module")
+def village(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Village]:
+    """Relay and buyer on a bridge; the seller gets out to the relay only, and nobody gets in."""
+    with Wires() as wires, Yard(tmp_path_factory.mktemp("nat")) as yard:
+        wires.place("relay", RELAY)
+        wires.place("buyer", BUYER)
+        wires.hide("seller", SELLER, router=ROUTER, reaches=[RELAY])
+        relay = wires.move(yard.daemon("relay"), RELAY).start()
+        buyer = wires.move(yard.daemon("buyer"), BUYER).start("--join", token_of(relay))
+        always = "--set", "through_relay=always"
+        seller = wires.move(yard.daemon("seller"), SELLER)
+        seller.start("--join", token_of(relay), *always)
+        yield Village(wires, relay, buyer, seller)
+        for daemon in yard.daemons:
+            assert "Traceback" not in daemon.log.read_text(), daemon.log_end(200)
+
+
+def token_of(daemon: Daemon) -> str:
+    return str(daemon.ask("invite")["token"])
+
+
+def carried(relay: Daemon) -> int:
+    return int(relay.ask("status")["relay"]["carried"]["bytes_today"])
+
+
+def buys(village: Village, operation: str, **request: object) -> int:
+    """The buyer's job at the seller, done and paid; gives the micro-credits it cost."""
+    _, relay, buyer, seller = village
+    wait_for(lambda: seller.peer in buyer.sellers_known(operation), 60, buyer.log_end())
+    before = buyer.ask("balance")["net"]
+    job = buyer.submit(operation, peer=seller.peer, **request)
+    found = buyer.job_ended(job, 120)
+    assert found["state"] == "done", (found, seller.log_end(), relay.log_end())
+    settled([relay, buyer, seller], 20)
+    return int(before - buyer.ask("balance")["net"])
+
+
+def test_nobody_reaches_the_seller_and_the_seller_reaches_only_the_relay(village):
+    wires, relay, buyer, seller = village
+    assert not wires.can_connect("buyer", SELLER, seller.port)
+    assert not wires.can_connect("buyer", ROUTER, seller.port)
+    assert not wires.can_connect("seller", BUYER, buyer.port)
+    assert wires.can_connect("seller", RELAY, relay.port)
+
+
+def test_a_seller_behind_nat_serves_a_paid_job_through_a_relay(village):
+    _, relay, buyer, seller = village
+    wait_for(lambda: seller.ask("status")["relay"]["reachable_through"], 30, seller.log_end())
+    before = carried(relay)
+    assert buys(village, "mesh.noop", note="hello") == 10
+    assert carried(relay) > before
+    there = f"/p2p/{relay.peer}/p2p-circuit/p2p/{seller.peer}"
+    assert any(address.endswith(there) for address in seller.ask("status")["addresses"])
+    assert buyer.ask("balance")["spent"] == seller.ask("balance")["earned"] == 10
+    assert relay.ask("balance")["net"] == 0
+    assert relay.ask("status")["relay"]["carried"]["circuits"] == 1
+
+
+def test_a_seller_behind_nat_generates_text_through_a_relay(village):
+    pytest.importorskip("torch")
+    cost = buys(village, "inference.generate", prompt="The capital of France is", max_tokens=8)
+    assert cost > 10
+
+
+def test_when_the_relay_comes_back_so_does_the_seller(village):
+    _, relay, buyer, seller = village
+    relay.kill()
+    wait_for(lambda: buyer.ask("status")["peers"] == 0, 40, buyer.log_end())
+    assert seller.ask("status")["relay"]["reachable_through"] == []
+    relay.restart()
+    wait_for(lambda: seller.ask("status")["relay"]["reachable_through"], 60, seller.log_end())
+    assert buys(village, "mesh.noop", note="again") == 10
