@@ -25,11 +25,13 @@ from aivillage.node.control import Control, open_control
 from aivillage.node.desk import Desk
 from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
+from aivillage.node.gate import Gate, open_gate
 from aivillage.node.gossip import Gossiper
 from aivillage.node.grants import Grants
 from aivillage.node.guard import Tasks
 from aivillage.node.herald import Herald
 from aivillage.node.jobs import Jobs, open_jobs
+from aivillage.node.limits_desk import LimitsDesk
 from aivillage.node.links import LinkLimits, open_links
 from aivillage.node.market import Market
 from aivillage.node.membership import Membership
@@ -47,6 +49,7 @@ from aivillage.node.worker_process import WorkerLimits
 from aivillage.node.workers import Workers, WorkerSettings, open_workers
 from aivillage.protocols.messages import SUCCESSIONS_MAX, VERSION_MAJOR, VERSION_MINOR, Hello
 from aivillage.protocols.ports import Transport
+from aivillage.protocols.types import PeerId
 
 ENGINE_SLOTS_MAX: Final = 8
 """What an engine holds; further sessions hear BUSY, other operations use the owner's `slots`."""
@@ -103,6 +106,7 @@ async def open_node(
 ) -> AsyncIterator[Desk]:
     """The services between stores and network, on any transport."""
     events, monitor, stop = Events(), Monitor(paths.data_dir), trio.Event()
+    gate = await _gate(jobs, ledger, paths, events)
     membership, owners, grants = await _papers(key, settings, jobs, ledger)
     addresses = addresses_of(transport, settings.announce)
     hello = _hello(ledger, membership, owners, grants, addresses)
@@ -113,13 +117,12 @@ async def open_node(
             key=key, settings=settings, membership=membership, links=links, jobs=jobs,
             book=ledger, events=events, tasks=tasks, owners=owners, grants=grants,
         )  # fmt: skip
-        discovery = await _discovery(key, jobs)
+        discovery = await _discovery(key, jobs, villagers)
         gossiper = Gossiper(links.all, villagers.is_member, discovery.accept)
-        discovery.is_neighbour = villagers.is_member
-        villagers.on_succeeded, villagers.heard_of = discovery.rename, discovery.offers
+        prices = PriceList(key, settings.price_percent, gate.floor_percent)
         seller = Seller(
-            settings=settings, prices=PriceList(key, settings.price_percent), workers=workers,
-            book=ledger, events=events, nursery=nursery,
+            settings=settings, prices=prices, workers=workers, book=ledger, events=events,
+            nursery=nursery, gate=gate,
         )  # fmt: skip
         herald = Herald(
             discovery=discovery, gossiper=gossiper, seller=seller, addresses=addresses,
@@ -130,9 +133,8 @@ async def open_node(
         market.clear, market.debt_of = clearing.try_clear, ledger.owed_by
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
-        seller.buy = buyer.buy
-        buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
-        seller.acquainted = villagers.acquainted
+        seller.buy, seller.acquainted = buyer.buy, villagers.acquainted
+        _close_and_open(gate, monitor, ledger, buyer, seller, herald, tasks)
         pairs = Pairs(ledger, tasks)
         switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald, pairs)
         keeper = Caretaker(ledger, jobs, events, (seller.running, buyer.running))
@@ -145,6 +147,7 @@ async def open_node(
         await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
         people = PeopleDesk(desk, keeper, settings.village_exposure_micro_credits)
         handlers = desk.handlers() | people.handlers()
+        handlers |= LimitsDesk(gate, desk, settings, prices, workers).handlers()
         async with open_control(paths.socket, Control(handlers, buyer, hello, events)):
             for service in (monitor.run, *villagers.services, herald.run, clearing.run, keeper.run):
                 tasks.serve(service)
@@ -153,9 +156,36 @@ async def open_node(
         nursery.cancel_scope.cancel()
 
 
-async def _discovery(key: Ed25519PrivateKey, jobs: Jobs) -> Discovery:
+def _close_and_open(
+    gate: Gate,
+    monitor: Monitor,
+    ledger: NodeBook,
+    buyer: Buyer,
+    seller: Seller,
+    herald: Herald,
+    tasks: Tasks,
+) -> None:
+    """What is wrong with this machine stops all work; the owner's limits only that for others."""
+    buyer.refusal = lambda: monitor.refusal() or ledger.refusing
+    seller.refusal = lambda: buyer.refusal() or gate.refusal()
+    gate.running, gate.on_change = seller.running, herald.soon
+    tasks.serve(gate.run)
+
+
+async def _gate(jobs: Jobs, ledger: NodeBook, paths: Paths, events: Events) -> Gate:
+    """With what the owner said in former runs. A changed key is the same peer."""
+
+    def whose(peer: PeerId) -> PeerId:
+        return ledger.names_of(peer)[-1] if ledger.policy(peer).known else PeerId("")
+
+    return await open_gate(jobs, (paths.blobs, paths.scratch), events, whose)
+
+
+async def _discovery(key: Ed25519PrivateKey, jobs: Jobs, villagers: Villagers) -> Discovery:
     """With what former runs measured of others."""
     found = Discovery(key)
+    found.is_neighbour = villagers.is_member
+    villagers.on_succeeded, villagers.heard_of = found.rename, found.offers
     for known in await jobs.known_peers():
         found.records[known.id] = Record(known.units_per_second, known.good, known.bad)
     return found
@@ -186,7 +216,11 @@ def worker_settings(settings: Settings) -> WorkerSettings:
         dev_mode=settings.dev_mode,
         idle_exit_seconds=settings.worker_idle_seconds,
         engine_slots=min(settings.slots, ENGINE_SLOTS_MAX),
-        limits=WorkerLimits(memory_bytes_max=settings.worker_memory_mb << 20),
+        limits=WorkerLimits(
+            memory_bytes_max=settings.worker_memory_mb << 20,
+            nice=settings.worker_nice,
+            cores=settings.worker_cores,
+        ),
     )
 
 

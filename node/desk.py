@@ -93,7 +93,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
 
     async def on_status(self, _args: dict[str, Any]) -> dict[str, Any]:
         """One screen of truth: every figure is read now, none is remembered."""
-        refusal = self.monitor.refusal() or self.ledger.refusing
+        refusal = self.seller.refusal()
         settings = {origin.key: origin.value for origin in self.origins}
         return {
             "peer": self.villagers.peer,

@@ -72,6 +72,10 @@ class Herald:
             self._advertised[operation] = now
             self._gossiper.publish("task", self._discovery.make_task_ad(operation, 2 * AD_SECONDS))
 
+    def soon(self) -> None:
+        """What we offer changed: the village hears of it before the next beat."""
+        self._early.set()
+
     def _offer(self) -> bytes:
         return self._discovery.make_offer(
             self._seller.operations(),
