@@ -17,6 +17,7 @@ from aivillage.protocols.types import Amount, MicroCredits, PeerId, Seconds, as_
 
 WINDOW: Final = r"^([01]\d|2[0-3]):[0-5]\d-(([01]\d|2[0-3]):[0-5]\d|24:00)$"
 FLOOR_PERCENT_MAX: Final = 1_000_000
+_LATER: Final = "try another peer, or ask again then"
 _LISTED_APART: Final = "price_floor_percent"
 """`aivillage-node price` sets it."""
 
@@ -139,13 +140,16 @@ def closed(limits: Limits, pause: Pause | None, facts: Facts, now: datetime) -> 
         return _paused(pause)
     ends = quiet_until(limits.quiet_hours, now)
     if ends is not None:
-        return _refusal(f"its owner has quiet hours until {ends} there", "ask again then")
+        return _refusal(
+            f"the owner of this node has quiet hours until {ends} there",
+            "try another peer, or ask then",
+        )
     if limits.mains_only and facts.on_mains is False:
-        return _refusal("its owner lends it on mains power only, and it runs on battery")
+        return _refusal("this node serves on mains power only, and runs on battery")
     if _above(facts.busy_cores, limits.busy_cores_max):
-        return _refusal("its owner needs the machine")
+        return _refusal("the owner of this node needs the machine")
     if _above(facts.disk_bytes, limits.disk_bytes_max):
-        return _refusal("as much of its disk is taken as its owner allows")
+        return _refusal("as much of this node's disk is taken as its owner allows")
     return None
 
 
@@ -164,7 +168,7 @@ def not_offered(limits: Limits, operation: str) -> RefusedError | None:
     """Why others may not ask for `operation` here."""
     allowed = limits.operations_allowed
     if operation in limits.operations_denied or (allowed and operation not in allowed):
-        return _refusal(f"its owner does not lend it for {operation}")
+        return _refusal(f"the owner of this node does not lend it for {operation}")
     return None
 
 
@@ -177,7 +181,7 @@ def over_day(limits: Limits, day: Day, peer: PeerId, more: MicroCredits = 1) -> 
     for most, taken, who in caps:
         if most is not None and taken + more > most:
             return _refusal(
-                f"its owner lends {who} work worth {as_credits(most)} credits a day,"
+                f"the owner of this node lends {who} work worth {as_credits(most)} credits a day,"
                 f" and {as_credits(taken)} of it are taken",
                 "ask for less, try another peer, or wait until midnight there",
             )
@@ -192,15 +196,13 @@ def day_is_spent(limits: Limits, day: Day) -> RefusedError | None:
 def _paused(pause: Pause) -> RefusedError:
     until = pause.until_unix
     if until is None:
-        return _refusal("its owner paused it")
+        return _refusal("the owner of this node paused it")
     ends = datetime.fromtimestamp(until).astimezone().isoformat(" ", "minutes")
-    return _refusal(f"its owner paused it until {ends}", "try another peer, or ask again then")
+    return _refusal(f"the owner of this node paused it until {ends}", _LATER)
 
 
 def _refusal(why: str, next_step: str = "try another peer") -> RefusedError:
-    return RefusedError(
-        f"this node does no such work now: {why}", code="OWNER_LIMIT", next_step=next_step
-    )
+    return RefusedError(why, code="OWNER_LIMIT", next_step=next_step)
 
 
 def _above(value: float | None, most: float | None) -> bool:

@@ -10,9 +10,9 @@ import trio
 
 from aivillage.node import limits
 from aivillage.node.config import Settings
-from aivillage.node.desk import Desk
+from aivillage.node.desk import PEERS_LISTED_MAX, Desk
 from aivillage.node.gate import Gate
-from aivillage.node.limits import Limits, Pause
+from aivillage.node.limits import Day, Limits, Pause
 from aivillage.node.pricelist import PriceList, listed
 from aivillage.node.workers import Workers
 from aivillage.protocols.errors import RequestError
@@ -92,7 +92,7 @@ class LimitsDesk:
                 "busy_cores": None if facts.busy_cores is None else round(facts.busy_cores, 2),
                 "disk_bytes": facts.disk_bytes,
                 "day_micro_credits": day.total,
-                "peer_day_micro_credits": {peer or "strangers": n for peer, n in day.peers.items()},
+                "peer_day_micro_credits": _most(day),
             },
             "unknown": limits.unknown(gate.limits, facts),
             "at_start": {key: settings[key] for key in _AT_START},
@@ -129,3 +129,9 @@ class LimitsDesk:
 
     def _operations(self) -> set[str]:
         return {operation.name for operation in self._workers.operations()}
+
+
+def _most(day: Day) -> dict[str, int]:
+    """Who took most today, and how much."""
+    peers = sorted(day.peers.items(), key=lambda entry: -entry[1])[:PEERS_LISTED_MAX]
+    return {peer or "strangers": taken for peer, taken in peers}

@@ -157,6 +157,7 @@ class Seller:
             self.allowances.require_welcome(link.peer)
             usage, seconds = await self._workers.estimate(request.operation, request.request)
             terms = self._terms(operation, link.peer)
+            self._gate.require_today(link.peer)
             if not registry.is_served_by_engine(request.operation):
                 self.allowances.require_deliverable(link.peer, price(terms, usage))
                 self._gate.require_today(link.peer, price(listed(operation), usage))
@@ -410,6 +411,7 @@ class Seller:
         estimate, _ = await self._workers.estimate(call.operation, call.request)
         most = price(sale.terms, estimate)
         self.allowances.require_deliverable(sale.peer, most)
+        self._gate.require_today(sale.peer, price(sale.listed, estimate))
         self.allowances.require_credit(sale.peer, most)
         # Before the work: who does not pay would have one run after the other, and its parts.
         await self._wait_for_room(sale, most, lambda: self._book.room(sale.peer) >= most)
