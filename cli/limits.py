@@ -75,7 +75,7 @@ def _show(found: dict[str, Any]) -> None:
 
     refusal = found["refusal"]
     print(f"work for others: {'refused, ' + refusal['message'] if refusal else 'taken'}")
-    if refusal is None and found["paused"]:
+    if found["paused"]:
         print(f"paused {_until(found['paused']['until_unix'])}")
     rows = [
         (key, _value(found["limits"][key]), _now(key, found), text)
