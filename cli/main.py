@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         return found
 
     _node_commands(command, nested)
+    _limit_commands(command)
     _backup_commands(command)
     _job_commands(command, nested)
     _ledger_commands(command)
@@ -114,6 +115,19 @@ def _invite_command(command: Command) -> None:
     invite.add_argument("--qr", action="store_true", help="as a QR code too")
     invite.add_argument("--list", action="store_true", help="those made here, and who used them")
     invite.add_argument("--revoke", metavar="ID", help="take one back")
+
+
+def _limit_commands(command: Command) -> None:
+    pause = command(
+        "pause", "aivillage.cli.limits:pause", "no work for others from now on; my jobs go on"
+    )
+    pause.add_argument("--for", metavar="TIME", dest="span", help="30m, 2h, 1d; else until resume")
+    command("resume", "aivillage.cli.limits:resume", "work for others again")
+    limits = command("limits", "aivillage.cli.limits:limits", "what others may have, and why not")
+    limits.add_argument("words", metavar="KEY=VALUE", nargs="*", help="set it; KEY= for no limit")
+    price = command("price", "aivillage.cli.limits:price", "what each operation costs here")
+    price.add_argument("operation", nargs="?", metavar="OPERATION")
+    price.add_argument("--floor", type=int, metavar="PERCENT", help="never cheaper; 0: no floor")
 
 
 def _grant_commands(command: Command, common: argparse.ArgumentParser) -> None:

@@ -74,6 +74,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     offer_seconds: Annotated[Positive, _doc("between offers; one lives four times as long")] = 30.0
     worker_idle_seconds: Annotated[Positive, _doc("an idle worker process ends after")] = 600.0
     worker_memory_mb: Annotated[int, Meta(ge=256), _doc("data memory of one worker")] = 4096
+    worker_cores: Annotated[
+        int, Meta(ge=0, le=4096), _doc("processor cores that all workers share; 0: all")
+    ] = 0
+    worker_nice: Annotated[
+        int, Meta(ge=0, le=19), _doc("how far workers step back behind other programs")
+    ] = 10
     blob_bytes_max: Annotated[int, Meta(ge=1), _doc("largest blob that is kept here")] = 4 << 30
     relay: Annotated[bool, _doc("carry bytes for villagers who cannot reach each other")] = True
     relay_circuits: Annotated[

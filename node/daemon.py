@@ -26,11 +26,13 @@ from aivillage.node.desk import Desk
 from aivillage.node.detours import Detours
 from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
+from aivillage.node.gate import Gate, open_gate
 from aivillage.node.gossip import Gossiper
 from aivillage.node.grants import Grants
 from aivillage.node.guard import Tasks
 from aivillage.node.herald import Herald
 from aivillage.node.jobs import Jobs, open_jobs
+from aivillage.node.limits_desk import LimitsDesk
 from aivillage.node.links import LinkLimits, open_links
 from aivillage.node.maps import open_maps
 from aivillage.node.market import Market
@@ -49,6 +51,7 @@ from aivillage.node.worker_process import WorkerLimits
 from aivillage.node.workers import Workers, WorkerSettings, open_workers
 from aivillage.protocols.messages import SUCCESSIONS_MAX, VERSION_MAJOR, VERSION_MINOR, Hello
 from aivillage.protocols.ports import Transport
+from aivillage.protocols.types import PeerId
 
 ENGINE_SLOTS_MAX: Final = 8
 """What an engine holds; further sessions hear BUSY, other operations use the owner's `slots`."""
@@ -105,6 +108,7 @@ async def open_node(
 ) -> AsyncIterator[Desk]:
     """The services between stores and network, on any transport."""
     events, monitor, stop = Events(), Monitor(paths.data_dir), trio.Event()
+    gate = await _gate(jobs, ledger, paths, events)
     membership, owners, grants = await _papers(key, settings, jobs, ledger)
     detours = Detours(transport, settings, events)
     hello = _hello(ledger, membership, owners, grants, detours.addresses)
@@ -118,9 +122,10 @@ async def open_node(
             discovery=discovery,
         )  # fmt: skip
         gossiper = Gossiper(links.all, villagers.is_member, discovery.accept)
+        prices = PriceList(key, settings.price_percent, gate.floor_percent)
         seller = Seller(
-            settings=settings, prices=PriceList(key, settings.price_percent), workers=workers,
-            book=ledger, events=events, nursery=nursery,
+            settings=settings, prices=prices, workers=workers, book=ledger, events=events,
+            nursery=nursery, gate=gate,
         )  # fmt: skip
         herald = Herald(
             discovery=discovery, gossiper=gossiper, seller=seller, addresses=detours.addresses,
@@ -132,8 +137,8 @@ async def open_node(
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.buy, seller.acquainted = buyer.buy, villagers.acquainted
-        buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         detours.join(links, villagers, herald, seller, jobs, tasks)
+        _close_and_open(gate, monitor, ledger, buyer, seller, herald, tasks)
         pairs = Pairs(ledger, tasks)
         switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald, pairs)
         keeper = Caretaker(ledger, jobs, events, (seller.running, buyer.running))
@@ -146,12 +151,38 @@ async def open_node(
         maps = await open_maps(settings, trade, buyer, nursery)  # before anybody can submit
         people = PeopleDesk(desk, keeper, settings.village_exposure_micro_credits)
         handlers = desk.handlers() | people.handlers() | maps.handlers()
+        handlers |= LimitsDesk(gate, desk, settings, prices, workers).handlers()
         async with open_control(paths.socket, Control(handlers, buyer, hello, events)):
             for service in (monitor.run, *villagers.services, herald.run, clearing.run, keeper.run):
                 tasks.serve(service)
             yield desk
             switch.farewell()
         nursery.cancel_scope.cancel()
+
+
+def _close_and_open(
+    gate: Gate,
+    monitor: Monitor,
+    ledger: NodeBook,
+    buyer: Buyer,
+    seller: Seller,
+    herald: Herald,
+    tasks: Tasks,
+) -> None:
+    """What is wrong with this machine stops all work; the owner's limits only that for others."""
+    buyer.refusal = lambda: monitor.refusal() or ledger.refusing
+    seller.refusal = lambda: buyer.refusal() or gate.refusal()
+    gate.running, gate.on_change = seller.running, herald.hurry
+    tasks.serve(gate.run)
+
+
+async def _gate(jobs: Jobs, ledger: NodeBook, paths: Paths, events: Events) -> Gate:
+    """With what the owner said in former runs. A changed key is the same peer."""
+
+    def whose(peer: PeerId) -> PeerId:
+        return ledger.names_of(peer)[-1] if ledger.policy(peer).known else PeerId("")
+
+    return await open_gate(jobs, (paths.blobs, paths.scratch), events, whose)
 
 
 async def _discovery(key: Ed25519PrivateKey, jobs: Jobs) -> Discovery:
@@ -188,7 +219,11 @@ def worker_settings(settings: Settings) -> WorkerSettings:
         idle_exit_seconds=settings.worker_idle_seconds,
         module_workers_max=settings.module_workers,
         engine_slots=min(settings.slots, ENGINE_SLOTS_MAX),
-        limits=WorkerLimits(memory_bytes_max=settings.worker_memory_mb << 20),
+        limits=WorkerLimits(
+            memory_bytes_max=settings.worker_memory_mb << 20,
+            nice=settings.worker_nice,
+            cores=settings.worker_cores,
+        ),
     )
 
 

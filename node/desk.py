@@ -29,7 +29,7 @@ from aivillage.node.paths import Paths
 from aivillage.node.seller import Seller
 from aivillage.node.village import INVITE_DAYS
 from aivillage.node.villagers import Villagers
-from aivillage.protocols.errors import RefusedError, RequestError
+from aivillage.protocols.errors import AivillageError, RefusedError, RequestError
 from aivillage.protocols.messages import Offer
 from aivillage.protocols.types import Amount, PeerId
 
@@ -98,12 +98,12 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
 
     async def on_status(self, _args: dict[str, Any]) -> dict[str, Any]:
         """One screen of truth: every figure is read now, none is remembered."""
-        refusal = self.monitor.refusal() or self.ledger.refusing
+        refusal = self.seller.refusal()
         settings = {origin.key: origin.value for origin in self.origins}
         return {
             "peer": self.villagers.peer,
             "version": __version__,
-            "state": "ready" if refusal is None else f"refusing work: {refusal.message}",
+            "state": _state(refusal),
             "uptime_seconds": round(time.time() - self.started, 1),
             "addresses": list(self.addresses()),
             "reachable": msgspec.to_builtins(self.villagers.reachability.verdict),
@@ -328,6 +328,14 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     async def on_stop(self, _args: dict[str, Any]) -> dict[str, Any]:
         self.stop.set()
         return {"stopping": True}
+
+
+def _state(refusal: AivillageError | None) -> str:
+    """Of the node; what its owner wants is no failure, and stops only work for others."""
+    if refusal is None:
+        return "ready"
+    what = "closed to others" if refusal.code == "OWNER_LIMIT" else "refusing work"
+    return f"{what}: {refusal.message}"
 
 
 def _limit(args: dict[str, Any], usual: int, most: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import time
+from collections.abc import Callable
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -23,9 +24,16 @@ QUOTES_MAX: Final = 4096
 class PriceList:
     """Posts terms and remembers the quotes that are still good."""
 
-    def __init__(self, key: Ed25519PrivateKey, price_percent: int) -> None:
+    def __init__(
+        self,
+        key: Ed25519PrivateKey,
+        price_percent: int,
+        floor_percent: Callable[[str], int] = lambda _operation: 0,
+    ) -> None:
+        """`floor_percent`: the least that the owner takes for an operation, whatever the rest."""
         self._key = key
         self._percent = price_percent
+        self._floor_percent = floor_percent
         self._quotes: collections.OrderedDict[bytes, Quote] = collections.OrderedDict()
 
     def terms(self, operation: OperationInfo, *, free: bool = False) -> Terms:
@@ -33,7 +41,8 @@ class PriceList:
 
         `free`: for whom it is done for nothing.
         """
-        default, percent = listed(operation).prices_micro_credits, 0 if free else self._percent
+        default = listed(operation).prices_micro_credits
+        percent = 0 if free else max(self._percent, self._floor_percent(operation.name))
         return Terms(prices_micro_credits={u: -(-p * percent // 100) for u, p in default.items()})
 
     def quote(
@@ -53,6 +62,11 @@ class PriceList:
         if len(self._quotes) > QUOTES_MAX:
             self._quotes.popitem(last=False)
         return envelope
+
+    def withdraw(self, operation: str) -> None:
+        """Its price changed: no call begins at the old one any more."""
+        for name in [n for n, quote in self._quotes.items() if quote.operation == operation]:
+            del self._quotes[name]
 
     def find(self, name: bytes, operation: str) -> Quote:
         """The quote that a call names.

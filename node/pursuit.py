@@ -104,6 +104,7 @@ class Pursuit:
         self._trade = trade
         self._is_engine = registry.is_served_by_engine(row.operation)
         self._sellers: list[PeerId] = []
+        self._stopped_by: set[PeerId] = set()
         self._kernels: set[tuple[str, str]] = set()
         self._usage: Usage = {}
         self._why = ""
@@ -210,8 +211,15 @@ class Pursuit:
             return None
 
     def _readmit(self, code: str) -> bool:
-        """Lets in again who refused for this reason; whether anybody did."""
-        kept = {peer: error for peer, error in self.excluded.items() if error.code != code}
+        """Lets in again who refused for this reason; whether anybody did.
+
+        Not whose owner ended it midway: that was no refusal to read for nothing.
+        """
+        kept = {
+            peer: error
+            for peer, error in self.excluded.items()
+            if error.code != code or peer in self._stopped_by
+        }
         found, self.excluded = len(kept) < len(self.excluded), kept
         return found
 
@@ -356,6 +364,8 @@ class Pursuit:
         """Ends an attempt: a final item for what was accepted, except after a failed verdict."""
         self._attempts += outcome != "BUSY"
         self.spent += attempt.amount
+        if attempt.delivered_something and outcome == "OWNER_LIMIT":
+            self._stopped_by.add(attempt.seller)
         if attempt.delivered_something or outcome == "done":
             self._sellers.append(attempt.seller)
             self._kernels.add(attempt.kernel)

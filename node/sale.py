@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
 import msgspec
 import trio
 
+from aivillage.node.gossip import send_or_drop
 from aivillage.node.links import Link
 from aivillage.node.steps import StepWriter
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.job import running_hash
-from aivillage.protocols.messages import Call
+from aivillage.protocols.messages import Call, Progress
 from aivillage.protocols.pricing import Terms, Usage, is_free, price_of_rest
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
+
+BEAT_SECONDS: Final = 2.0
+"""A sign of life while nothing can be delivered yet: a model loads, a prompt is read."""
+
+T = TypeVar("T")
 
 
 class Sale(msgspec.Struct):
@@ -49,11 +58,35 @@ class Sale(msgspec.Struct):
     def price_of(self, usage: Usage, done: Usage) -> MicroCredits:
         return price_of_rest(self.terms, usage, done)
 
+    def worth_of(self, usage: Usage, done: Usage) -> MicroCredits:
+        return price_of_rest(self.listed, usage, done)
+
     def delivered(self, usage: Usage, done: Usage) -> None:
         """Counts what it has now."""
         self.amount = self.price_of(usage, done)
-        self.worth = price_of_rest(self.listed, usage, done)
+        self.worth = self.worth_of(usage, done)
 
     def stop(self, reason: AivillageError) -> None:
         self.stopped = reason
         self.scope.cancel()
+
+
+async def beating(sale: Sale, note: str, work: Callable[[], Awaitable[T]]) -> T:
+    """What `work` gives or raises, with signs of life for the buyer meanwhile."""
+    error: AivillageError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_beat, sale, note)
+        try:
+            found = await work()
+        except AivillageError as refusal:  # a nursery would wrap it
+            error = refusal
+        nursery.cancel_scope.cancel()
+    if error is not None:
+        raise error
+    return found
+
+
+async def _beat(sale: Sale, note: str) -> None:
+    while True:
+        await trio.sleep(BEAT_SECONDS)
+        send_or_drop(sale.link, Progress(id=sale.call.id, done=0, note=note))

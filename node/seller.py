@@ -6,7 +6,7 @@ import collections
 import functools
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 import trio
@@ -24,11 +24,12 @@ from aivillage.node.allowances import Allowances, unwelcome
 from aivillage.node.config import Settings
 from aivillage.node.engines import EngineClient, EngineSession
 from aivillage.node.events import Events
+from aivillage.node.gate import Gate
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.links import Link
 from aivillage.node.module_runs import OnCall
 from aivillage.node.pricelist import PriceList, listed
-from aivillage.node.sale import Sale
+from aivillage.node.sale import Sale, beating
 from aivillage.node.steps import StepWriter
 from aivillage.node.sub_jobs import Buy, SubJobs, buy_nothing
 from aivillage.node.workers import Workers
@@ -58,10 +59,6 @@ ROOM_SECONDS: Final = 15.0
 """A buyer that has not paid for this long while we wait for room gets no more; its slot is free."""
 ROOM_CHECK_SECONDS: Final = 1.0
 """How long we rely on being told of room."""
-BEAT_SECONDS: Final = 2.0
-"""A sign of life while nothing can be delivered yet: a model loads, a prompt is read."""
-
-T = TypeVar("T")
 
 
 class Seller:
@@ -76,6 +73,7 @@ class Seller:
         book: Book,
         events: Events,
         nursery: trio.Nursery,
+        gate: Gate,
     ) -> None:
         self._settings = settings
         self._prices = prices
@@ -83,6 +81,7 @@ class Seller:
         self._book = book
         self._events = events
         self._nursery = nursery
+        self._gate = gate
         self._sales: dict[tuple[Link, int], Sale] = {}  # ids begin anew on every link
         self._steps: dict[PeerId, StepWriter] = {}
         self._attempts: collections.OrderedDict[bytes, None] = collections.OrderedDict()
@@ -98,7 +97,8 @@ class Seller:
         """What this node sells now, at the owner's prices."""
         if not self._settings.serve or self.refusal() is not None:
             return []
-        return [operation for operation in self.known_operations() if operation.enabled]
+        known = self.known_operations()
+        return [info for info in known if info.enabled and self._gate.offers(info.name)]
 
     def known_operations(self) -> list[OperationInfo]:
         """Everything installed here, at the owner's prices, switched on or not."""
@@ -157,8 +157,10 @@ class Seller:
             self.allowances.require_welcome(link.peer)
             usage, seconds = await self._workers.estimate(request.operation, request.request)
             terms = self._terms(operation, link.peer)
+            self._gate.require_today(link.peer)
             if not registry.is_served_by_engine(request.operation):
                 self.allowances.require_deliverable(link.peer, price(terms, usage))
+                self._gate.require_today(link.peer, price(listed(operation), usage))
             reply = messages.QuoteReply(
                 id=request.id,
                 quote=self._prices.quote(operation, terms, dict(usage), seconds),
@@ -180,6 +182,7 @@ class Seller:
             raise refusal
         if not self._settings.serve:
             raise RefusedError("this node serves nobody", code="NOT_OFFERED")
+        self._gate.require_offered(name)
         return operation
 
     def _terms(self, operation: OperationInfo, peer: PeerId) -> Terms:
@@ -193,6 +196,7 @@ class Seller:
         """
         operation = self._sold(call.operation)
         self.allowances.require_welcome(link.peer)
+        self._gate.require_today(link.peer)
         if len(call.attempt) != 16 or (link, call.id) in self._sales:
             raise RequestError("an attempt has a fresh 16-byte id, a call a free one")
         if call.attempt in self._attempts:
@@ -205,7 +209,8 @@ class Seller:
                 next_step="ask for a new one",
             )
         self.allowances.require_credit(link.peer, dearest_unit(quote.terms))
-        self.allowances.take_slot(link.peer, [sale.peer for sale in self._sales.values()])
+        holders = [sale.peer for sale in self._sales.values()]
+        self.allowances.take_slot(link.peer, holders, goes_on=bool(call.delivered))
         self._attempts[call.attempt] = None
         if len(self._attempts) > ATTEMPTS_REMEMBERED:
             self._attempts.popitem(last=False)
@@ -281,11 +286,13 @@ class Seller:
 
         Raises:
             RequestError: PRICE_ABOVE_CEILING, the buyer would not pay it.
+            RefusedError: OWNER_LIMIT, it had what the owner lends a day.
             LedgerError: INSUFFICIENT_CREDITS, it did not pay for what it has.
         """
         amount = sale.price_of(usage, done)
         if amount > sale.call.ceiling_micro_credits:
             raise RequestError("the next unit is above the ceiling", code="PRICE_ABOVE_CEILING")
+        self._gate.take(sale.peer, sale.worth_of(usage, done) - sale.worth)
         await self._wait_for_room(
             sale,
             amount - sale.amount,
@@ -337,6 +344,7 @@ class Seller:
                 text.append(frame.text)
                 usage = units(frame.read_bytes, len(ids))
                 body = token_bytes(frame.token_ids)
+                await self._pace(sale, len(body) + len(frame.text.encode()))
                 out_hash = sale.fold(body)
                 await self._deliver(sale, usage, done, out_hash)
                 sale.steps.add(
@@ -351,7 +359,9 @@ class Seller:
                         finish_reason=msgspec.convert(frame.finished, FinishReason),
                         prompt_bytes=frame.read_bytes,
                     )
-                    self._finish(sale, pack(result), usage)
+                    whole = pack(result)
+                    await self._pace(sale, len(whole))
+                    self._finish(sale, whole, usage)
                     return
         raise JobError("the engine stopped before the end", code="JOB_FAILED")
 
@@ -370,7 +380,7 @@ class Seller:
         load = functools.partial(
             self._workers.engine, unpack(GenerateRequest, sale.call.request).model
         )
-        engine = await self._beating(sale, "loading the model", load)
+        engine = await beating(sale, "loading the model", load)
         info = engine.info
         started = messages.Started(
             id=sale.call.id, kernel_class=info.kernel_class, identical=info.identical
@@ -378,24 +388,12 @@ class Seller:
         send_or_drop(sale.link, started)
         return engine
 
-    async def _beating(self, sale: Sale, note: str, work: Callable[[], Awaitable[T]]) -> T:
-        """What `work` gives or raises, with signs of life for the buyer meanwhile."""
-        error: AivillageError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._beat, sale, note)
-            try:
-                found = await work()
-            except AivillageError as refusal:  # a nursery would wrap it
-                error = refusal
-            nursery.cancel_scope.cancel()
-        if error is not None:
-            raise error
-        return found
-
-    async def _beat(self, sale: Sale, note: str) -> None:
-        while True:
-            await trio.sleep(BEAT_SECONDS)
-            send_or_drop(sale.link, messages.Progress(id=sale.call.id, done=0, note=note))
+    async def _pace(self, sale: Sale, size_bytes: int) -> None:
+        """Waits until the owner's cap on what leaves lets so much of an answer go."""
+        seconds = self._gate.wait_seconds(size_bytes)
+        if seconds > 0:
+            note = "its owner limits what leaves that node"
+            await beating(sale, note, functools.partial(trio.sleep, seconds))
 
     def _allow(self, sale: Sale, session: EngineSession, units_made: int) -> None:
         """Beyond `units_made`, never more than one delivery may hold: it would wait for ever."""
@@ -413,6 +411,7 @@ class Seller:
         estimate, _ = await self._workers.estimate(call.operation, call.request)
         most = price(sale.terms, estimate)
         self.allowances.require_deliverable(sale.peer, most)
+        self._gate.require_today(sale.peer, price(sale.listed, estimate))
         self.allowances.require_credit(sale.peer, most)
         # Before the work: who does not pay would have one run after the other, and its parts.
         await self._wait_for_room(sale, most, lambda: self._book.room(sale.peer) >= most)
@@ -432,9 +431,11 @@ class Seller:
                         ),
                     )
                 elif isinstance(event, PartEvent):
+                    await self._pace(sale, len(event.body))
                     self._part(sale, event)
                 elif isinstance(event, ResultEvent):
                     usage = await self._workers.meter(call.operation, call.request, event.body)
+                    await self._pace(sale, len(event.body))
                     out_hash = sale.fold(event.body)
                     await self._deliver(sale, usage, {}, out_hash)
                     self._finish(sale, event.body, usage)
@@ -452,7 +453,7 @@ class Seller:
 
         async def call(operation: str, request: bytes, budget: int) -> bytes:
             work = functools.partial(sub_jobs, operation, request, budget)
-            return await self._beating(sale, f"waiting for {operation}", work)
+            return await beating(sale, f"waiting for {operation}", work)
 
         return call
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final
 
@@ -32,6 +33,8 @@ class WorkerLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     memory_bytes_max: int = 4 << 30
     nice: int = 10
+    cores: int = 0
+    """All workers run on the same so many of the machine's; 0: on any."""
     threads: int = 1
     sandbox: bool = True
     readable_folders: tuple[str, ...] = ()
@@ -194,7 +197,7 @@ async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
 
 def _spawn(scratch: Path, limits: WorkerLimits) -> subprocess.Popen[bytes]:
     """From this very thread: a worker ends with the thread that started it, not only the daemon."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "aivillage.models.worker", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -202,6 +205,11 @@ def _spawn(scratch: Path, limits: WorkerLimits) -> subprocess.Popen[bytes]:
         env=_environment(scratch, limits),
         start_new_session=True,  # a Ctrl-C at the terminal is the daemon's to handle
     )
+    if limits.cores and sys.platform == "linux":
+        cores = sorted(os.sched_getaffinity(0))[-limits.cores :]  # the first is the busiest
+        with suppress(ProcessLookupError):  # it ended at once: whoever greets it will say so
+            os.sched_setaffinity(process.pid, cores)
+    return process
 
 
 def _environment(scratch: Path, limits: WorkerLimits) -> dict[str, str]:

@@ -99,9 +99,9 @@ async def test_cancelling_a_job_cancels_its_sub_job(tmp_path):
 
 
 async def test_a_buyer_hears_signs_of_life_while_a_sub_job_takes_its_time(tmp_path, monkeypatch):
-    from aivillage.node import seller
+    from aivillage.node import sale
 
-    monkeypatch.setattr(seller, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(sale, "BEAT_SECONDS", 0.1)
     async with three(tmp_path) as (ann, bob, _):
         await ann.done("test.ask", sleep_seconds=0.5, to=bob.peer)
         notes = [frame.note for frame in ann.heard if hasattr(frame, "note")]

@@ -310,6 +310,7 @@ def test_a_running_node_is_asked_and_its_port_is_its_own(examined, folder):
     [
         ({"version": "0.0.1"}, "FAIL", "the running node is 0.0.1"),
         ({"state": "refusing work: the disk is full"}, "FAIL", "the disk is full"),
+        ({"state": "closed to others: the owner paused it"}, "warn", "the owner paused it"),
         ({"loop_lag_ms": {"p99": 50.0}}, "warn", "50.0 ms late"),
     ],
 )
