@@ -23,12 +23,13 @@ from aivillage.node.clearing import Clearing
 from aivillage.node.config import Origin, Settings
 from aivillage.node.control import Control, open_control
 from aivillage.node.desk import Desk
-from aivillage.node.discovery import Discovery, Record
+from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
 from aivillage.node.gossip import Gossiper
 from aivillage.node.grants import Grants
 from aivillage.node.guard import Tasks
 from aivillage.node.herald import Herald
+from aivillage.node.home import Home
 from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.node.links import LinkLimits, open_links
 from aivillage.node.market import Market
@@ -131,6 +132,8 @@ async def open_node(
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.buy = buyer.buy
+        home = Home(workers, discovery, lambda: buyer.running_here() + len(seller.running()))
+        market.home, market.running_at = home.facts, buyer.running_at
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         seller.acquainted = villagers.acquainted
         pairs = Pairs(ledger, tasks)
@@ -156,8 +159,7 @@ async def open_node(
 async def _discovery(key: Ed25519PrivateKey, jobs: Jobs) -> Discovery:
     """With what former runs measured of others."""
     found = Discovery(key)
-    for known in await jobs.known_peers():
-        found.records[known.id] = Record(known.units_per_second, known.good, known.bad)
+    found.records = await jobs.records()
     return found
 
 

@@ -10,8 +10,10 @@ import msgspec
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from aivillage.node.choice import UNKNOWN_UNITS_PER_SECOND
 from aivillage.node.gossip import News
 from aivillage.node.identity import peer_of
+from aivillage.node.records import Record, Work
 from aivillage.protocols.codec import pack
 from aivillage.protocols.envelope import seal
 from aivillage.protocols.messages import Offer, OfferedOperation, OperationInfo, TaskAd
@@ -21,25 +23,6 @@ OFFERS_MAX: Final = 10_000
 OFFER_BYTES_MAX: Final = 1024
 UNREACHABLE_SECONDS: Final = 60.0
 """A peer that did not answer is left alone this long, whatever others say of it."""
-UNKNOWN_UNITS_PER_SECOND: Final = 5.0
-"""A pessimistic guess for a peer never measured: never a veto."""
-SMOOTHING: Final = 0.3
-
-
-class Record(msgspec.Struct):
-    """What we saw of a peer ourselves."""
-
-    units_per_second: float = 0.0
-    good: int = 0
-    bad: int = 0
-
-    def rate(self, *, good: bool, units_per_second: float) -> None:
-        """Adds one job; the speed is an exponential mean."""
-        self.good += good
-        self.bad += not good
-        if good and units_per_second > 0:
-            old = self.units_per_second or units_per_second
-            self.units_per_second = old + SMOOTHING * (units_per_second - old)
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,7 +100,7 @@ class Discovery:
         if self._envelopes.get(peer) == b"":
             del self._offers[peer], self._envelopes[peer]
 
-    def candidates(self, operation: str) -> list[Candidate]:
+    def candidates(self, operation: str, model: str = "") -> list[Candidate]:
         """Peers that offer `operation` and were not found unreachable just now, best first."""
         now = time.monotonic()
         found = [
@@ -133,7 +116,8 @@ class Discovery:
             for offered in offer.operations
             if offered.name == operation and self._unreachable_until.get(offer.seller, 0) <= now
         ]
-        return sorted(found, key=_rank)
+        work = Work(operation, model)
+        return sorted(found, key=lambda candidate: _rank(candidate, work))
 
     def next_news(self) -> trio.Event:
         """Set at the next offer."""
@@ -191,9 +175,8 @@ class Discovery:
         )
 
 
-def _rank(candidate: Candidate) -> tuple[float, float, bool, int]:
+def _rank(candidate: Candidate, work: Work) -> tuple[float, float, bool, int]:
     """Fewer failures first, then measured speed, then members that are linked, then free room."""
     record = candidate.record
-    failures = record.bad / (record.good + record.bad + 2)
-    speed = record.units_per_second or UNKNOWN_UNITS_PER_SECOND
-    return (round(failures, 1), -speed, not candidate.neighbour, -candidate.free_slots)
+    speed = record.speed(work) or UNKNOWN_UNITS_PER_SECOND
+    return (round(record.failures, 1), -speed, not candidate.neighbour, -candidate.free_slots)

@@ -1,0 +1,44 @@
+"""This machine as a candidate for its owner's jobs, once it was measured at such work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from aivillage.node.choice import Facts
+from aivillage.node.discovery import Discovery
+from aivillage.node.market import Need
+from aivillage.node.workers import Workers
+from aivillage.protocols.errors import RequestError
+
+
+class Home:
+    """`busy`: how many jobs run here now, the owner's and others'.
+
+    A machine that never did such a job for its owner is no candidate: to load a model unasked
+    could make it useless to whoever sits before it. `submit --local` once makes it one.
+    """
+
+    def __init__(self, workers: Workers, discovery: Discovery, busy: Callable[[], int]) -> None:
+        self._workers = workers
+        self._discovery = discovery
+        self._busy = busy
+
+    def facts(self, need: Need) -> Facts | None:
+        """None: this machine cannot do it, or was never measured at it."""
+        try:
+            self._workers.describe(need.operation)
+        except RequestError:
+            return None
+        record = self._discovery.records.get(self._discovery.peer)
+        speed = record.speed(need.work) if record else 0.0
+        if record is None or not speed:
+            return None
+        return Facts(
+            peer=self._discovery.peer,
+            units=sum(need.rest.values()),
+            units_per_second=speed,
+            load=self._busy(),
+            rtt_seconds=0.0,
+            failures=record.failures,
+            here=True,
+        )
