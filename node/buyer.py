@@ -134,6 +134,8 @@ class Buyer:
         Raises:
             AivillageError: the request is wrong, or nobody does it.
         """
+        if submit.local:
+            raise RequestError("a local job chooses nobody", next_step="leave out --local")
         usage, seconds = await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
         need = Need(

@@ -175,9 +175,21 @@ def in_order(
 
 
 def about_as_good(found: Sequence[Weighed]) -> list[Weighed]:
-    """Those within `GOOD_FACTOR` of the least score."""
-    limit = GOOD_FACTOR * min((one.total for one in found), default=0.0)
-    return [one for one in found if one.total <= limit]
+    """Those within `GOOD_FACTOR` of the least score.
+
+    On old news also those that would be, were nobody loaded: the one that had no queue then is the
+    one that everybody goes to since.
+    """
+    good = _near_best(found, [one.total for one in found])
+    if not any(one.facts.age_seconds > FRESH_SECONDS for one in found):
+        return good
+    idle = _near_best(found, [one.total - one.score.wait for one in found])
+    return [one for one in found if one in good or one in idle]
+
+
+def _near_best(found: Sequence[Weighed], scores: Sequence[Seconds]) -> list[Weighed]:
+    limit = GOOD_FACTOR * min(scores, default=0.0)
+    return [one for one, score in zip(found, scores, strict=True) if score <= limit]
 
 
 def pick(found: Sequence[Weighed], random: Random, *, explore: bool) -> Weighed:
@@ -240,11 +252,15 @@ def why_not(loser: Weighed, winner: Weighed) -> str:
     return f"{name} {by}"
 
 
-def why_of(winner: Weighed, quoted: Sequence[Weighed], refused: int) -> str:
+def why_of(
+    winner: Weighed, quoted: Sequence[Weighed], refused: int, home: Weighed | None = None
+) -> str:
     """Why the winner won, in a few words. `quoted`: the peers that said yes."""
     if winner.facts.here:
         return f"here: {_why_here(winner, quoted, refused)}"
     best = min(quoted, key=lambda one: one.total)
+    if home is not None and home.total <= winner.total:
+        return "new, so tried once in place of this machine"
     if len(quoted) == 1:
         return "the only one"
     if winner is best:
@@ -256,7 +272,7 @@ def why_of(winner: Weighed, quoted: Sequence[Weighed], refused: int) -> str:
 
 def _why_here(winner: Weighed, quoted: Sequence[Weighed], refused: int) -> str:
     if not quoted:
-        return f"{refused} peers refused" if refused else "no peer offers it"
+        return f"none of {refused} peers said yes" if refused else "no peer offers it"
     best = min(quoted, key=lambda one: one.total)
     them = f"the best of {len(quoted)} peers" if len(quoted) > 1 else "the one peer that offers it"
     if winner.score.time <= best.score.time:

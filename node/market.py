@@ -268,7 +268,7 @@ class Market:
             return None
         own = [seen.home] if seen.home else []
         winner = pick([*own, *quoted], self.random, explore=seen.explores())
-        why = why_of(winner, quoted or seen.rivals(), len(seen.reasons))
+        why = why_of(winner, quoted or seen.rivals(), len(seen.reasons), seen.home)
         if winner.facts.here:
             return Here(explanation=seen.explained(winner, why))
         choice = seen.found[winner.facts.peer]
