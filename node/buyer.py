@@ -50,6 +50,7 @@ class Buyer:
         self._running: dict[JobId, Running] = {}
         self._starting = 0
         self.refusal: Callable[[], AivillageError | None] = lambda: None
+        trade.market.running_at = self._running_at
 
     async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
         """Records a job and starts it. `order` says for which module, if for one.
@@ -278,7 +279,7 @@ class Buyer:
             error.next_step = f"{error.next_step or 'it failed on this machine'}; or submit --mesh"
             raise
 
-    def running_at(self, peer: PeerId) -> int:
+    def _running_at(self, peer: PeerId) -> int:
         """Jobs of ours that run at a peer now."""
         return sum(link.peer == peer for link, _ in self._trade.attempts)
 

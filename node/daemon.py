@@ -114,7 +114,7 @@ async def open_node(
             key=key, settings=settings, membership=membership, links=links, jobs=jobs,
             book=ledger, events=events, tasks=tasks, owners=owners, grants=grants,
         )  # fmt: skip
-        discovery = await _discovery(key, jobs)
+        discovery = Discovery(key, await jobs.records())
         gossiper = Gossiper(links.all, villagers.is_member, discovery.accept)
         discovery.is_neighbour = villagers.is_member
         villagers.on_succeeded, villagers.heard_of = discovery.rename, discovery.offers
@@ -131,9 +131,7 @@ async def open_node(
         market.clear, market.debt_of = clearing.try_clear, ledger.owed_by
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
-        seller.buy = buyer.buy
-        home = Home(workers, discovery, lambda: buyer.running_here() + len(seller.running()))
-        market.home, market.running_at = home.facts, buyer.running_at
+        seller.buy, market.home = buyer.buy, Home(workers, discovery, buyer, seller).facts
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         seller.acquainted = villagers.acquainted
         pairs = Pairs(ledger, tasks)
@@ -154,13 +152,6 @@ async def open_node(
             yield desk
             switch.farewell()
         nursery.cancel_scope.cancel()
-
-
-async def _discovery(key: Ed25519PrivateKey, jobs: Jobs) -> Discovery:
-    """With what former runs measured of others."""
-    found = Discovery(key)
-    found.records = await jobs.records()
-    return found
 
 
 async def _papers(

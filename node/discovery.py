@@ -39,13 +39,14 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 class Discovery:
     """Offers heard, which live two minutes, and what was measured of peers."""
 
-    def __init__(self, key: Ed25519PrivateKey) -> None:
+    def __init__(self, key: Ed25519PrivateKey, records: dict[PeerId, Record] | None = None) -> None:
+        """`records`: what former runs measured."""
         self._key = key
         self.peer = peer_of(key)
         self._offers: dict[PeerId, Offer] = {}
         self._envelopes: dict[PeerId, bytes] = {}
         self._unreachable_until: dict[PeerId, float] = {}
-        self.records: dict[PeerId, Record] = {}
+        self.records = {} if records is None else records
         self._seq = int(time.time() * 1000)
         self._changed = trio.Event()
         self.is_neighbour: Callable[[PeerId], bool] = lambda _peer: False

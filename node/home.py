@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from aivillage.node.buyer import Buyer
 from aivillage.node.choice import Facts
 from aivillage.node.discovery import Discovery
 from aivillage.node.market import Need
+from aivillage.node.seller import Seller
 from aivillage.node.workers import Workers
 from aivillage.protocols.errors import RequestError
 
 
 class Home:
-    """`busy`: how many jobs run here now, the owner's and others'.
+    """A machine that never did such a job for its owner is no candidate.
 
-    A machine that never did such a job for its owner is no candidate: to load a model unasked
-    could make it useless to whoever sits before it. `submit --local` once makes it one.
+    To load a model unasked could make it useless to whoever sits before it; `submit --local` once
+    makes it one. What runs here for the owner (`buyer`) and for others (`seller`) is its load.
     """
 
-    def __init__(self, workers: Workers, discovery: Discovery, busy: Callable[[], int]) -> None:
+    def __init__(
+        self, workers: Workers, discovery: Discovery, buyer: Buyer, seller: Seller
+    ) -> None:
         self._workers = workers
         self._discovery = discovery
-        self._busy = busy
+        self._buyer = buyer
+        self._seller = seller
 
     def facts(self, need: Need) -> Facts | None:
         """None: this machine cannot do it, or was never measured at it."""
@@ -37,7 +40,7 @@ class Home:
             peer=self._discovery.peer,
             units=sum(need.rest.values()),
             units_per_second=speed,
-            load=self._busy(),
+            load=self._buyer.running_here() + len(self._seller.running()),
             rtt_seconds=0.0,
             failures=record.failures,
             here=True,
