@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from aivillage.cli import show
+from aivillage.cli import choice, show
 from aivillage.cli.client import Client
 from aivillage.cli.node import amount, connect
 from aivillage.protocols import messages
@@ -25,33 +25,42 @@ def submit(args: argparse.Namespace) -> int:
         raise RequestError("which operation?", next_step="aivillage-node operations")
     with connect(args) as client:
         operation = _operation(client, args.operation)
-        request = _request(operation, args.rest)
-        call = client.next_id()
-        client.patient().send(
-            messages.Submit(
-                id=call,
-                operation=args.operation,
-                request=msgspec.msgpack.encode(request),
-                ceiling_micro_credits=amount(args.max_price) if args.max_price else None,
-                deadline_seconds=args.deadline,
-                peer=args.peer,
-                follow=not args.detach,
-                local=args.local,
-            )
-        )
+        wanted = _wanted(args, client.next_id(), _request(operation, args.rest))
+        if args.dry_run:
+            return choice.dry_run(args, client, wanted)
+        client.patient().send(wanted)
         try:
-            answer = _follow(client, call, quiet=args.json)
+            answer = _follow(client, wanted.id, quiet=args.json)
         except KeyboardInterrupt:
-            client.send(messages.Cancel(id=call))
+            client.send(messages.Cancel(id=wanted.id))
             show.note("\ncancelling; what was delivered is paid")
-            answer = _follow(client, call, quiet=True)
+            answer = _follow(client, wanted.id, quiet=True)
+        if args.explain and not args.detach:
+            answer["choices"] = choice.of_job(client, answer["job"])
     if args.json:
         show.as_json(answer)
     elif args.detach:
         print(answer["job"])
     else:
         _show_result(answer)
+        for made in answer.get("choices", []):
+            choice.table(made, sys.stderr)
     return 0
+
+
+def _wanted(args: argparse.Namespace, call: int, request: dict[str, Any]) -> messages.Submit:
+    return messages.Submit(
+        id=call,
+        operation=args.operation,
+        request=msgspec.msgpack.encode(request),
+        ceiling_micro_credits=amount(args.max_price) if args.max_price else None,
+        deadline_seconds=args.deadline,
+        peer=args.peer,
+        follow=not args.detach,
+        local=args.local,
+        mesh=args.mesh,
+        prefer=args.prefer or "",
+    )
 
 
 def _operation(client: Client, name: str) -> dict[str, Any]:
@@ -187,6 +196,8 @@ def jobs(args: argparse.Namespace) -> int:
         price = as_credits(attempt["price_micro_credits"])
         outcome = show.one_line(attempt["outcome"])
         print(f"  {show.short(attempt['seller'])}: {outcome}, {price} credits")
+        if attempt["choice"]:
+            choice.table(attempt["choice"])
     if receipt:
         print(show.plain(receipt_line(receipt)))
     return 0

@@ -179,6 +179,18 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     submit.add_argument(
         "--local", action="store_true", help="on this machine, without the mesh, for nothing"
     )
+    submit.add_argument("--mesh", action="store_true", help="by a peer, never on this machine")
+    submit.add_argument(
+        "--prefer",
+        choices=["fast", "balanced", "cheap"],
+        help="a second less is worth 0.1, 0.01 or 0.001 credits (default: the setting `prefer`)",
+    )
+    submit.add_argument(
+        "--explain", action="store_true", help="show every candidate, and why it won or lost"
+    )
+    submit.add_argument(
+        "--dry-run", action="store_true", help="only explain: nothing is bought or done"
+    )
     submit.add_argument("--detach", action="store_true", help="print the job's id and return")
     submit.add_argument("-h", "--help", action="store_true", dest="wants_help", help="all flags")
     submit.epilog = "Further flags come from the operation: `submit OPERATION --help`."

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 _UNSHOWN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -38,12 +38,15 @@ def _plain(value: Any) -> Any:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
-def table(rows: Sequence[Sequence[Any]], headings: Sequence[str]) -> None:
-    """Columns as wide as what is in them."""
+def table(
+    rows: Sequence[Sequence[Any]], headings: Sequence[str], out: TextIO | None = None
+) -> None:
+    """Columns as wide as what is in them, on standard output unless said."""
     cells = [list(headings), *[["" if c is None else one_line(c) for c in row] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
     for row in cells:
-        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+        line = "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+        print(line.rstrip(), file=out or sys.stdout)
 
 
 def pairs(values: dict[str, Any]) -> None:

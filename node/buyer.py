@@ -10,12 +10,15 @@ from typing import Final
 import msgspec
 import trio
 
+from aivillage.node.choice import RATES, Explanation
 from aivillage.node.config import Settings
 from aivillage.node.jobs import JobRow
 from aivillage.node.links import Link
 from aivillage.node.local import LocalJob
+from aivillage.node.market import Need
 from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit, Say, Trade
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
+from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, RequestError
 from aivillage.protocols.job import State
 from aivillage.protocols.messages import Frame, Step, Submit
@@ -47,6 +50,7 @@ class Buyer:
         self._running: dict[JobId, Running] = {}
         self._starting = 0
         self.refusal: Callable[[], AivillageError | None] = lambda: None
+        trade.market.running_at = self._running_at
 
     async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
         """Records a job and starts it. `order` says for which module, if for one.
@@ -110,8 +114,10 @@ class Buyer:
         return Bought(result=pursuit.result, spent=pursuit.spent, error=running.error)
 
     async def _record(self, submit: Submit, parent: str) -> JobRow:
-        if submit.local and submit.peer:
-            raise RequestError("a local job has no peer", next_step="leave out --peer or --local")
+        if submit.local and (submit.peer or submit.mesh):
+            raise RequestError(
+                "a local job has no peer", next_step="leave out --local, or --peer and --mesh"
+            )
         await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
         row = JobRow(
@@ -125,9 +131,43 @@ class Buyer:
             created=time.time(),
             local=submit.local,
             parent=parent,
+            prefer=self._preference(submit.prefer),
+            mesh=submit.mesh,
         )
         await self._trade.jobs.add(row)
         return row
+
+    def _preference(self, said: str) -> str:
+        """Raises: RequestError: nobody can prefer that."""
+        preference = said or self._settings.prefer
+        if preference not in RATES:
+            raise RequestError(
+                f"nobody can prefer {preference!r}", next_step=f"--prefer {', '.join(RATES)}"
+            )
+        return preference
+
+    async def explain(self, submit: Submit) -> Explanation:
+        """What would be chosen for a job, and why; nothing is recorded, and nothing bought.
+
+        Raises:
+            AivillageError: the request is wrong, or nobody does it.
+        """
+        if submit.local:
+            raise RequestError("a local job chooses nobody", next_step="leave out --local")
+        usage, seconds = await self._trade.workers.estimate(submit.operation, submit.request)
+        ceiling = submit.ceiling_micro_credits
+        need = Need(
+            operation=submit.operation,
+            request=submit.request,
+            usage=usage,
+            done={},
+            budget=self._settings.ceiling_micro_credits if ceiling is None else ceiling,
+            seconds=seconds,
+            peer=submit.peer or "",
+            prefer=self._preference(submit.prefer),
+            may_stay=not (submit.mesh or submit.peer),
+        )
+        return await self._trade.market.explain(need)
 
     async def resume(self) -> None:
         """Starts again what a stop or crash of this node interrupted."""
@@ -151,14 +191,17 @@ class Buyer:
         if not row.local:
             return Pursuit(row, self._trade, say)
         local = LocalJob(row, self._trade, say)
-        local.on_call = sub_jobs or SubJobs(
+        local.on_call = sub_jobs or self._local_sub_jobs(local)
+        return local
+
+    def _local_sub_jobs(self, local: LocalJob) -> SubJobs:
+        return SubJobs(
             self.buy,
-            parent=row.id,
-            ceiling=row.ceiling,
+            parent=local.row.id,
+            ceiling=local.row.ceiling,
             deadline_seconds=local.seconds_left(),
             local=True,
         )
-        return local
 
     def _start(self, pursuit: Pursuit | LocalJob) -> Running:
         running = Running(pursuit)
@@ -219,6 +262,8 @@ class Buyer:
                 with trio.fail_after(max(0.0, running.pursuit.seconds_left())):
                     if running.pursuit.result is None:
                         await running.pursuit.run()
+                    if isinstance(running.pursuit, Pursuit) and running.pursuit.here:
+                        await self._do_here(running, running.pursuit, running.pursuit.here)
             except trio.TooSlowError:
                 running.error = JobError("the job's deadline passed", code="DEADLINE")
             except AivillageError as error:
@@ -237,6 +282,26 @@ class Buyer:
         finally:
             self._running.pop(row.id, None)
             running.ended.set()
+
+    async def _do_here(self, running: Running, pursuit: Pursuit, choice: Explanation) -> None:
+        """No peer was better than this machine. Raises: AivillageError: why there is no result."""
+        await self._trade.jobs.keep_here(pursuit.row.id)
+        local = LocalJob(pursuit.row, self._trade, pursuit.say, choice)
+        local.on_call = self._local_sub_jobs(local)
+        running.pursuit = local
+        pursuit.say(messages.Progress(id=0, done=0, note=choice.why))
+        try:
+            await local.run()
+        except AivillageError as error:
+            error.next_step = f"{error.next_step or 'it failed on this machine'}; or submit --mesh"
+            raise
+
+    def _running_at(self, peer: PeerId) -> int:
+        """Jobs of ours that run at a peer now."""
+        return sum(link.peer == peer for link, _ in self._trade.attempts)
+
+    def running_here(self) -> int:
+        return sum(isinstance(running.pursuit, LocalJob) for running in self.running())
 
     async def _close(self, running: Running) -> None:
         pursuit, error = running.pursuit, running.error

@@ -47,6 +47,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ceiling_micro_credits: Annotated[Amount, _doc("most a job may cost without --max-price")] = (
         100_000
     )
+    prefer: Annotated[
+        str,
+        Meta(pattern="^(fast|balanced|cheap)$"),
+        _doc("what a second less is worth when a peer is chosen: 0.1, 0.01 or 0.001 credits"),
+    ] = "balanced"
     village_line_micro_credits: Annotated[
         Amount, _doc("most a member of my village may owe me")
     ] = 10_000_000

@@ -24,13 +24,14 @@ from aivillage.node.config import Origin, Settings
 from aivillage.node.control import Control, open_control
 from aivillage.node.desk import Desk
 from aivillage.node.detours import Detours
-from aivillage.node.discovery import Discovery, Record
+from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
 from aivillage.node.gate import Gate, open_gate
 from aivillage.node.gossip import Gossiper
 from aivillage.node.grants import Grants
 from aivillage.node.guard import Tasks
 from aivillage.node.herald import Herald
+from aivillage.node.home import Home
 from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.node.limits_desk import LimitsDesk
 from aivillage.node.links import LinkLimits, open_links
@@ -115,7 +116,7 @@ async def open_node(
     limits = LinkLimits(ping_seconds=settings.heartbeat_seconds)
     async with open_links(transport, hello, limits=limits) as links, trio.open_nursery() as nursery:
         tasks = Tasks(nursery, events)
-        discovery = await _discovery(key, jobs)
+        discovery = Discovery(key, await jobs.records())
         villagers = Villagers(
             key=key, settings=settings, membership=membership, links=links, jobs=jobs,
             book=ledger, events=events, tasks=tasks, owners=owners, grants=grants,
@@ -137,6 +138,7 @@ async def open_node(
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.buy, seller.acquainted = buyer.buy, villagers.acquainted
+        market.home = Home(workers, discovery, buyer, seller).facts
         detours.join(links, villagers, herald, seller, jobs, tasks)
         _close_and_open(gate, monitor, ledger, buyer, seller, herald, tasks)
         pairs = Pairs(ledger, tasks)
@@ -183,14 +185,6 @@ async def _gate(jobs: Jobs, ledger: NodeBook, paths: Paths, events: Events) -> G
         return ledger.names_of(peer)[-1] if ledger.policy(peer).known else PeerId("")
 
     return await open_gate(jobs, (paths.blobs, paths.scratch), events, whose)
-
-
-async def _discovery(key: Ed25519PrivateKey, jobs: Jobs) -> Discovery:
-    """With what former runs measured of others."""
-    found = Discovery(key)
-    for known in await jobs.known_peers():
-        found.records[known.id] = Record(known.units_per_second, known.good, known.bad)
-    return found
 
 
 async def _papers(

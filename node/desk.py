@@ -17,20 +17,21 @@ from aivillage.node.buyer import Buyer
 from aivillage.node.clearing import Clearing
 from aivillage.node.config import Origin
 from aivillage.node.detours import Detours
-from aivillage.node.discovery import Discovery, Record
+from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
 from aivillage.node.grants import Grants, from_token, to_token
-from aivillage.node.jobs import JobRow, Jobs, KnownPeer
+from aivillage.node.jobs import JobRow, Jobs
 from aivillage.node.links import Links
 from aivillage.node.monitor import Monitor
 from aivillage.node.owners import Owners
 from aivillage.node.pairs import Pairs
 from aivillage.node.paths import Paths
+from aivillage.node.records import KnownPeer, Record
 from aivillage.node.seller import Seller
 from aivillage.node.village import INVITE_DAYS
 from aivillage.node.villagers import Villagers
 from aivillage.protocols.errors import AivillageError, RefusedError, RequestError
-from aivillage.protocols.messages import Offer
+from aivillage.protocols.messages import Offer, Submit
 from aivillage.protocols.types import Amount, PeerId
 
 JOBS_LISTED: Final = 50
@@ -76,6 +77,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "jobs": self.on_jobs,
             "job": self.on_job,
             "usage": self.on_usage,
+            "choose": self.on_choose,
             "cancel": self.on_cancel,
             "balance": self.on_balance,
             "history": self.on_history,
@@ -189,6 +191,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
                         "seller": attempt.seller,
                         "price_micro_credits": attempt.price,
                         "outcome": attempt.outcome or "running",
+                        "choice": msgspec.json.decode(attempt.choice) if attempt.choice else None,
                     }
                     for attempt in attempts
                 ],
@@ -197,6 +200,11 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
 
     async def on_usage(self, args: dict[str, Any]) -> dict[str, int]:
         return dict(await self.buyer.metered(await self._job(args)))
+
+    async def on_choose(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Who would do a job, and why; nothing is bought. The arguments are those of a `Submit`."""
+        submit = msgspec.convert({"id": 0} | args, Submit)
+        return dict(msgspec.to_builtins(await self.buyer.explain(submit)))
 
     async def on_cancel(self, args: dict[str, Any]) -> dict[str, Any]:
         row = await self._job(args)

@@ -10,10 +10,12 @@ import msgspec
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from aivillage.node.choice import UNKNOWN_UNITS_PER_SECOND
 from aivillage.node.freshness import LIFETIME_MS_MAX
 from aivillage.node.gossip import News
 from aivillage.node.identity import peer_of
 from aivillage.node.offers import Offers
+from aivillage.node.records import Record, Work
 from aivillage.protocols.codec import pack
 from aivillage.protocols.envelope import seal
 from aivillage.protocols.messages import Offer, OfferedOperation, OperationInfo, TaskAd
@@ -22,27 +24,8 @@ from aivillage.protocols.types import PeerId, Seconds
 OFFER_BYTES_MAX: Final = 1024
 UNREACHABLE_SECONDS: Final = 60.0
 """A peer that did not answer is left alone this long, whatever others say of it."""
-UNKNOWN_UNITS_PER_SECOND: Final = 5.0
-"""A pessimistic guess for a peer never measured: never a veto."""
 FAREWELL_SECONDS: Final = 120.0
 """As long as an offer: who hears it later hears no older offer either."""
-SMOOTHING: Final = 0.3
-
-
-class Record(msgspec.Struct):
-    """What we saw of a peer ourselves."""
-
-    units_per_second: float = 0.0
-    good: int = 0
-    bad: int = 0
-
-    def rate(self, *, good: bool, units_per_second: float) -> None:
-        """Adds one job; the speed is an exponential mean."""
-        self.good += good
-        self.bad += not good
-        if good and units_per_second > 0:
-            old = self.units_per_second or units_per_second
-            self.units_per_second = old + SMOOTHING * (units_per_second - old)
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +42,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 class Discovery:
     """Offers heard, which live two minutes, and what was measured of peers."""
 
-    def __init__(self, key: Ed25519PrivateKey) -> None:
+    def __init__(self, key: Ed25519PrivateKey, records: dict[PeerId, Record] | None = None) -> None:
+        """`records`: what former runs measured."""
         self._key = key
         self.peer = peer_of(key)
         self._offers = Offers()
@@ -67,7 +51,7 @@ class Discovery:
         self.envelopes, self.offers = self._offers.envelopes, self._offers.all
         self.forget = self._offers.drop_stranger
         self._unreachable_until: dict[PeerId, float] = {}
-        self.records: dict[PeerId, Record] = {}
+        self.records = {} if records is None else records
         self._seq = int(time.time() * 1000)
         self._changed = trio.Event()
         self.is_neighbour: Callable[[PeerId], bool] = lambda _peer: False
@@ -101,7 +85,7 @@ class Discovery:
         self._changed = trio.Event()
         return True
 
-    def candidates(self, operation: str) -> list[Candidate]:
+    def candidates(self, operation: str, model: str = "") -> list[Candidate]:
         """Peers that offer `operation` and were not found unreachable just now, best first."""
         now = time.monotonic()
         found = [
@@ -117,7 +101,8 @@ class Discovery:
             for offered in offer.operations
             if offered.name == operation and self._unreachable_until.get(offer.seller, 0) <= now
         ]
-        return sorted(found, key=_rank)
+        work = Work(operation, model)
+        return sorted(found, key=lambda candidate: _rank(candidate, work))
 
     def next_news(self) -> trio.Event:
         """Set at the next offer."""
@@ -182,9 +167,8 @@ class Discovery:
         )
 
 
-def _rank(candidate: Candidate) -> tuple[float, float, bool, int]:
+def _rank(candidate: Candidate, work: Work) -> tuple[float, float, bool, int]:
     """Fewer failures first, then measured speed, then members that are linked, then free room."""
     record = candidate.record
-    failures = record.bad / (record.good + record.bad + 2)
-    speed = record.units_per_second or UNKNOWN_UNITS_PER_SECOND
-    return (round(failures, 1), -speed, not candidate.neighbour, -candidate.free_slots)
+    speed = record.speed(work) or UNKNOWN_UNITS_PER_SECOND
+    return (round(record.failures, 1), -speed, not candidate.neighbour, -candidate.free_slots)

@@ -12,21 +12,22 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar
 
 import apsw
 import msgspec
 import trio
 
-from aivillage.protocols.errors import AivillageError, ConfigError, NodeError
+from aivillage.node import records, store
+from aivillage.node.records import PeerStore
+from aivillage.node.store import typed
+from aivillage.protocols.errors import ConfigError, NodeError
 from aivillage.protocols.job import State
 from aivillage.protocols.pricing import Usage
 from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 
 APPLICATION_ID: Final = 0x41_49_56_4A
-SCHEMA_VERSION: Final = 4
-FULL_DISK_SECONDS: Final = 1.0
-"""Between two tries on a full disk: what was delivered waits, unaccepted, unpaid."""
+SCHEMA_VERSION: Final = 5
 T = TypeVar("T")
 _log = logging.getLogger("aivillage.jobs")
 
@@ -36,13 +37,15 @@ CREATE TABLE job(
   ceiling INTEGER NOT NULL, deadline REAL, peer TEXT NOT NULL DEFAULT '', created REAL NOT NULL,
   ended REAL, result BLOB, receipt BLOB, code TEXT NOT NULL DEFAULT '',
   message TEXT NOT NULL DEFAULT '', local INTEGER NOT NULL DEFAULT 0,
-  parent TEXT NOT NULL DEFAULT '') STRICT;
+  parent TEXT NOT NULL DEFAULT '', prefer TEXT NOT NULL DEFAULT '',
+  mesh INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE INDEX job_open ON job(state) WHERE ended IS NULL;
 CREATE TABLE attempt(
   id BLOB PRIMARY KEY, job TEXT NOT NULL REFERENCES job(id), seller TEXT NOT NULL,
   price INTEGER NOT NULL DEFAULT 0, outcome TEXT NOT NULL DEFAULT '', created REAL NOT NULL,
   kernel TEXT NOT NULL DEFAULT '', identical TEXT NOT NULL DEFAULT '',
-  quote BLOB NOT NULL DEFAULT x'', done BLOB NOT NULL DEFAULT x'') STRICT;
+  quote BLOB NOT NULL DEFAULT x'', done BLOB NOT NULL DEFAULT x'',
+  choice BLOB NOT NULL DEFAULT x'') STRICT;
 CREATE INDEX attempt_job ON attempt(job);
 CREATE TABLE delivered(
   job TEXT NOT NULL REFERENCES job(id), seq INTEGER NOT NULL, attempt BLOB NOT NULL,
@@ -62,8 +65,11 @@ _SINCE_1: Final = (
     ("attempt", "identical", "TEXT NOT NULL DEFAULT ''"),
     ("attempt", "quote", "BLOB NOT NULL DEFAULT x''"),
     ("attempt", "done", "BLOB NOT NULL DEFAULT x''"),
+    ("job", "prefer", "TEXT NOT NULL DEFAULT ''"),
+    ("job", "mesh", "INTEGER NOT NULL DEFAULT 0"),
+    ("attempt", "choice", "BLOB NOT NULL DEFAULT x''"),
 )
-"""Columns that versions 1, 2 and 3 did not have, or not always."""
+"""Columns that versions 1 to 4 did not have, or not always."""
 
 
 class JobRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +91,10 @@ class JobRow(msgspec.Struct, frozen=True, kw_only=True):
     local: bool = False
     parent: str = ""
     """The attempt or local job whose module wanted it; empty: the owner did."""
+    prefer: str = ""
+    """fast, cheap or balanced; empty: as the settings say."""
+    mesh: bool = False
+    """Never on this machine."""
 
 
 class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,17 +114,8 @@ class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
     identical: str = ""
     quote: bytes = b""
     done: bytes = b""
-
-
-class KnownPeer(msgspec.Struct, frozen=True, kw_only=True):
-    """A peer met before, and how it did."""
-
-    id: PeerId
-    addresses: tuple[str, ...]
-    seen: float
-    units_per_second: float
-    good: int
-    bad: int
+    choice: bytes = b""
+    """Why this seller, in JSON."""
 
 
 class _Kept(NamedTuple):
@@ -134,65 +135,23 @@ def _select(kind: type[msgspec.Struct], table: str) -> str:
 
 _JOB: Final = _select(JobRow, "job")
 _ATTEMPT: Final = _select(AttemptRow, "attempt")
-_PEER: Final = _select(KnownPeer, "known_peer")
 
 
-class Jobs:
+class Jobs(PeerStore):
     """The store. Every method is one transaction in the store's own thread."""
 
     def __init__(self, db: apsw.Connection) -> None:
-        self._db = db
-        self._limiter = trio.CapacityLimiter(1)  # apsw connections serve one thread at a time
+        super().__init__(db)
         self._pending: list[tuple[_Kept, Callable[[], None]]] = []
         self._wake = trio.Event()
-
-    async def run(self, work: Callable[[apsw.Connection], T]) -> T:
-        """`work` as one transaction: for tables that another file knows."""
-        return await self._run(work)
-
-    async def _run(self, work: Callable[[apsw.Connection], T]) -> T:
-        def transaction() -> T:
-            try:
-                with self._db:
-                    found = work(self._db)
-            except apsw.Error as error:
-                raise _typed(error) from error
-            return found
-
-        return await trio.to_thread.run_sync(transaction, limiter=self._limiter)
-
-    transaction = _run
-    """For tables that have a file of their own: `work` on the connection, all of it or nothing."""
-
-    async def _write(self, sql: str, *rows: tuple[Any, ...]) -> None:
-        def work(db: apsw.Connection) -> None:
-            db.executemany(sql, rows)
-
-        await self._run(work)
-
-    async def _keep_writing(self, sql: str, *rows: tuple[Any, ...]) -> None:
-        """As `_write`, but a full disk is waited for: what this tells must not be lost."""
-        while True:
-            try:
-                await self._write(sql, *rows)
-            except NodeError as error:
-                if error.code != "DISK_FULL":
-                    raise
-                _log.warning("write_waits reason=%s", error.message)
-            else:
-                return
-            await trio.sleep(FULL_DISK_SECONDS)
-
-    async def _read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        return await self._run(lambda db: cast("list[Any]", db.execute(sql, values).fetchall()))
 
     # ------------------------------------------------------------------ jobs
     async def add(self, job: JobRow) -> None:
         await self._write(
             "INSERT INTO job(id, operation, request, state, ceiling, deadline, peer, created,"
-            " local, parent) VALUES(?,?,?,?,?,?,?,?,?,?)",
+            " local, parent, prefer, mesh) VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
             (job.id, job.operation, job.request, job.state, job.ceiling, job.deadline, job.peer,
-             job.created, int(job.local), job.parent),
+             job.created, int(job.local), job.parent, job.prefer, int(job.mesh)),
         )  # fmt: skip
 
     async def end(
@@ -209,6 +168,10 @@ class Jobs:
             "UPDATE job SET state=?, ended=?, result=?, receipt=?, code=?, message=? WHERE id=?",
             (state, time.time(), result, receipt, code, message, job),
         )
+
+    async def keep_here(self, job: JobId) -> None:
+        """It was decided that this machine does it; a restart does not ask again."""
+        await self._keep_writing("UPDATE job SET local=1 WHERE id=?", (job,))
 
     async def get(self, job: str) -> JobRow | None:
         """The job whose id is, or begins with, `job`; None where that is not exactly one."""
@@ -234,12 +197,14 @@ class Jobs:
         *,
         quote: bytes = b"",
         done: Usage | None = None,
+        choice: bytes = b"",
     ) -> None:
         """`quote` is the accepted one as the seller signed it; what is `done` is not paid again."""
         had = msgspec.msgpack.encode(dict(done or {}))
         await self._keep_writing(
-            "INSERT INTO attempt(id, job, seller, created, quote, done) VALUES(?,?,?,?,?,?)",
-            (attempt, job, seller, time.time(), quote, had),
+            "INSERT INTO attempt(id, job, seller, created, quote, done, choice)"
+            " VALUES(?,?,?,?,?,?,?)",
+            (attempt, job, seller, time.time(), quote, had, choice),
         )
 
     async def end_attempt(self, attempt: AttemptId, price: MicroCredits, outcome: str) -> None:
@@ -264,7 +229,7 @@ class Jobs:
             db.execute("UPDATE job SET state=?, result=? WHERE id=?", (state, result, job))
             db.execute("UPDATE attempt SET price=?, outcome='done' WHERE id=?", (price, attempt))
 
-        await self._run(work)
+        await self.transaction(work)
 
     async def forget_delivered(self, job: JobId) -> None:
         """Drops output that turned out to be wrong."""
@@ -292,7 +257,7 @@ class Jobs:
             self._wake = trio.Event()
             group, self._pending = self._pending, []
             while not await self._stored([row for row, _ in group]):  # noqa: ASYNC110
-                await trio.sleep(FULL_DISK_SECONDS)
+                await trio.sleep(store.FULL_DISK_SECONDS)
             for row, durable in group:
                 try:
                     durable()
@@ -314,45 +279,13 @@ class Jobs:
             )
 
         try:
-            await self._run(work)
+            await self.transaction(work)
         except NodeError as error:
             _log.warning("output_not_stored reason=%s", error)
             return False
         return True
 
-    # ------------------------------------------------------------------ peers, village
-    async def saw_peer(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
-        await self._write(
-            "INSERT INTO known_peer(id, addresses, seen) VALUES(?,?,?) ON CONFLICT(id) DO UPDATE"
-            " SET addresses=excluded.addresses, seen=excluded.seen",
-            (peer, msgspec.msgpack.encode(addresses), time.time()),
-        )
-
-    async def rename_peer(self, old: PeerId, new: PeerId) -> None:
-        """What is known of a peer follows it to its next key."""
-        await self._write("UPDATE OR REPLACE known_peer SET id=? WHERE id=?", (new, old))
-
-    async def rate_peer(self, peer: PeerId, good: int, bad: int, units_per_second: float) -> None:
-        """Keeps what discovery counts of a peer."""
-        await self._keep_writing(
-            "UPDATE known_peer SET good=?, bad=?, units_per_second=? WHERE id=?",
-            (good, bad, units_per_second, peer),
-        )
-
-    async def known_peers(self) -> list[KnownPeer]:
-        rows = await self._read(_PEER + "ORDER BY seen DESC LIMIT 1000")
-        return [
-            KnownPeer(
-                id=PeerId(row[0]),
-                addresses=msgspec.msgpack.decode(row[1], type=tuple[str, ...]),
-                seen=row[2],
-                units_per_second=row[3],
-                good=row[4],
-                bad=row[5],
-            )
-            for row in rows
-        ]
-
+    # ------------------------------------------------------------------ village
     async def add_certificates(self, village: bytes, bodies: tuple[bytes, ...]) -> None:
         now = time.time()
         await self._write(
@@ -386,7 +319,7 @@ class Jobs:
                 with self._db:
                     self._db.execute("INSERT OR REPLACE INTO setting VALUES(?,?)", (key, value))
             except apsw.Error as error:
-                raise _typed(error) from error
+                raise typed(error) from error
             finally:
                 self._db.pragma("synchronous", 1)
 
@@ -441,6 +374,7 @@ def _open(path: Path) -> apsw.Connection:
 def _create(db: apsw.Connection) -> None:
     with db:
         db.execute(_SCHEMA)
+        db.execute(records.SCHEMA)
         db.pragma("application_id", APPLICATION_ID)
         db.pragma("user_version", SCHEMA_VERSION)
 
@@ -452,19 +386,10 @@ def _upgrade(db: apsw.Connection) -> None:
             known = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
             if column not in known:
                 db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
+        db.execute(records.SCHEMA)
         db.pragma("user_version", SCHEMA_VERSION)
 
 
 def _row(kind: type[T], row: tuple[Any, ...]) -> T:
     fields: tuple[str, ...] = kind.__struct_fields__  # type: ignore[attr-defined]
     return kind(**dict(zip(fields, row, strict=True)))
-
-
-def _typed(error: apsw.Error) -> AivillageError:
-    if isinstance(error, apsw.FullError | apsw.IOError):
-        return NodeError(
-            f"jobs.db cannot be written: {error}",
-            code="DISK_FULL",
-            next_step="free some disk space; jobs wait until then",
-        )
-    return NodeError(f"jobs.db: {error}", code="INTERNAL")

@@ -23,10 +23,12 @@ from aivillage.models.inference.generate import (
     Piece,
 )
 from aivillage.node.attempt import Output
+from aivillage.node.choice import Explanation
 from aivillage.node.engines import EngineClient
 from aivillage.node.jobs import JobRow
 from aivillage.node.module_runs import OnCall
-from aivillage.node.pursuit import DEADLINE_SECONDS, SETTLE_SECONDS, Receipt, Say, Trade
+from aivillage.node.pursuit import BLAMED, DEADLINE_SECONDS, SETTLE_SECONDS, Receipt, Say, Trade
+from aivillage.node.records import work_of
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError
@@ -42,9 +44,14 @@ UNITS_MAX: Final = PROMPT_BYTES_MAX + TOKENS_MAX
 
 
 class LocalJob:
-    """What a `Pursuit` is for a job on the mesh. `on_call` serves the module's sub-jobs."""
+    """What a `Pursuit` is for a job on the mesh. `on_call` serves the module's sub-jobs.
 
-    def __init__(self, row: JobRow, trade: Trade, say: Say) -> None:
+    `choice` says why it is here, where nobody had asked for that.
+    """
+
+    def __init__(
+        self, row: JobRow, trade: Trade, say: Say, choice: Explanation | None = None
+    ) -> None:
         self.row = row
         self.say = say
         self.state: State = "new"
@@ -57,6 +64,9 @@ class LocalJob:
         self._started = time.monotonic()
         self._usage: Usage = {}
         self._identical = "best effort"
+        self._kernel = ""
+        self._choice = choice
+        self._worked_from = self._started
 
     async def restore(self) -> None:
         """Nothing was kept."""
@@ -71,14 +81,20 @@ class LocalJob:
         self.move("call")
         attempt = AttemptId(secrets.token_bytes(16))
         peer = self._trade.discovery.peer
-        await self._trade.jobs.begin_attempt(attempt, self.row.id, peer)
+        laid_open = msgspec.json.encode(self._choice) if self._choice else b""
+        await self._trade.jobs.begin_attempt(attempt, self.row.id, peer, choice=laid_open)
         outcome = "stopped"
         try:
             self.move("acknowledged")
-            await self._conclude(await self._work())
+            body = await self._work()
+            seconds = time.monotonic() - self._worked_from
+            await self._conclude(body)
             outcome = "done"
+            await self._measure(seconds)
         except AivillageError as error:
             outcome = error.code
+            if outcome in BLAMED:
+                self._trade.discovery.record_of(peer).rate(good=False)
             raise
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
@@ -94,7 +110,7 @@ class LocalJob:
             price_micro_credits=0,
             attempts=1,
             identical=self._identical,
-            why="local",
+            why=self._choice.why if self._choice else "local",
         )
 
     def seconds_left(self) -> Seconds:
@@ -105,6 +121,16 @@ class LocalJob:
 
     def move(self, event: JobEvent) -> None:
         self.state = step(self.state, event)
+
+    async def _measure(self, seconds: Seconds) -> None:
+        """How fast this machine is, as one candidate among others."""
+        peer = self._trade.discovery.peer
+        record = self._trade.discovery.record_of(peer)
+        record.rate(good=True)
+        work = work_of(self.row.operation, self.row.request)
+        made = sum(self._usage.values())
+        record.measure(work, self._kernel, made / max(seconds, 1e-3))
+        await self._trade.jobs.rate_peer(peer, record)
 
     # ------------------------------------------------------------------ work
     async def _work(self) -> bytes:
@@ -128,7 +154,8 @@ class LocalJob:
         self.say(messages.Progress(id=0, done=0, note="on this machine"))
         model = unpack(GenerateRequest, self.row.request).model
         engine = await self._trade.workers.engine(model)
-        self._identical = engine.info.identical
+        self._identical, self._kernel = engine.info.identical, engine.info.kernel_class
+        self._worked_from = time.monotonic()
         while True:
             try:
                 return await self._session(engine)

@@ -96,12 +96,12 @@ class MapStore:
             db.execute(f"DELETE FROM map_line WHERE map IN {unfinished}")  # noqa: S608 ours alone
             db.execute("DELETE FROM map WHERE state='filling'")
 
-        await self._jobs.run(work)
+        await self._jobs.transaction(work)
 
     async def add(self, row: MapRow) -> None:
         fields = MapRow.__struct_fields__
         sql = f"INSERT INTO map({', '.join(fields)}) VALUES({', '.join('?' * len(fields))})"
-        await self._jobs.run(lambda db: db.execute(sql, msgspec.structs.astuple(row)))
+        await self._jobs.transaction(lambda db: db.execute(sql, msgspec.structs.astuple(row)))
 
     async def add_lines(self, row: MapRow, lines: Iterable[LineRow]) -> None:
         """The same line again replaces it."""
@@ -111,29 +111,29 @@ class MapStore:
             for line in lines
         ]  # fmt: skip
         sql = "INSERT OR REPLACE INTO map_line VALUES(?,?,?,?,?,?)"
-        await self._jobs.run(lambda db: db.executemany(sql, rows))
+        await self._jobs.transaction(lambda db: db.executemany(sql, rows))
 
     async def set_state(self, row: MapRow, state: MapState) -> None:
         ended = time.time() if state in {"done", "stopped"} else None
         sql = "UPDATE map SET state=?, ended=? WHERE id=?"
-        await self._jobs.run(lambda db: db.execute(sql, (state, ended, row.id)))
+        await self._jobs.transaction(lambda db: db.execute(sql, (state, ended, row.id)))
 
     async def allow(self, row: MapRow, budget: MicroCredits, each: MicroCredits) -> None:
         """Another budget for the whole of it, what was spent included, and for one task."""
         sql = "UPDATE map SET budget=?, each=? WHERE id=?"
-        await self._jobs.run(lambda db: db.execute(sql, (budget, each, row.id)))
+        await self._jobs.transaction(lambda db: db.execute(sql, (budget, each, row.id)))
 
     async def forgive(self, row: MapRow) -> None:
         """Tasks that failed are asked again, except where the request itself was wrong."""
         sql = "UPDATE map_line SET code='', message='' WHERE map=? AND usage != ?"
         nothing = msgspec.msgpack.encode({})
-        await self._jobs.run(lambda db: db.execute(sql, (row.id, nothing)))
+        await self._jobs.transaction(lambda db: db.execute(sql, (row.id, nothing)))
 
     async def failed(self, row: MapRow, ends: Iterable[tuple[int, str, str]]) -> None:
         """(line, code, message) of tasks without a result."""
         rows = [(code, message, row.id, line) for line, code, message in ends]
         sql = "UPDATE map_line SET code=?, message=? WHERE map=? AND line=?"
-        await self._jobs.run(lambda db: db.executemany(sql, rows))
+        await self._jobs.transaction(lambda db: db.executemany(sql, rows))
 
     # ------------------------------------------------------------------ reads
     async def get(self, prefix: str) -> MapRow | None:
@@ -209,7 +209,7 @@ class MapStore:
         return list({job.parent: job for job in found}.values())
 
     async def _read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        return await self._jobs.run(lambda db: list(db.execute(sql, values)))
+        return await self._jobs.transaction(lambda db: list(db.execute(sql, values)))
 
 
 def parent_of(row: MapRow, line: int) -> str:

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from random import Random
 from typing import Final
 
 import msgspec
 import trio
 
+from aivillage.node.choice import (
+    LINES_MAX,
+    RATES,
+    Explanation,
+    Facts,
+    Weighed,
+    explores,
+    in_order,
+    line,
+    pick,
+    stays,
+    weigh,
+    why_not,
+    why_of,
+)
 from aivillage.node.dialling import first_to_answer
 from aivillage.node.discovery import Candidate, Discovery
 from aivillage.node.links import Link, Links
 from aivillage.node.pricelist import quote_hash, read_quote
+from aivillage.node.records import Work, work_of
 from aivillage.protocols import messages
 from aivillage.protocols.errors import (
     AivillageError,
@@ -36,9 +54,8 @@ SEEK_SECONDS: Final = 10.0
 OTHERS_SECONDS: Final = 0.25
 """Once one seller answered, the others asked have this long to be the better one."""
 QUOTE_MARGIN_MS: Final = 2_000
-DEBTOR_BONUS: Final = 1.25
-"""A seller that owes us the price counts as this much faster: what it owes us is worth something
-only there, and our lines with others stay free. A good deal faster still wins."""
+REASON_MAX: Final = 200
+"""Characters of a refusal in an explanation: a peer may have written it."""
 REFUSALS: Final = frozenset({"INSUFFICIENT_CREDITS", "OWNER_LIMIT"})
 """Of a seller that is there: to wait for others' offers would only hide what it said."""
 
@@ -58,10 +75,25 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
     seconds: Seconds = 0.0
     """Our own estimate."""
     peer: str = ""
+    prefer: str = "balanced"
+    may_stay: bool = False
+    """Whether this machine may do it itself."""
 
     def names(self, peer: PeerId) -> bool:
         """Whether the owner named this peer, by its id or the end of it."""
         return bool(self.peer) and peer.endswith(self.peer)
+
+    @property
+    def work(self) -> Work:
+        return work_of(self.operation, self.request)
+
+    @property
+    def rest(self) -> Usage:
+        """What is still to do."""
+        return {unit: max(0, n - self.done.get(unit, 0)) for unit, n in self.usage.items()}
+
+    def weigh(self, facts: Facts) -> Weighed:
+        return weigh(facts, RATES[self.prefer])
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,20 +105,19 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     envelope: bytes
     """The quote as the seller signed it."""
     price_at_most: MicroCredits
-    seconds: Seconds
     why: str
-    owes_us: bool
-    """At least the price: nobody has to lend for it."""
-
-    @property
-    def rank(self) -> tuple[Seconds, MicroCredits, bool]:
-        """The least is the best."""
-        seconds = self.seconds / DEBTOR_BONUS if self.owes_us else self.seconds
-        return seconds, self.price_at_most, not self.owes_us
+    weighed: Weighed
+    explanation: Explanation | None = None
 
     @property
     def is_free(self) -> bool:
         return is_free(self.quote.terms)
+
+
+class Here(msgspec.Struct, frozen=True, kw_only=True):
+    """No seller: this machine does it, since none would be better."""
+
+    explanation: Explanation
 
 
 class Quoted(msgspec.Struct, frozen=True):
@@ -96,6 +127,7 @@ class Quoted(msgspec.Struct, frozen=True):
     hash: bytes
     reply: QuoteReply
     owed: MicroCredits
+    at: Seconds
 
 
 class Market:
@@ -113,16 +145,22 @@ class Market:
         """Moves what we owe a seller onto others, so that it lends us again."""
         self.debt_of: Callable[[PeerId], MicroCredits] = lambda _peer: 0
         """What a peer owes us."""
+        self.running_at: Callable[[PeerId], int] = lambda _peer: 0
+        """Jobs of ours that run at a peer now: newer than what it last said of its queue."""
+        self.home: Callable[[Need], Facts | None] = lambda _need: None
+        """This machine as a candidate, where it was measured at such work."""
+        self.random = Random()
+        self._turns: Counter[Work] = Counter()
 
-    async def choose(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> Choice:
-        """The best seller for `need`.
+    async def choose(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> Choice | Here:
+        """The best seller for `need`, or this machine where none is better.
 
         Raises:
             RefusedError: NO_PEER, nobody offers it; the message says what was tried.
             AivillageError: everybody refused; the most telling reason.
         """
-        reasons: dict[PeerId, AivillageError] = {}
-        tried: set[PeerId] = set()
+        seen = self._look(need, excluded)
+        self._turns[need.work] += 1
         for offer in self._discovery.offers():
             if need.names(offer.seller):  # its owner knows better than our last failure
                 self._discovery.reachable(offer.seller)
@@ -130,23 +168,54 @@ class Market:
             while True:
                 # Taken before we look, so that an offer that comes meanwhile is not missed.
                 news = self._discovery.next_news()
-                out = {*excluded, *tried}
-                candidates = [c for c in self._candidates(need) if c.peer not in out]
-                asked = candidates[:ASKED_AT_ONCE]
-                choice = await self._best(need, asked, reasons)
-                if choice is not None:
-                    return choice
+                asked = self._next(seen)
+                await self._ask(seen, asked)
+                if found := self._decide(seen):
+                    return found
                 if asked:
-                    tried |= {candidate.peer for candidate in asked}
                     continue
-                if any(error.code != "PEER_LOST" for error in reasons.values()) or any(
+                if any(error.code != "PEER_LOST" for error in seen.reasons.values()) or any(
                     error.code in REFUSALS for error in excluded.values()
                 ):
                     break  # somebody is there and said no: waiting changes nothing
                 self._advertise(need.operation)
                 await news.wait()
-                tried.clear()  # they could not be reached; who is back may be asked again
-        raise self._nobody(need, excluded, reasons)
+                seen.asked.clear()  # they could not be reached; who is back may be asked again
+        raise self._nobody(need, excluded, seen.reasons)
+
+    async def explain(self, need: Need) -> Explanation:
+        """What `choose` would say now, and buys nothing. Nobody is waited for.
+
+        Raises:
+            AivillageError: nobody does it.
+        """
+        seen = self._look(need, {})
+        while asked := self._next(seen):
+            await self._ask(seen, asked)
+            if seen.found:
+                break
+        found = self._decide(seen)
+        if found is None or found.explanation is None:
+            raise self._nobody(need, {}, seen.reasons)
+        return found.explanation
+
+    def _look(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> _Seen:
+        facts = self.home(need) if need.may_stay else None
+        home = need.weigh(facts) if facts else None
+        return _Seen(need, home, excluded, self._turns[need.work])
+
+    def _next(self, seen: _Seen) -> list[Candidate]:
+        """Whom to ask now, by what their offers say, as stale as these are.
+
+        Nobody where this machine is better than all of them promise to be.
+        """
+        candidates = {c.peer: c for c in self._candidates(seen.need)}
+        seen.offered = {peer: self._offered(seen.need, c) for peer, c in candidates.items()}
+        if seen.stays():
+            return []
+        left = [one for one in seen.rivals() if one.facts.peer not in seen.asked]
+        order = in_order(left, ASKED_AT_ONCE, self.random, explore=seen.explores())
+        return [candidates[weighed.facts.peer] for weighed in order[:ASKED_AT_ONCE]]
 
     async def terms_of(self, peer: str, need: Need) -> Choice:
         """What this seller asks, and nobody else; at once, without waiting for its return.
@@ -161,34 +230,64 @@ class Market:
         raise PeerError(f"{peer[-8:]} is gone", code="PEER_LOST")
 
     def _candidates(self, need: Need) -> list[Candidate]:
-        found = self._discovery.candidates(need.operation)
+        found = self._discovery.candidates(need.operation, need.work.model)
         if not need.peer:
             return [c for c in found if not self._book.policy(c.peer).blocked]
         return [c for c in found if need.names(c.peer)]
 
-    async def _best(
-        self, need: Need, candidates: list[Candidate], reasons: dict[PeerId, AivillageError]
-    ) -> Choice | None:
-        found: list[Choice] = []
+    def _offered(self, need: Need, candidate: Candidate) -> Weighed:
+        prices = candidate.offered.prices_micro_credits
+        price = sum(prices.get(unit, 0) * count for unit, count in need.rest.items())
+        facts = self._facts(need, candidate, price)
+        return need.weigh(msgspec.structs.replace(facts, guess_seconds=need.seconds))
+
+    def _facts(self, need: Need, candidate: Candidate, price: MicroCredits) -> Facts:
+        """What we know of a candidate without asking it."""
+        link = self._links.get(candidate.peer)
+        return Facts(
+            peer=candidate.peer,
+            units=sum(need.rest.values()),
+            units_per_second=candidate.record.speed(need.work),
+            price=price,
+            load=self.running_at(candidate.peer),
+            has_room=candidate.free_slots > 0,
+            rtt_seconds=link.rtt_seconds if link else None,
+            neighbour=candidate.neighbour,
+            failures=candidate.record.failures,
+            owes_us=self.debt_of(candidate.peer) >= price > 0,
+        )
+
+    async def _ask(self, seen: _Seen, candidates: list[Candidate]) -> None:
+        """Quotes from all of them at once; who is much later than the first is not waited for."""
 
         async def ask(candidate: Candidate) -> None:
             try:
-                found.append(await self._quoted(need, candidate))
+                seen.found[candidate.peer] = await self._quoted(seen.need, candidate)
             except AivillageError as error:
-                reasons[candidate.peer] = error
+                seen.reasons[candidate.peer] = error
             else:
                 soon = trio.current_time() + OTHERS_SECONDS
                 nursery.cancel_scope.deadline = min(nursery.cancel_scope.deadline, soon)
 
         async with trio.open_nursery() as nursery:
             for candidate in candidates:
+                seen.asked.add(candidate.peer)
                 nursery.start_soon(ask, candidate)
-        if not found:
+
+    def _decide(self, seen: _Seen) -> Choice | Here | None:
+        """Among those that said yes and this machine; None: ask on."""
+        quoted = [choice.weighed for choice in seen.found.values()]
+        if not quoted and not seen.stays():
             return None
-        best = min(found, key=lambda choice: choice.rank)
-        others = len(found) - 1
-        why = f"{best.why}, best of {others + 1}" if others else f"{best.why}, the only one"
-        return msgspec.structs.replace(best, why=why)
+        own = [seen.home] if seen.home else []
+        winner = pick([*own, *quoted], self.random, explore=seen.explores())
+        why = why_of(winner, quoted or seen.rivals(), len(seen.reasons), seen.home)
+        if winner.facts.here:
+            return Here(explanation=seen.explained(winner, why))
+        choice = seen.found[winner.facts.peer]
+        why = f"{choice.why}, {why}"
+        explanation = seen.explained(winner, why)
+        return msgspec.structs.replace(choice, why=why, explanation=explanation)
 
     async def _quoted(self, need: Need, candidate: Candidate) -> Choice:
         """A quote from one candidate, held against our budget and its patience with us."""
@@ -215,17 +314,22 @@ class Market:
                 f"{as_credits(max(0, self._room(link, quoted)))} more",
                 next_step="earn credits by serving, or ask for less",
             )
-        seconds = _seconds(quote, need, candidate) * (1 + reply.queue_length)
-        owes_us = self.debt_of(link.peer) >= price > 0
+        facts = self._facts(need, candidate, price)
+        facts = msgspec.structs.replace(
+            facts,
+            guess_seconds=max(need.seconds, _quoted_seconds(quote, need)),
+            load=max(facts.load, reply.queue_length),
+            has_room=facts.has_room or not reply.queue_length,
+            age_seconds=time.monotonic() - quoted.at,
+        )
         return Choice(
             link=link,
             quote=quote,
             quote_hash=quoted.hash,
             envelope=reply.quote,
             price_at_most=price,
-            seconds=seconds,
-            why=_why(candidate, link, reply) + (", owes us" if owes_us else ""),
-            owes_us=owes_us,
+            why=_why(facts),
+            weighed=need.weigh(facts),
         )
 
     def _room(self, link: Link, quoted: Quoted) -> MicroCredits:
@@ -270,7 +374,7 @@ class Market:
         if not isinstance(reply, QuoteReply):
             raise PeerError("a quote was asked for, something else came", code="BAD_REQUEST")
         quote = read_quote(reply.quote, link.peer, need.operation)
-        fresh = Quoted(quote, quote_hash(reply.quote), reply, owed)
+        fresh = Quoted(quote, quote_hash(reply.quote), reply, owed, time.monotonic())
         self._quotes[link.peer, need.operation] = fresh
         return fresh
 
@@ -311,16 +415,75 @@ async def _clears_nothing(_creditor: PeerId, _amount: MicroCredits) -> MicroCred
     return 0
 
 
-def _seconds(quote: Quote, need: Need, candidate: Candidate) -> Seconds:
-    """Our own measurement of the peer, else its word."""
-    speed = candidate.record.units_per_second
-    if speed <= 0:
-        return quote.seconds
-    return sum(max(0, n - need.done.get(u, 0)) for u, n in need.usage.items()) / speed
+class _Seen:
+    """What was found out for one choice so far."""
+
+    def __init__(
+        self,
+        need: Need,
+        home: Weighed | None,
+        excluded: Mapping[PeerId, AivillageError],
+        turn: int,
+    ) -> None:
+        self.need = need
+        self.home = home
+        self.excluded = excluded
+        self.turn = turn
+        self.offered: dict[PeerId, Weighed] = {}
+        self.asked: set[PeerId] = set()
+        self.found: dict[PeerId, Choice] = {}
+        self.reasons: dict[PeerId, AivillageError] = {}
+
+    def rivals(self) -> list[Weighed]:
+        """Who offers it and has not refused, by its offer."""
+        out = {*self.excluded, *self.reasons}
+        return [one for peer, one in self.offered.items() if peer not in out]
+
+    def explores(self) -> bool:
+        return explores(self.turn, self.rivals(), self.home)
+
+    def stays(self) -> bool:
+        return stays(self.home, self.rivals(), explore=self.explores())
+
+    def explained(self, winner: Weighed, why: str) -> Explanation:
+        """Every candidate, the winner first, then those that were asked."""
+        quoted = {peer: choice.weighed for peer, choice in self.found.items()}
+        every = self.offered | quoted
+        order = [peer for peer in (*quoted, *self.asked, *every) if peer in every]
+        weighed = [every[peer] for peer in dict.fromkeys(order)]
+        if self.home is not None:
+            weighed.insert(0, self.home)
+        others = [one for one in weighed if one.facts.peer != winner.facts.peer]
+        lines = [line(winner, "chosen"), *(line(one, self._lost(one, winner)) for one in others)]
+        return Explanation(
+            why=why,
+            prefer=self.need.prefer,
+            micro_credits_a_second=RATES[self.need.prefer],
+            candidates=tuple(lines[:LINES_MAX]),
+            left_out=max(0, len(lines) - LINES_MAX),
+        )
+
+    def _lost(self, one: Weighed, winner: Weighed) -> str:
+        peer = one.facts.peer
+        if error := self.excluded.get(peer):
+            return f"failed this job before: {error.message}"[:REASON_MAX]
+        if error := self.reasons.get(peer):
+            return f"refused: {error.code} {error.message}"[:REASON_MAX]
+        if peer in self.asked and peer not in self.found:
+            return "no answer in time"
+        if peer not in self.asked and not one.facts.here:
+            return f"not asked: {why_not(one, winner)}, by its offer"
+        return why_not(one, winner)
 
 
-def _why(candidate: Candidate, link: Link, reply: QuoteReply) -> str:
-    record = candidate.record
-    speed = f"{record.units_per_second:.0f} units/s measured" if record.units_per_second else "new"
-    wait = f", {reply.queue_length} ahead" if reply.queue_length else ""
-    return f"{speed}, {link.rtt_seconds * 1000:.0f} ms away{wait}"
+def _quoted_seconds(quote: Quote, need: Need) -> Seconds:
+    """The seller's word, for as much as we need: the quote may be of another request."""
+    quoted = sum(quote.estimate.values())
+    return quote.seconds * sum(need.rest.values()) / quoted if quoted else quote.seconds
+
+
+def _why(facts: Facts) -> str:
+    speed = f"{facts.units_per_second:.0f} units/s measured" if facts.measured else "new"
+    wait = f", {facts.load} ahead" if facts.load else ""
+    owes = ", owes us" if facts.owes_us else ""
+    return f"{speed}, {(facts.rtt_seconds or 0) * 1000:.0f} ms away{wait}{owes}"

@@ -16,12 +16,14 @@ import trio
 from aivillage.models import registry
 from aivillage.models.inference.generate import GenerateResult, Piece, usage
 from aivillage.node.attempt import Attempt, Output
+from aivillage.node.choice import Explanation
 from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
 from aivillage.node.jobs import JobRow, Jobs
 from aivillage.node.link import Link
-from aivillage.node.market import Choice, Market, Need
+from aivillage.node.market import Choice, Here, Market, Need
 from aivillage.node.pricelist import listed
+from aivillage.node.records import work_of
 from aivillage.node.workers import Workers
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
@@ -101,6 +103,7 @@ class Pursuit:
         self.spent: MicroCredits = 0
         self.excluded: dict[PeerId, AivillageError] = {}
         self.result: bytes | None = None
+        self.here: Explanation | None = None
         self._trade = trade
         self._is_engine = registry.is_served_by_engine(row.operation)
         self._sellers: list[PeerId] = []
@@ -136,7 +139,7 @@ class Pursuit:
         self._forget_reading()
 
     async def run(self) -> None:
-        """To a settled result.
+        """To a settled result, or to the choice of this machine (`here`), with nothing done yet.
 
         Raises:
             AivillageError: nobody did it; what was delivered is paid.
@@ -147,6 +150,9 @@ class Pursuit:
             choice = await self._choose(need)
             if choice is None:
                 continue
+            if isinstance(choice, Here):
+                self.here = choice.explanation
+                return
             self.move("call")
             try:
                 await self._try(choice, need)
@@ -180,6 +186,7 @@ class Pursuit:
     async def _need(self) -> Need:
         row = self.row
         estimate, seconds = await self._trade.workers.estimate(row.operation, row.request)
+        is_begun = self._attempts > 0 or bool(self.output.bodies)
         return Need(
             operation=row.operation,
             request=row.request,
@@ -188,9 +195,11 @@ class Pursuit:
             budget=row.ceiling - self.spent,
             seconds=seconds,
             peer=row.peer,
+            prefer=row.prefer or "balanced",
+            may_stay=not (row.mesh or row.peer or row.parent or is_begun),
         )
 
-    async def _choose(self, need: Need) -> Choice | None:
+    async def _choose(self, need: Need) -> Choice | Here | None:
         """The best seller; None: look again, since something was done about the refusals.
 
         Raises:
@@ -259,8 +268,9 @@ class Pursuit:
         )
         call = self._call(attempt)
         await self._trade.jobs.begin_attempt(
-            attempt.attempt, self.row.id, attempt.seller, quote=choice.envelope, done=attempt.done
-        )
+            attempt.attempt, self.row.id, attempt.seller, quote=choice.envelope, done=attempt.done,
+            choice=msgspec.json.encode(choice.explanation),
+        )  # fmt: skip
         self._trade.attempts[choice.link, call.id] = attempt
         outcome = "stopped"
         try:
@@ -414,12 +424,13 @@ class Pursuit:
     async def _rate(self, attempt: Attempt, outcome: str) -> None:
         """What we saw of a seller, kept over restarts; never what it says of itself."""
         record = self._trade.discovery.record_of(attempt.seller)
-        made = sum(self._meter(self.output).values()) - sum(attempt.done.values())
-        seconds = max(time.monotonic() - attempt.started, 1e-3)
-        record.rate(good=outcome == "done", units_per_second=made / seconds)
-        await self._trade.jobs.rate_peer(
-            attempt.seller, record.good, record.bad, record.units_per_second
-        )
+        record.rate(good=outcome == "done")
+        if outcome == "done":
+            made = sum(self._usage.values()) - sum(attempt.done.values())
+            seconds = max(time.monotonic() - attempt.started, 1e-3)
+            work = work_of(self.row.operation, self.row.request)
+            record.measure(work, attempt.kernel[0], made / seconds)
+        await self._trade.jobs.rate_peer(attempt.seller, record)
 
     async def _give_up_on(self, link: Link, error: AivillageError) -> None:
         """Excludes a seller from this job, or waits where it is only busy.

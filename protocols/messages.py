@@ -312,6 +312,10 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     peer: PeerId | None = None
     follow: bool = True
     local: bool = False
+    mesh: bool = False
+    """Never on this machine."""
+    prefer: str = ""
+    """fast, cheap or balanced; empty: as the settings say."""
 
 
 class Text(Message, frozen=True, kw_only=True, tag="text"):

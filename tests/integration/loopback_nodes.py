@@ -46,7 +46,7 @@ class Node(msgspec.Struct):
         """Submits a job of operation `name`. What `Submit` has, such as `local=True`, goes by
         name; the rest is the request's.
         """
-        own = {"local", "deadline_seconds", "ceiling_micro_credits"}
+        own = {"local", "mesh", "prefer", "deadline_seconds", "ceiling_micro_credits"}
         submit = {field: request.pop(field) for field in list(request) if field in own}
         body = msgspec.msgpack.encode(request)
         submission = Submit(id=1, operation=name, request=body, peer=to or None, **submit)

@@ -104,7 +104,7 @@ async def test_a_local_job_goes_to_nobody_although_a_peer_offers_it(tmp_path):
         _, receipt = await ann.done("mesh.noop", local=True)
         assert receipt.sellers == (ann.peer,)
         assert bob.desk.events.counts["sale_ended"] == 0
-        _, receipt = await ann.done("mesh.noop")
+        _, receipt = await ann.done("mesh.noop", mesh=True)
         assert receipt.sellers == (bob.peer,)
 
 

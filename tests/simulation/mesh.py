@@ -25,6 +25,7 @@ from aivillage.node.jobs import open_jobs
 from aivillage.node.links import Link
 from aivillage.node.membership import VILLAGE_SETTING
 from aivillage.node.paths import Paths
+from aivillage.node.records import Work
 from aivillage.node.transport.loopback import LoopbackNetwork
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.messages import Frame, Submit
@@ -32,6 +33,7 @@ from aivillage.protocols.types import MicroCredits, PeerId
 from tests.conftest import make_key
 from tests.simulation.scripted import Script, ScriptedWorkers
 
+NOOP = Work("mesh.noop")
 PRICE = 269
 """Micro-credits of one quad or token."""
 Tamper = Callable[[Frame], Sequence[Frame]]
@@ -136,6 +138,13 @@ class Node:
         links.on_up, links.on_message = on_up, on_message
 
     # ------------------------------------------------------------------ as a buyer
+    def has_measured(self, peer: PeerId, units_per_second: float) -> None:
+        """As if it had done everything at this speed so far."""
+        record = self.desk.discovery.record_of(peer)
+        record.speeds.clear()
+        for work in (Work("inference.generate", GenerateRequest(prompt="x").model), NOOP):
+            record.measure(work, "", units_per_second)
+
     async def submit(
         self,
         prompt: str = "hello there mesh",
@@ -144,6 +153,7 @@ class Node:
         ceiling: MicroCredits | None = None,
         deadline: float | None = None,
         peer: PeerId | None = None,
+        mesh: bool = False,
         say: Callable[[Frame], None] = lambda _frame: None,
         operation: str = "inference.generate",
         request: bytes | None = None,
@@ -156,6 +166,7 @@ class Node:
             ceiling_micro_credits=ceiling,
             deadline_seconds=deadline,
             peer=peer,
+            mesh=mesh,
         )
         return await self.desk.buyer.submit(submit, say)
 

@@ -165,17 +165,19 @@ async def test_a_seller_that_owes_us_is_chosen_unless_another_is_much_faster(tmp
         await mesh.knows(debtor, buyer)
         assert (await debtor.ask("abcd", tokens=9, peer=buyer.peer)).error is None
         await until(lambda: buyer.ledger.view(debtor.peer).owed_to_me == 10 * PRICE)
-        owed = []
+        owed, market = [], buyer.desk.buyer._trade.market
         for faster, chosen in ((1.0, debtor), (1.2, debtor), (1.3, other), (1.0, debtor)):
             owed.append(buyer.ledger.view(debtor.peer).owed_to_me)
-            for seller, speed in ((debtor, 100.0), (other, 100.0 * faster)):
-                buyer.desk.discovery.record_of(seller.peer).units_per_second = speed
+            for seller, speed in ((debtor, 1.0), (other, 1.0 * faster)):
+                buyer.has_measured(seller.peer, speed)
+                market.forget_peer(seller.peer)  # on old news a coin would decide
             receipt = (await buyer.ask("abcd", tokens=2)).pursuit.receipt()
             assert receipt.sellers == (chosen.peer,), (faster, receipt.why)
             assert ("owes us" in receipt.why) == (chosen is debtor)
         assert owed == [10 * PRICE, 7 * PRICE, 4 * PRICE, 4 * PRICE]
-        buyer.desk.discovery.record_of(debtor.peer).units_per_second = 99.0
-        buyer.desk.discovery.record_of(other.peer).units_per_second = 100.0
+        for seller, speed in ((debtor, 0.9), (other, 1.0)):
+            buyer.has_measured(seller.peer, speed)
+            market.forget_peer(seller.peer)
         receipt = (await buyer.ask("abcd", tokens=2)).pursuit.receipt()
         assert receipt.sellers == (other.peer,), "what is owed is less than the price"
 

@@ -29,7 +29,7 @@ async def three(folder):
         first = await mesh.add("first")
         second = await mesh.add("second")
         await mesh.knows(buyer, first, second)
-        buyer.desk.discovery.record_of(first.peer).units_per_second = 9_000.0
+        buyer.has_measured(first.peer, 9_000.0)
         yield mesh, buyer, first, second
 
 
@@ -203,7 +203,7 @@ async def test_a_deadline_during_the_verdict_pays_what_was_streamed(tmp_path):
 async def test_a_result_that_cannot_be_recorded_is_paid_and_handed_over(
     tmp_path, monkeypatch, code
 ):
-    monkeypatch.setattr("aivillage.node.jobs.FULL_DISK_SECONDS", 0.05)
+    monkeypatch.setattr("aivillage.node.store.FULL_DISK_SECONDS", 0.05)
     async with three(tmp_path) as (_, buyer, first, _second):
         jobs, write, failures = buyer.desk.jobs, buyer.desk.jobs._write, [1, 2]
 

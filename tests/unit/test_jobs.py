@@ -24,13 +24,19 @@ async def _with_an_attempt(path):
         await jobs.begin_attempt(ATTEMPT, JOB, PeerId("somebody"))
 
 
-@pytest.mark.parametrize(("version", "sub_jobs"), [(1, False), (1, True), (2, True), (3, True)])
+@pytest.mark.parametrize(
+    ("version", "sub_jobs"), [(1, False), (1, True), (2, True), (3, True), (4, True)]
+)
 async def test_an_older_store_opens_and_keeps_its_attempts(tmp_path, version, sub_jobs):
     path = tmp_path / "jobs.db"
     await _with_an_attempt(path)
     db = apsw.Connection(str(path))
-    for column in ("quote", "done") if version == 3 else ("kernel", "identical", "quote", "done"):
+    db.execute("DROP TABLE peer_speed")
+    since = {4: ("choice",), 3: ("choice", "quote", "done")}
+    for column in since.get(version, ("kernel", "identical", "quote", "done", "choice")):
         db.execute(f"ALTER TABLE attempt DROP COLUMN {column}")
+    for column in ("prefer", "mesh"):
+        db.execute(f"ALTER TABLE job DROP COLUMN {column}")
     if not sub_jobs:
         for column in ("local", "parent"):
             db.execute(f"ALTER TABLE job DROP COLUMN {column}")
@@ -41,7 +47,10 @@ async def test_an_older_store_opens_and_keeps_its_attempts(tmp_path, version, su
         assert (row.id, row.local, row.parent) == (JOB, False, "")
         (attempt,) = await jobs.attempts(JOB)
         assert (attempt.id, attempt.kernel, attempt.identical) == (ATTEMPT, "", "")
-        assert (attempt.quote, attempt.done) == (b"", b"")
+        done = b"\x80" if version == 4 else b""
+        assert (attempt.quote, attempt.done, attempt.choice) == (b"", done, b"")
+        assert (row.prefer, bool(row.mesh)) == ("", False)
+        assert await jobs.records() == {}
 
 
 async def test_a_store_of_a_newer_version_is_refused_and_left_alone(tmp_path):

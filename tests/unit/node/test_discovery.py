@@ -3,7 +3,8 @@
 import pytest
 
 from aivillage.node import discovery as discovering
-from aivillage.node.discovery import OFFER_BYTES_MAX, Discovery, Record
+from aivillage.node.discovery import OFFER_BYTES_MAX, Discovery
+from aivillage.node.records import Record, Work
 from aivillage.protocols.codec import pack
 from aivillage.protocols.envelope import unseal
 from aivillage.protocols.messages import Offer, OfferedOperation, OperationInfo, TaskAd
@@ -41,6 +42,12 @@ def offer(by=2, seq=1, *, lives_ms=1000, slots=1, names=("mesh.noop",)):
 
 def hear(found, news):
     return found.accept(news.seller, news, str(news.seq).encode())
+
+
+def measured(units_per_second, **counts):
+    record = Record(**counts)
+    record.measure(Work("mesh.noop"), "", units_per_second)
+    return record
 
 
 def order(found):
@@ -85,15 +92,15 @@ def test_only_who_offers_it_is_a_candidate(found):
 def test_who_failed_comes_last_then_speed_then_room(found):
     for peer, slots in ((2, 1), (3, 9), (4, 1), (5, 1)):
         hear(found, offer(by=peer, slots=slots))
-    found.records[make_peer(4)] = Record(units_per_second=100.0)
-    found.records[make_peer(5)] = Record(units_per_second=900.0, bad=3)
+    found.records[make_peer(4)] = measured(100.0)
+    found.records[make_peer(5)] = measured(900.0, bad=3)
     assert order(found) == [make_peer(n) for n in (4, 3, 2, 5)]
 
 
 def test_one_failure_among_many_jobs_is_forgiven(found):
     hear(found, offer(by=2))
     hear(found, offer(by=3))
-    found.records[make_peer(2)] = Record(units_per_second=50.0, good=100, bad=1)
+    found.records[make_peer(2)] = measured(50.0, good=100, bad=1)
     assert order(found)[0] == make_peer(2)
 
 
@@ -148,25 +155,13 @@ def test_what_we_say_later_is_newer_also_after_a_restart(found, clock):
     assert unseal(again.make_offer([], [], 0, 1.0), "offer", Offer)[1].seq > ad.seq
 
 
-def test_a_rating_is_a_mean_that_only_good_work_moves():
-    record = Record()
-    record.rate(good=True, units_per_second=100.0)
-    assert record.units_per_second == 100.0
-    record.rate(good=True, units_per_second=200.0)
-    assert record.units_per_second == pytest.approx(130.0)
-    record.rate(good=False, units_per_second=9000.0)
-    record.rate(good=True, units_per_second=0.0)
-    assert (record.good, record.bad) == (3, 1)
-    assert record.units_per_second == pytest.approx(130.0)
-
-
 def test_among_sellers_never_measured_those_that_are_linked_come_first(found):
     for by in range(2, 40):
         hear(found, offer(by=by, slots=256))
     hear(found, offer(by=50, slots=1))
     found.is_neighbour = {make_peer(50)}.__contains__
     assert order(found)[0] == make_peer(50)
-    found.records[make_peer(7)] = Record(units_per_second=900.0, good=1)
+    found.records[make_peer(7)] = measured(900.0, good=1)
     assert order(found)[:2] == [make_peer(7), make_peer(50)]
 
 
