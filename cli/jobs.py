@@ -37,6 +37,7 @@ def submit(args: argparse.Namespace) -> int:
                 peer=args.peer,
                 follow=not args.detach,
                 local=args.local,
+                verify=args.verify,
             )
         )
         try:

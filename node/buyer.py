@@ -14,7 +14,7 @@ from aivillage.node.config import Settings
 from aivillage.node.jobs import JobRow
 from aivillage.node.links import Link
 from aivillage.node.local import LocalJob
-from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit, Say, Trade
+from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit, Say, Trade, Verify
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, RequestError
 from aivillage.protocols.job import State
@@ -47,6 +47,9 @@ class Buyer:
         self._running: dict[JobId, Running] = {}
         self._starting = 0
         self.refusal: Callable[[], AivillageError | None] = lambda: None
+        self.on_ended: Callable[[Pursuit], None] = lambda _pursuit: None
+        """A job on the mesh ended, and its owner heard of it."""
+        self.verify: Verify | None = None
 
     async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
         """Records a job and starts it. `order` says for which module, if for one.
@@ -66,7 +69,10 @@ class Buyer:
         self._starting += 1
         try:
             row = await self._record(submit, order.parent if order else "")
-            return self._start(self._pursuit(row, say, order.sub_jobs if order else None))
+            pursuit = self._pursuit(row, say, order.sub_jobs if order else None)
+            if submit.verify and isinstance(pursuit, Pursuit):
+                pursuit.verify = self.verify
+            return self._start(pursuit)
         finally:
             self._starting -= 1
 
@@ -92,9 +98,28 @@ class Buyer:
         pursuit = running.pursuit
         return Bought(result=pursuit.result, spent=pursuit.spent, error=running.error)
 
+    async def again(self, row: JobRow) -> Running:
+        """A job that does another one's work again, to its end. Cancelled, it ends too.
+
+        Raises:
+            AivillageError: it was not begun: this node takes no work now.
+        """
+        refusal = self.refusal()
+        if refusal is not None:
+            raise refusal
+        await self._trade.jobs.add(row)
+        running = self._start(self._pursuit(row, _unheard))
+        try:
+            await running.ended.wait()
+        finally:
+            self.cancel(row.id)
+        return running
+
     async def _record(self, submit: Submit, parent: str) -> JobRow:
         if submit.local and submit.peer:
             raise RequestError("a local job has no peer", next_step="leave out --peer or --local")
+        if submit.local and submit.verify:
+            raise RequestError("a local job is done here", next_step="leave out --verify")
         await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
         row = JobRow(
@@ -220,6 +245,8 @@ class Buyer:
         finally:
             self._running.pop(row.id, None)
             running.ended.set()
+            if isinstance(running.pursuit, Pursuit):
+                self.on_ended(running.pursuit)
 
     async def _close(self, running: Running) -> None:
         pursuit, error = running.pursuit, running.error

@@ -40,6 +40,8 @@ from aivillage.node.paths import Paths
 from aivillage.node.people_desk import PeopleDesk
 from aivillage.node.pricelist import PriceList
 from aivillage.node.pursuit import Trade
+from aivillage.node.replication import open_replicator
+from aivillage.node.reputation_desk import ReputationDesk
 from aivillage.node.seller import Seller
 from aivillage.node.switch import Switch
 from aivillage.node.villagers import Villagers
@@ -131,6 +133,7 @@ async def open_node(
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.buy = buyer.buy
+        replicator = await open_replicator(settings, trade, buyer, villagers, tasks)
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         seller.acquainted = villagers.acquainted
         pairs = Pairs(ledger, tasks)
@@ -140,11 +143,11 @@ async def open_node(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
             stop=stop, started=time.time(), addresses=addresses, clearing=clearing,
-            owners=owners, grants=grants, pairs=pairs,
+            owners=owners, grants=grants, pairs=pairs, replicator=replicator,
         )  # fmt: skip
         await buyer.resume()  # before anybody can submit: a new job is not an interrupted one
         people = PeopleDesk(desk, keeper, settings.village_exposure_micro_credits)
-        handlers = desk.handlers() | people.handlers()
+        handlers = desk.handlers() | people.handlers() | ReputationDesk(desk).handlers()
         async with open_control(paths.socket, Control(handlers, buyer, hello, events)):
             for service in (monitor.run, *villagers.services, herald.run, clearing.run, keeper.run):
                 tasks.serve(service)

@@ -25,6 +25,7 @@ from aivillage.node.monitor import Monitor
 from aivillage.node.owners import Owners
 from aivillage.node.pairs import Pairs
 from aivillage.node.paths import Paths
+from aivillage.node.replication import Replicator
 from aivillage.node.seller import Seller
 from aivillage.node.villagers import Villagers
 from aivillage.protocols.errors import RefusedError, RequestError
@@ -63,6 +64,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     owners: Owners
     grants: Grants
     pairs: Pairs
+    replicator: Replicator
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
         """What can be asked, by name."""

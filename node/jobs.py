@@ -158,6 +158,10 @@ class Jobs:
 
         return await trio.to_thread.run_sync(transaction, limiter=self._limiter)
 
+    async def transact(self, work: Callable[[apsw.Connection], T]) -> T:
+        """One transaction of a neighbour that has tables of its own here."""
+        return await self._run(work)
+
     async def _write(self, sql: str, *rows: tuple[Any, ...]) -> None:
         def work(db: apsw.Connection) -> None:
             db.executemany(sql, rows)

@@ -112,6 +112,8 @@ class Market:
         """Moves what we owe a seller onto others, so that it lends us again."""
         self.debt_of: Callable[[PeerId], MicroCredits] = lambda _peer: 0
         """What a peer owes us."""
+        self.cut_off: Callable[[str], Mapping[PeerId, AivillageError]] = lambda _operation: {}
+        """Who gets no job of an operation now, and why."""
 
     async def choose(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> Choice:
         """The best seller for `need`.
@@ -122,6 +124,8 @@ class Market:
         """
         reasons: dict[PeerId, AivillageError] = {}
         tried: set[PeerId] = set()
+        if not need.peer:
+            excluded = {**self.cut_off(need.operation), **excluded}
         for offer in self._discovery.offers():
             if need.names(offer.seller):  # its owner knows better than our last failure
                 self._discovery.reachable(offer.seller)

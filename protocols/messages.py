@@ -297,6 +297,7 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     peer: PeerId | None = None
     follow: bool = True
     local: bool = False
+    verify: bool = False
 
 
 class Text(Message, frozen=True, kw_only=True, tag="text"):

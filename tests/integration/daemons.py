@@ -323,6 +323,7 @@ class Yard:
         self.environment = kept | {
             "PYTHONPATH": str(ROOT),
             "AIVILLAGE_CACHE_DIR": cache,
+            "AIVILLAGE_VERIFY_PERCENT_MAX": "0",  # bills are counted to the credit
             "XDG_RUNTIME_DIR": str(self._runtime),
         }
 
