@@ -132,10 +132,9 @@ async def open_node(
         market.clear, market.debt_of = clearing.try_clear, ledger.owed_by
         trade = Trade(jobs, ledger, market, discovery, workers, events, {})
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
-        seller.buy = buyer.buy
+        seller.buy, seller.acquainted = buyer.buy, villagers.acquainted
         replicator = await open_replicator(settings, trade, buyer, villagers, tasks)
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
-        seller.acquainted = villagers.acquainted
         pairs = Pairs(ledger, tasks)
         switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald, pairs)
         keeper = Caretaker(ledger, jobs, events, (seller.running, buyer.running))

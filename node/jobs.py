@@ -27,6 +27,8 @@ APPLICATION_ID: Final = 0x41_49_56_4A
 SCHEMA_VERSION: Final = 4
 FULL_DISK_SECONDS: Final = 1.0
 """Between two tries on a full disk: what was delivered waits, unaccepted, unpaid."""
+CHECK_OF: Final = "check of "
+"""Begins the `parent` of a job that does another one's work again."""
 T = TypeVar("T")
 _log = logging.getLogger("aivillage.jobs")
 
@@ -86,6 +88,11 @@ class JobRow(msgspec.Struct, frozen=True, kw_only=True):
     local: bool = False
     parent: str = ""
     """The attempt or local job whose module wanted it; empty: the owner did."""
+
+    @property
+    def is_check(self) -> bool:
+        """Whether it does another job's work again."""
+        return self.parent.startswith(CHECK_OF)
 
 
 class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -57,6 +57,8 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
     seconds: Seconds = 0.0
     """Our own estimate."""
     peer: str = ""
+    is_patient: bool = True
+    """Waits for offers where there is none."""
 
     def names(self, peer: PeerId) -> bool:
         """Whether the owner named this peer, by its id or the end of it."""
@@ -142,9 +144,9 @@ class Market:
                 if asked:
                     tried |= {candidate.peer for candidate in asked}
                     continue
-                if any(error.code != "PEER_LOST" for error in reasons.values()) or any(
-                    error.code in REFUSALS for error in excluded.values()
-                ):
+                told = any(error.code != "PEER_LOST" for error in reasons.values())
+                told = told or any(error.code in REFUSALS for error in excluded.values())
+                if told or not need.is_patient:
                     break  # somebody is there and said no: waiting changes nothing
                 self._advertise(need.operation)
                 await news.wait()

@@ -195,6 +195,7 @@ class Pursuit:
             budget=row.ceiling - self.spent,
             seconds=seconds,
             peer=row.peer,
+            is_patient=not row.is_check,
         )
 
     async def _choose(self, need: Need) -> Choice | None:

@@ -25,9 +25,9 @@ from aivillage.node.buyer import Buyer, Running
 from aivillage.node.config import Settings
 from aivillage.node.discovery import Candidate
 from aivillage.node.guard import Tasks
-from aivillage.node.jobs import JobRow
+from aivillage.node.jobs import CHECK_OF, JobRow
 from aivillage.node.pursuit import DoubtfulError, Pursuit, RejectedError, Trade
-from aivillage.node.reputation import CHECK_OF, Key, Reputation
+from aivillage.node.reputation import Key, Reputation
 from aivillage.node.verifier import (
     TRUSTED_FROM,
     Answer,
@@ -46,6 +46,7 @@ WAITING_MAX: Final = 64
 """Results that wait to be done again: a burst of jobs. One more is not, and says so."""
 PEERS_TRIED_MAX: Final = 3
 """For one check; who refuses once does so for a reason that lasts."""
+BUDGET: Final = "the budget for checks was used up"
 ANOTHER_CLASS: Final = "done again in another kernel class"
 
 
@@ -54,10 +55,10 @@ Again = Callable[[JobRow], Awaitable[Running]]
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """A result that its owner has already."""
+    """A job that ended; its owner has the result already, if there is one."""
 
     row: JobRow
-    result: bytes
+    result: bytes | None
     spent: MicroCredits
     is_verified: bool
     """Done again before its owner got it."""
@@ -101,11 +102,9 @@ class Replicator:
     # ------------------------------------------------------------------ after the answer
     def on_ended(self, pursuit: Pursuit) -> None:
         """A job of the owner's on the mesh ended, well or not. Never waits."""
-        if pursuit.row.parent.startswith(CHECK_OF):
+        if pursuit.row.is_check:
             return  # booked by who asked for it
         self.reputation.spent(pursuit.spent, is_check=False)
-        if pursuit.result is None:
-            return
         sample = Sample(
             pursuit.row, pursuit.result, pursuit.spent, is_verified=bool(pursuit.checked)
         )
@@ -134,6 +133,9 @@ class Replicator:
 
     async def _look_at(self, sample: Sample) -> None:
         row = sample.row
+        await self._note_rejected(row)
+        if sample.result is None:
+            return
         answer = await self._answer(row, sample.result)
         keys = _keys(row, answer, [share.seller for share in answer.shares])
         await self.reputation.change(keys, Trust.after_done)
@@ -149,6 +151,21 @@ class Replicator:
             if trusts and all(trust.count >= TRUSTED_FROM for trust in trusts):
                 check = self.reputation.checks_spent - before
                 self.reputation.spent_at_trusted(sample.spent, check)
+
+    async def _note_rejected(self, row: JobRow) -> None:
+        """Who failed the check of every result is a newcomer again.
+
+        It is not cut off: it was not paid to the end, and the next such result is seen as well.
+        """
+        model = _model_of(row)
+        keys = [
+            Key(attempt.seller, row.operation, model, attempt.kernel)
+            for attempt in await self._trade.jobs.attempts(row.id)
+            if attempt.outcome == "rejected"
+            and not self.reputation.is_cut_off(attempt.seller, row.operation)
+        ]
+        if keys:
+            await self.reputation.change(keys, Trust.after_wrong)
 
     # ------------------------------------------------------------------ before the answer
     async def verify(self, row: JobRow, result: bytes) -> Verified:
@@ -200,6 +217,7 @@ class Replicator:
         spent, result = running.pursuit.spent, running.pursuit.result
         self.reputation.spent(spent, is_check=True)
         if result is None:
+            await self._note_rejected(check)
             return running.error or JobError("it ended without a result"), spent
         return await self._answer(check, result), spent
 
@@ -354,7 +372,7 @@ class _Check:
         why = "nobody else of its kernel class was there"
         for peer in by.others(row, kernel, self._tried):
             if self._price > self._room:
-                why = "the budget for checks was used up"
+                why = BUDGET
                 break
             self._tried.add(peer)
             answer, spent = await by.peer_again(row, peer, self._room)

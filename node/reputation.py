@@ -14,7 +14,7 @@ import apsw
 import msgspec
 
 from aivillage.node import verifier
-from aivillage.node.jobs import Jobs
+from aivillage.node.jobs import CHECK_OF, Jobs
 from aivillage.node.verifier import Answer, CutOff, Trust
 from aivillage.protocols.errors import AivillageError, PeerError
 from aivillage.protocols.types import JobId, MicroCredits, PeerId
@@ -25,8 +25,6 @@ EVIDENCE_MAX: Final = 200
 """The newest are kept: each has two or three whole answers."""
 SPENDING_SECONDS: Final = 30 * 86_400.0
 """Back to where spending counts when the node starts."""
-CHECK_OF: Final = "check of "
-"""Begins the `parent` of a job that does another one's work again."""
 
 # Made at need, so that an older program can go on with the file; it passes them over.
 _SCHEMA: Final = """

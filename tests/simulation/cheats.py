@@ -10,6 +10,8 @@ from aivillage.models.inference.generate import GenerateRequest
 from tests.simulation.scripted import Fake, answer, word
 
 Cheat = Callable[[GenerateRequest], Fake]
+Choose = Callable[[GenerateRequest], Fake | None]
+"""None: this time it is honest."""
 
 
 def wrong_text(request: GenerateRequest) -> Fake:
@@ -42,14 +44,12 @@ CHEATS: dict[str, Cheat] = {
 """Those that pass the check of every result."""
 
 
-def now_and_then(
-    cheat: Cheat, percent: float, rng: random.Random
-) -> Callable[[GenerateRequest], Fake | None]:
+def now_and_then(cheat: Cheat, percent: float, rng: random.Random) -> Choose:
     """Cheats on so many of its answers."""
     return lambda request: cheat(request) if rng.random() * 100 < percent else None
 
 
-def after(cheat: Cheat, honest_jobs: int) -> Callable[[GenerateRequest], Fake | None]:
+def after(cheat: Cheat, honest_jobs: int) -> Choose:
     """Honest for so many answers, and never again."""
     made = [0]
 

@@ -208,13 +208,13 @@ async def test_with_verify_and_nobody_else_the_receipt_says_so(tmp_path):
 
 async def test_checks_stop_where_their_budget_ends_and_say_so(tmp_path, monkeypatch):
     price = price_of(PROMPT, 6)
-    monkeypatch.setattr("aivillage.node.verifier.ALLOWANCE_MICRO_CREDITS", price // 2)
+    monkeypatch.setattr("aivillage.node.verifier.ALLOWANCE_MICRO_CREDITS", price - price // 2)
     async with village(tmp_path, "one", "two") as (_, buyer, one, two):
         reputation = buyer.desk.replicator.reputation
         await bought(buyer, one)  # half of it and the allowance: just enough for one
         assert reputation.checks_spent == price
         await bought(buyer, one)
-        assert reputation.unchecked == {"the budget for checks was used up": 1}
+        assert reputation.unchecked == {replication.BUDGET: 1}
         await bought(buyer, one)
         assert (reputation.jobs_spent, reputation.checks_spent) == (3 * price, 2 * price)
         assert of(buyer, one.peer) == Trust(count=2, done=3, checked=2)
@@ -248,7 +248,8 @@ async def test_what_was_found_out_outlives_a_restart_and_a_lost_check_costs_nobo
         await bought(buyer, two)
         liar.script.cheat = of_a_cheaper_model
         await bought(buyer, liar)
-        before = of(buyer, two.peer)
+        before = {peer: of(buyer, peer) for peer in (liar.peer, two.peer, three.peer)}
+        assert before[liar.peer].failed == 1
         liar.script.cheat = lambda _request: None
         for other in (two, three):
             other.script.pause_at = 0
@@ -258,8 +259,8 @@ async def test_what_was_found_out_outlives_a_restart_and_a_lost_check_costs_nobo
         await buyer.stop()
         await mesh.start(buyer)
         reputation = buyer.desk.replicator.reputation
-        assert of(buyer, two.peer) == before
-        assert of(buyer, liar.peer) == Trust(count=0, done=2, checked=1, failed=1)
+        assert of(buyer, liar.peer) == before[liar.peer].after_done()
+        assert all(of(buyer, peer) == before[peer] for peer in (two.peer, three.peer))
         assert reputation.is_cut_off(liar.peer, OPERATION)
         assert reputation.jobs_spent == spent
         rows = await buyer.desk.jobs.latest(20)
@@ -328,3 +329,6 @@ async def test_wrong_text_never_gets_as_far_as_being_done_again(tmp_path):
         running = await bought(buyer)
         assert result_of(running) == expected(PROMPT, 6)
         assert running.pursuit.receipt().sellers[-1] == two.peer
+        assert of(buyer, liar.peer).count == 0
+        assert of(buyer, liar.peer).failed >= 1
+        assert not buyer.desk.replicator.reputation.is_cut_off(liar.peer, OPERATION)
