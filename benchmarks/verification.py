@@ -180,6 +180,7 @@ async def honest(claims: Claims, here: Village, jobs: int) -> None:
     claims.add("honest_jobs", jobs)
     claims.add("overhead_percent_trusted", 100 * checks / spent, at_most=10)
     here.accused += bool(found)
+    odd.script.kernel_class, odd.script.key = here.liar.script.kernel_class, ""
 
 
 async def measured(claims: Claims, args: argparse.Namespace) -> None:
@@ -187,11 +188,11 @@ async def measured(claims: Claims, args: argparse.Namespace) -> None:
     trials = {1: 3, 5: 6, 20: 12, 100: 12} if args.quick else {1: 6, 5: 18, 20: 30, 100: 21}
     async with village(rng) as here:
         started = trio.current_time()
+        await honest(claims, here, 150 if args.quick else 300)
         for percent in RATES:
             await curve(claims, here, percent, trials[percent], lies)
         await patient(claims, here, 3 if args.quick else 8)
         await obvious(claims, here, 3)
-        await honest(claims, here, 150 if args.quick else 300)
         reputation = here.replicator.reputation
         claims.add("jobs", here.jobs)
         claims.add("honest_accused", here.accused, at_most=0)
