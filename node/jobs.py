@@ -252,6 +252,11 @@ class Jobs:
             "UPDATE attempt SET price=?, outcome=? WHERE id=?", (price, outcome, attempt)
         )
 
+    async def name_kernel(self, attempt: AttemptId, kernel: tuple[str, str]) -> None:
+        await self._keep_writing(
+            "UPDATE attempt SET kernel=?, identical=? WHERE id=?", (*kernel, attempt)
+        )
+
     async def attempts(self, job: JobId) -> list[AttemptRow]:
         rows = await self._read(_ATTEMPT + "WHERE job=? ORDER BY created", job)
         return [_row(AttemptRow, row) for row in rows]

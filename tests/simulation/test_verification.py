@@ -12,7 +12,7 @@ from aivillage.node import replication
 from aivillage.node.reputation import KEYS_PER_PEER_MAX, Key
 from aivillage.node.verifier import TRUSTED_FROM, Trust
 from aivillage.protocols.codec import pack
-from aivillage.protocols.messages import Submit
+from aivillage.protocols.messages import Finished, Started, Submit
 from tests.simulation.cheats import CHEATS, after, of_a_cheaper_model, wrong_text
 from tests.simulation.mesh import open_mesh, price_of, result_of, until
 from tests.simulation.test_market import PROMPT, expected
@@ -153,6 +153,25 @@ async def test_another_kernel_class_is_best_effort_and_accuses_nobody(tmp_path):
         assert of(buyer, one.peer) == Trust(done=1)
         unchecked = buyer.desk.replicator.reputation.unchecked
         assert unchecked == {replication.ANOTHER_CLASS: 1}
+        del two
+
+
+async def test_a_class_that_is_heard_of_after_the_work_counts_all_the_same(tmp_path):
+    """Steps are taken as they come off the wire, other frames when their turn comes."""
+    async with village(tmp_path, "one", "two") as (_, buyer, one, two):
+        held = []
+
+        def steps_first(frame):
+            if isinstance(frame, Started):
+                held.append(frame)
+                return ()
+            return (*held, frame) if isinstance(frame, Finished) else (frame,)
+
+        one.tamper = steps_first
+        await bought(buyer, one)
+        assert of(buyer, one.peer) == Trust(count=1, done=1, checked=1)
+        (attempt,) = await buyer.desk.jobs.attempts((await buyer.desk.jobs.latest(2))[1].id)
+        assert (attempt.kernel, attempt.identical) == (KERNEL, "guaranteed")
         del two
 
 
