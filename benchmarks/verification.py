@@ -44,6 +44,8 @@ from tests.simulation.cheats import (
 from tests.simulation.mesh import Node, open_mesh
 
 JOBS = 100
+FURTHER = (10, 30, 300, 1000)
+"""Jobs for which only the formula is told."""
 TOKENS = 4
 RATES = (1, 5, 20, 100)
 DEVIATIONS = 3.5
@@ -143,6 +145,8 @@ async def curve(
     claims.add(f"trials_{key}", trials)
     off, at_most = abs(seen / trials - formula), DEVIATIONS * error + 1 / trials
     claims.add(f"off_formula_{key}", off, at_most=round(at_most, 4))
+    for jobs in FURTHER:
+        claims.add(f"formula_after_{jobs}_jobs_at_{percent}_percent", detection(jobs, percent))
     print(f"# {key}", file=sys.stderr)
 
 
