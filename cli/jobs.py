@@ -58,6 +58,7 @@ def _wanted(args: argparse.Namespace, call: int, request: dict[str, Any]) -> mes
         peer=args.peer,
         follow=not args.detach,
         local=args.local,
+        verify=args.verify,
         mesh=args.mesh,
         prefer=args.prefer or "",
     )

@@ -191,6 +191,9 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     submit.add_argument(
         "--dry-run", action="store_true", help="only explain: nothing is bought or done"
     )
+    submit.add_argument(
+        "--verify", action="store_true", help="done again before I get it, for as much again"
+    )
     submit.add_argument("--detach", action="store_true", help="print the job's id and return")
     submit.add_argument("-h", "--help", action="store_true", dest="wants_help", help="all flags")
     submit.epilog = "Further flags come from the operation: `submit OPERATION --help`."
@@ -279,6 +282,11 @@ def _people_commands(command: Command) -> None:
     unblock = command("unblock", "aivillage.cli.people:unblock", "work for a peer again")
     for action in (block, unblock):
         action.add_argument("peer", metavar="PEER", help="its id, or the end of it")
+    reputation = command(
+        "reputation", "aivillage.cli.reputation:reputation", "who did how well here, and why"
+    )
+    reputation.add_argument("peer", metavar="PEER", nargs="?", help="its id, or the end of it")
+    reputation.add_argument("--forgive", action="store_true", help="give it jobs again, checked")
     share = command("share", "aivillage.cli.people:share", "work for these people is free")
     share.add_argument("peers", metavar="PEER", nargs="+", help="their ids, or the ends of them")
     share.add_argument("--stop", action="store_true", help="it costs them something again")

@@ -95,6 +95,8 @@ class Attempt:
         self.started = time.monotonic()
         self.expected: Seconds = min(choice.quote.seconds, expected, WORK_SECONDS_MAX)
         self._is_started = False
+        self._is_named_late = False
+        """Output was stored before we heard what computes it."""
         self._acknowledged = acknowledged
         self._number = 0
         self._book = book
@@ -236,6 +238,7 @@ class Attempt:
                 return  # said again: neither the engine nor its speed changes
             self._is_started = True
             self.kernel = (frame.kernel_class, frame.identical)
+            self._is_named_late = self._number > 0
             if not self._number:
                 self.started = time.monotonic()  # a peer's speed is that of its warm engine
         elif isinstance(frame, Part):
@@ -297,6 +300,9 @@ class Attempt:
         while self._unstored:
             self._all_stored = trio.Event()
             await self._all_stored.wait()
+        if self._is_named_late:
+            self._is_named_late = False
+            await self._jobs.name_kernel(self.attempt, self.kernel)
 
 
 async def _next(inbox: trio.MemoryReceiveChannel[Frame]) -> Frame:

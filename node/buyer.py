@@ -16,7 +16,7 @@ from aivillage.node.jobs import JobRow
 from aivillage.node.links import Link
 from aivillage.node.local import LocalJob
 from aivillage.node.market import Need
-from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit, Say, Trade
+from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit, Say, Trade, Verify
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, RequestError
@@ -51,6 +51,9 @@ class Buyer:
         self._starting = 0
         self.refusal: Callable[[], AivillageError | None] = lambda: None
         trade.market.running_at = self._running_at
+        self.on_ended: Callable[[Pursuit], None] = lambda _pursuit: None
+        """A job on the mesh ended, and its owner heard of it."""
+        self.verify: Verify | None = None
 
     async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
         """Records a job and starts it. `order` says for which module, if for one.
@@ -62,7 +65,10 @@ class Buyer:
         self._starting += 1
         try:
             row = await self._record(submit, order.parent if order else "")
-            return self._start(self._pursuit(row, say, order.sub_jobs if order else None))
+            pursuit = self._pursuit(row, say, order.sub_jobs if order else None)
+            if submit.verify and isinstance(pursuit, Pursuit):
+                pursuit.verify = self.verify
+            return self._start(pursuit)
         finally:
             self._starting -= 1
 
@@ -113,11 +119,30 @@ class Buyer:
         pursuit = running.pursuit
         return Bought(result=pursuit.result, spent=pursuit.spent, error=running.error)
 
+    async def again(self, row: JobRow) -> Running:
+        """A job that does another one's work again, to its end. Cancelled, it ends too.
+
+        Raises:
+            AivillageError: it was not begun: this node takes no work now.
+        """
+        refusal = self.refusal()
+        if refusal is not None:
+            raise refusal
+        await self._trade.jobs.add(row)
+        running = self._start(self._pursuit(row, _unheard))
+        try:
+            await running.ended.wait()
+        finally:
+            self.cancel(row.id)
+        return running
+
     async def _record(self, submit: Submit, parent: str) -> JobRow:
         if submit.local and (submit.peer or submit.mesh):
             raise RequestError(
                 "a local job has no peer", next_step="leave out --local, or --peer and --mesh"
             )
+        if submit.local and submit.verify:
+            raise RequestError("a local job is done here", next_step="leave out --verify")
         await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
         row = JobRow(
@@ -132,7 +157,7 @@ class Buyer:
             local=submit.local,
             parent=parent,
             prefer=self._preference(submit.prefer),
-            mesh=submit.mesh,
+            mesh=submit.mesh or submit.verify,
         )
         await self._trade.jobs.add(row)
         return row
@@ -282,6 +307,8 @@ class Buyer:
         finally:
             self._running.pop(row.id, None)
             running.ended.set()
+            if isinstance(running.pursuit, Pursuit):
+                self.on_ended(running.pursuit)
 
     async def _do_here(self, running: Running, pursuit: Pursuit, choice: Explanation) -> None:
         """No peer was better than this machine. Raises: AivillageError: why there is no result."""

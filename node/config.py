@@ -75,6 +75,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(ge=0, le=36_500),
         _doc("a debt that has not moved for so long is written off; 0: never"),
     ] = 0
+    verify_percent_max: Annotated[
+        int,
+        Meta(ge=0, le=1_000),
+        _doc("most that checks of results may cost, as a percentage of what jobs do; 0: none"),
+    ] = 50
     heartbeat_seconds: Annotated[Positive, _doc("between pings; three misses drop a peer")] = 10.0
     offer_seconds: Annotated[Positive, _doc("between offers; one lives four times as long")] = 30.0
     worker_idle_seconds: Annotated[Positive, _doc("an idle worker process ends after")] = 600.0

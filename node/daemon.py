@@ -45,6 +45,8 @@ from aivillage.node.paths import Paths
 from aivillage.node.people_desk import PeopleDesk
 from aivillage.node.pricelist import PriceList
 from aivillage.node.pursuit import Trade
+from aivillage.node.replication import open_replicator
+from aivillage.node.reputation_desk import ReputationDesk
 from aivillage.node.seller import Seller
 from aivillage.node.switch import Switch
 from aivillage.node.villagers import Villagers
@@ -141,6 +143,7 @@ async def open_node(
         market.home = Home(workers, discovery, buyer, seller).facts
         detours.join(links, villagers, herald, seller, jobs, tasks)
         _close_and_open(gate, monitor, ledger, buyer, seller, herald, tasks)
+        replicator = await open_replicator(settings, trade, buyer, villagers, tasks)
         pairs = Pairs(ledger, tasks)
         switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald, pairs)
         keeper = Caretaker(ledger, jobs, events, (seller.running, buyer.running))
@@ -148,12 +151,13 @@ async def open_node(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
             stop=stop, started=time.time(), addresses=detours.addresses, clearing=clearing,
-            owners=owners, grants=grants, pairs=pairs, detours=detours,
+            owners=owners, grants=grants, pairs=pairs, detours=detours, replicator=replicator,
         )  # fmt: skip
         maps = await open_maps(settings, trade, buyer, nursery)  # before anybody can submit
         people = PeopleDesk(desk, keeper, settings.village_exposure_micro_credits)
         handlers = desk.handlers() | people.handlers() | maps.handlers()
         handlers |= LimitsDesk(gate, desk, settings, prices, workers).handlers()
+        handlers |= ReputationDesk(desk).handlers()
         async with open_control(paths.socket, Control(handlers, buyer, hello, events)):
             for service in (monitor.run, *villagers.services, herald.run, clearing.run, keeper.run):
                 tasks.serve(service)

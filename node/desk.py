@@ -27,6 +27,7 @@ from aivillage.node.owners import Owners
 from aivillage.node.pairs import Pairs
 from aivillage.node.paths import Paths
 from aivillage.node.records import KnownPeer, Record
+from aivillage.node.replication import Replicator
 from aivillage.node.seller import Seller
 from aivillage.node.village import INVITE_DAYS
 from aivillage.node.villagers import Villagers
@@ -67,6 +68,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     grants: Grants
     pairs: Pairs
     detours: Detours
+    replicator: Replicator
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
         """What can be asked, by name."""

@@ -28,6 +28,8 @@ from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 
 APPLICATION_ID: Final = 0x41_49_56_4A
 SCHEMA_VERSION: Final = 5
+CHECK_OF: Final = "check of "
+"""Begins the `parent` of a job that does another one's work again."""
 T = TypeVar("T")
 _log = logging.getLogger("aivillage.jobs")
 
@@ -95,6 +97,11 @@ class JobRow(msgspec.Struct, frozen=True, kw_only=True):
     """fast, cheap or balanced; empty: as the settings say."""
     mesh: bool = False
     """Never on this machine."""
+
+    @property
+    def is_check(self) -> bool:
+        """Whether it does another job's work again."""
+        return self.parent.startswith(CHECK_OF)
 
 
 class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,6 +217,11 @@ class Jobs(PeerStore):
     async def end_attempt(self, attempt: AttemptId, price: MicroCredits, outcome: str) -> None:
         await self._keep_writing(
             "UPDATE attempt SET price=?, outcome=? WHERE id=?", (price, outcome, attempt)
+        )
+
+    async def name_kernel(self, attempt: AttemptId, kernel: tuple[str, str]) -> None:
+        await self._keep_writing(
+            "UPDATE attempt SET kernel=?, identical=? WHERE id=?", (*kernel, attempt)
         )
 
     async def attempts(self, job: JobId) -> list[AttemptRow]:

@@ -78,6 +78,8 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
     prefer: str = "balanced"
     may_stay: bool = False
     """Whether this machine may do it itself."""
+    is_patient: bool = True
+    """Waits for offers where there is none."""
 
     def names(self, peer: PeerId) -> bool:
         """Whether the owner named this peer, by its id or the end of it."""
@@ -151,6 +153,8 @@ class Market:
         """This machine as a candidate, where it was measured at such work."""
         self.random = Random()
         self._turns: Counter[Work] = Counter()
+        self.cut_off: Callable[[str], Mapping[PeerId, AivillageError]] = lambda _operation: {}
+        """Who gets no job of an operation now, and why."""
 
     async def choose(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> Choice | Here:
         """The best seller for `need`, or this machine where none is better.
@@ -159,6 +163,8 @@ class Market:
             RefusedError: NO_PEER, nobody offers it; the message says what was tried.
             AivillageError: everybody refused; the most telling reason.
         """
+        if not need.peer:
+            excluded = {**self.cut_off(need.operation), **excluded}
         seen = self._look(need, excluded)
         self._turns[need.work] += 1
         for offer in self._discovery.offers():
@@ -174,9 +180,9 @@ class Market:
                     return found
                 if asked:
                     continue
-                if any(error.code != "PEER_LOST" for error in seen.reasons.values()) or any(
-                    error.code in REFUSALS for error in excluded.values()
-                ):
+                told = any(error.code != "PEER_LOST" for error in seen.reasons.values())
+                told = told or any(error.code in REFUSALS for error in excluded.values())
+                if told or not need.is_patient:
                     break  # somebody is there and said no: waiting changes nothing
                 self._advertise(need.operation)
                 await news.wait()
@@ -189,7 +195,7 @@ class Market:
         Raises:
             AivillageError: nobody does it.
         """
-        seen = self._look(need, {})
+        seen = self._look(need, {} if need.peer else self.cut_off(need.operation))
         while asked := self._next(seen):
             await self._ask(seen, asked)
             if seen.found:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -55,6 +55,8 @@ REJECTED: Final = frozenset({"rejected", "doubtful"})
 """Ends after a failed verdict."""
 
 Say = Callable[[Frame], None]
+Verify = Callable[[JobRow, bytes, PeerId], Awaitable[str]]
+"""(job, result, seller) -> how it was done again. Raises: RejectedError: it is wrong."""
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +71,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     attempts: int
     identical: str
     why: str
+    checked: str = ""
+    """For `--verify`: who did it again before the owner got it, or why nobody did."""
 
 
 class Trade(msgspec.Struct, frozen=True):
@@ -104,6 +108,9 @@ class Pursuit:
         self.excluded: dict[PeerId, AivillageError] = {}
         self.result: bytes | None = None
         self.here: Explanation | None = None
+        self.verify: Verify | None = None
+        """Done before anybody gets the result, where its owner asked for that."""
+        self.checked = ""
         self._trade = trade
         self._is_engine = registry.is_served_by_engine(row.operation)
         self._sellers: list[PeerId] = []
@@ -180,6 +187,7 @@ class Pursuit:
             attempts=self._attempts,
             identical="guaranteed" if same else "best effort",
             why=self._why,
+            checked=self.checked,
         )
 
     # ------------------------------------------------------------------ stages
@@ -197,6 +205,7 @@ class Pursuit:
             peer=row.peer,
             prefer=row.prefer or "balanced",
             may_stay=not (row.mesh or row.peer or row.parent or is_begun),
+            is_patient=not row.is_check,
         )
 
     async def _choose(self, need: Need) -> Choice | Here | None:
@@ -334,6 +343,8 @@ class Pursuit:
             await self._require_ok(finished.result, continued=continued)
             counted = await workers.meter(row.operation, row.request, finished.result)
             attempt.bill(counted, finished)
+            if self.verify is not None:
+                self.checked = await self.verify(row, finished.result, attempt.seller)
         except RejectedError:
             raise
         except (PeerError, RequestError) as error:

@@ -6,6 +6,7 @@ import functools
 import logging
 import random
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import trio
@@ -80,6 +81,8 @@ class Villagers:
         self._trusting: dict[PeerId, trio.Event] = {}
         self._members: dict[PeerId, Link] = {}
         self._following = trio.Lock()
+        self.on_succeeded: Callable[[PeerId, PeerId], None] = lambda old, new: None
+        """A peer goes by another key from now on: (old, new)."""
         self._discovery = discovery
         discovery.is_neighbour = self.is_member
         self.reachability = Reachability(links, tasks, events, self.members)
@@ -170,6 +173,7 @@ class Villagers:
             link.close("its key was replaced")
         self._not_before.pop(old, None)
         self._discovery.rename(old, new)
+        self.on_succeeded(old, new)
         self._events.emit("key_changed", peer=new, former=old)
         await self._jobs.rename_peer(old, new)
 

@@ -211,6 +211,11 @@ class Workers:
                 self._engines[model] = client
         return client
 
+    def is_loaded(self, model: str) -> bool:
+        """Whether an engine of that model is warm."""
+        client = self._engines.get(model)
+        return client is not None and not client.dead
+
     async def _load(self, model: str) -> EngineClient:
         worker = await self._start()
         try:

@@ -316,6 +316,7 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     """Never on this machine."""
     prefer: str = ""
     """fast, cheap or balanced; empty: as the settings say."""
+    verify: bool = False
 
 
 class Text(Message, frozen=True, kw_only=True, tag="text"):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import trio
 
+from aivillage.models.inference import catalogue
 from aivillage.models.inference.generate import (
     BYTES_PER_QUAD,
     GenerateRequest,
     GenerateResult,
+    _count_fault,
     prompt_bytes,
 )
 from aivillage.models.mesh.noop import NoopRequest, NoopResult
@@ -61,6 +63,14 @@ def answer(request: GenerateRequest, key: str = "") -> GenerateResult:
     )
 
 
+class Fake(NamedTuple):
+    """Another answer than the engine's."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: str = "length"
+    words: Callable[[int], str] = word
+
+
 @dataclass
 class Script:
     """How one node's engine behaves; a test may change it at any time."""
@@ -72,6 +82,12 @@ class Script:
     pause_at: int | None = None
     """It stops before this token until `go` is set; `paused` says that it got there."""
     extra_tokens: int = 0
+    cheat: Callable[[GenerateRequest], Fake | None] = lambda _request: None
+    """What it says instead of the answer to a request, if anything."""
+    kernel_class: str = "scripted/1"
+    identical: str = "guaranteed"
+    is_check_cheap: bool = False
+    """Its check looks at what the product's looks at, and at no model."""
     load_failure: AivillageError | None = None
     check_failures: list[AivillageError] = field(default_factory=list)
     check_gate: trio.Event | None = None
@@ -89,6 +105,7 @@ class ScriptedSession:
     def __init__(self, script: Script, request: GenerateRequest, delivered: Sequence[int]) -> None:
         self._script = script
         self._request = request
+        self._fake = script.cheat(request)
         self._count = len(delivered)
         self._quads = -(-prompt_bytes(request) // BYTES_PER_QUAD)
         self._read_quads = 0
@@ -116,6 +133,8 @@ class ScriptedSession:
             if self._read_quads > self._reported:
                 self._reported = self._read_quads
                 return self._frame((), "")
+        if self._fake is not None:
+            return await self._next_fake(self._fake)
         last = self._request.max_tokens + self._script.extra_tokens
         if self._count >= last:
             return self._frame((), "length")
@@ -135,19 +154,30 @@ class ScriptedSession:
         script.made += 1
         return self._frame((made,), "length" if self._count == last else "")
 
-    def _frame(self, ids: tuple[int, ...], finished: str) -> SessionFrame:
+    async def _next_fake(self, fake: Fake) -> SessionFrame:
+        while self._allowed < self._quads + self._count + 1:
+            await self._more.wait()
+        made = fake.token_ids[self._count]
+        self._count += 1
+        finished = fake.finish_reason if self._count == len(fake.token_ids) else ""
+        return self._frame((made,), finished, fake.words)
+
+    def _frame(
+        self, ids: tuple[int, ...], finished: str, words: Callable[[int], str] = word
+    ) -> SessionFrame:
         self._ended = bool(finished)
         read = min(prompt_bytes(self._request), self._reported * BYTES_PER_QUAD)
-        return SessionFrame(1, ids, "".join(map(word, ids)), read, finished)
+        return SessionFrame(1, ids, "".join(map(words, ids)), read, finished)
 
 
 class ScriptedEngine:
     """Stands where an `EngineClient` would."""
 
-    info = INFO
-
     def __init__(self, script: Script) -> None:
         self._script = script
+        self.info = msgspec.structs.replace(
+            INFO, kernel_class=script.kernel_class, identical=script.identical
+        )
 
     @asynccontextmanager
     async def open_session(
@@ -158,6 +188,13 @@ class ScriptedEngine:
             yield ScriptedSession(self._script, unpack(GenerateRequest, request), delivered)
         finally:
             self._script.open_sessions -= 1
+
+
+def _cheap_fault(request: GenerateRequest, result: GenerateResult) -> str:
+    """The product's own look at ids and counts, and the text said again in our words."""
+    reason = _count_fault(request, result, catalogue.known(request.model))
+    spoken = "".join(map(word, result.token_ids))
+    return reason or ("" if result.text == spoken else "another text")
 
 
 class ScriptedWorkers(Workers):
@@ -178,6 +215,9 @@ class ScriptedWorkers(Workers):
         if operation == "mesh.noop":
             asked, got = unpack(NoopRequest, request), unpack(NoopResult, result)
             same = got == NoopResult(note=asked.note, parts=asked.parts)
+        elif self.script.is_check_cheap:
+            reason = _cheap_fault(unpack(GenerateRequest, request), unpack(GenerateResult, result))
+            return Verdict(ok=not reason, reason=reason)
         else:
             same = unpack(GenerateResult, result) == answer(unpack(GenerateRequest, request))
         return Verdict(ok=same, reason="" if same else "not the answer")
