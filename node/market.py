@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Final
 
 import msgspec
@@ -146,6 +146,10 @@ class Market:
                 await news.wait()
                 tried.clear()  # they could not be reached; who is back may be asked again
         raise self._nobody(need, excluded, reasons)
+
+    def has_other(self, need: Need, excluded: Collection[PeerId]) -> bool:
+        """Whether anybody but `excluded` offers it now."""
+        return any(candidate.peer not in excluded for candidate in self._candidates(need))
 
     def _candidates(self, need: Need) -> list[Candidate]:
         found = self._discovery.candidates(need.operation)
