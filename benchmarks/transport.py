@@ -78,7 +78,9 @@ async def serve_tcp() -> None:
         await answer(functools.partial(stream.receive_some, READ_BYTES), stream.send_all)
 
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(functools.partial(trio.serve_tcp, handle, 0))
+        listeners = await nursery.start(
+            functools.partial(trio.serve_tcp, handle, 0, host="127.0.0.1")
+        )
         await announce(str(listeners[0].socket.getsockname()[1]), state)
         nursery.cancel_scope.cancel()
 
