@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -61,12 +62,12 @@ async def serve_stock() -> None:
         await announce(f"{host.get_addrs()[0]}")
 
 
-async def announce(address: str) -> None:
-    """Prints the address, then answers each line on stdin with the CPU seconds used so far."""
+async def announce(address: str, tell: Callable[[], Any] = time.process_time) -> None:
+    """Prints the address, then answers each line on stdin: by default the CPU seconds so far."""
     sys.stdout.write(address + "\n")
     sys.stdout.flush()
     while await trio.to_thread.run_sync(sys.stdin.readline):
-        sys.stdout.write(f"{time.process_time()}\n")
+        sys.stdout.write(f"{tell()}\n")
         sys.stdout.flush()
 
 
@@ -86,9 +87,9 @@ def stock_host(number: int) -> tuple[Any, Any]:
 class Other:
     """The serving process."""
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, script: str = __file__) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, "--serve", role],
+            [sys.executable, "-W", "ignore", script, "--serve", role],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -97,11 +98,15 @@ class Other:
         self.address = self.process.stdout.readline().strip()
 
     def cpu_seconds(self) -> float:
+        return float(self.told())
+
+    def told(self) -> str:
+        """What it says of itself now."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write("?\n")
         self.process.stdin.flush()
-        return float(self.process.stdout.readline())
+        return self.process.stdout.readline()
 
     def stop(self) -> None:
         self.process.kill()

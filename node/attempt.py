@@ -42,6 +42,9 @@ WORK_SECONDS_MAX: Final = 600.0
 """Of what a seller quotes, no more than this and no more than our own estimate is waited for."""
 PROGRESS_SECONDS_MAX: Final = 300.0
 """Signs of life put the deadline off for so long at most; then work must come, or it is over."""
+QUIET_SECONDS: Final = 2.0
+"""A seller of which nothing came for so long is asked for a sign of life, where another one is at
+hand: a cut cable or a closed lid tells nobody. It has as long as for an acknowledgement."""
 DRAIN_SECONDS: Final = 1.0
 """A cancelled seller has this long to say that it stopped; what it delivered until then is paid."""
 
@@ -83,6 +86,7 @@ class Attempt:
         jobs: Jobs,
         say: Callable[[Frame], None],
         acknowledged: Callable[[], None],
+        is_other_there: Callable[[], bool],
     ) -> None:
         self.job = job
         self.attempt = attempt
@@ -98,6 +102,7 @@ class Attempt:
         self._is_named_late = False
         """Output was stored before we heard what computes it."""
         self._acknowledged = acknowledged
+        self._is_other_there = is_other_there
         self._number = 0
         self._book = book
         self._jobs = jobs
@@ -111,7 +116,7 @@ class Attempt:
         self._scope = trio.CancelScope()
         self._fault: PeerError | None = None
         self._patience: Seconds = WORK_SLACK_SECONDS + 3 * self.expected
-        self._worked_at = trio.current_time()
+        self._worked_at = self._heard_at = trio.current_time()
         self._deadline = self._worked_at + self._patience
 
     @property
@@ -200,7 +205,7 @@ class Attempt:
 
     # ------------------------------------------------------------------ waiting
     async def _acknowledge(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
-        wait = min(max(2 + 20 * self.choice.link.rtt_seconds, 2), 30)
+        wait = self._reply_seconds()
         with trio.move_on_after(wait):
             frame = await _next(inbox)
             if not isinstance(frame, Accepted):
@@ -214,7 +219,7 @@ class Attempt:
         self._beat(worked=True)
         while True:
             frame = None
-            with trio.CancelScope(deadline=self._deadline):
+            with trio.CancelScope(deadline=min(self._deadline, self._heard_at + QUIET_SECONDS)):
                 frame = await _next(inbox)
             if frame is not None:
                 self._beat(worked=isinstance(frame, Part))
@@ -223,9 +228,22 @@ class Attempt:
                 self._on_frame(frame)
             elif trio.current_time() >= self._deadline:  # steps may have moved it meanwhile
                 raise PeerError(f"silent for {self._patience:.0f} s", code="PEER_LOST")
+            elif trio.current_time() >= self._heard_at + QUIET_SECONDS:
+                await self._probe()
+
+    async def _probe(self) -> None:
+        """Raises: PeerError: PEER_LOST, it gives no sign of life, and another one can go on."""
+        wait = self._reply_seconds()
+        if not await self.choice.link.is_alive(wait) and self._is_other_there():
+            raise PeerError(f"no sign of life for {QUIET_SECONDS + wait:.0f} s", code="PEER_LOST")
+        self._heard_at = trio.current_time()
+
+    def _reply_seconds(self) -> Seconds:
+        """How long a node may take to say what costs it nothing."""
+        return min(max(2 + 20 * self.choice.link.rtt_seconds, 2), 30)
 
     def _beat(self, *, worked: bool) -> None:
-        now = trio.current_time()
+        now = self._heard_at = trio.current_time()
         if worked:
             self._worked_at = now
         self._deadline = min(now, self._worked_at + PROGRESS_SECONDS_MAX) + self._patience

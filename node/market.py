@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from random import Random
 from typing import Final
 
@@ -234,6 +234,10 @@ class Market:
             if candidate.peer == peer:
                 return await self._quoted(need, candidate)
         raise PeerError(f"{peer[-8:]} is gone", code="PEER_LOST")
+
+    def has_other(self, need: Need, excluded: Collection[PeerId]) -> bool:
+        """Whether anybody but `excluded` offers it now."""
+        return any(candidate.peer not in excluded for candidate in self._candidates(need))
 
     def _candidates(self, need: Need) -> list[Candidate]:
         found = self._discovery.candidates(need.operation, need.work.model)

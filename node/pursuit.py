@@ -274,6 +274,9 @@ class Pursuit:
             jobs=self._trade.jobs,
             say=self.say,
             acknowledged=lambda: self.move("acknowledged"),
+            is_other_there=lambda: self._trade.market.has_other(
+                need, {choice.link.peer, *self.excluded}
+            ),
         )
         call = self._call(attempt)
         await self._trade.jobs.begin_attempt(

@@ -23,6 +23,8 @@ log = logging.getLogger("aivillage.transport")
 PINNED: Final = "0.8.1"
 STREAMS_INBOUND_MAX: Final = 256
 """Open inbound streams per connection, as go-yamux; each may buffer 256 KiB before we look."""
+UNREAD_BYTES_MAX: Final = 4 << 20
+"""Over all streams of a connection: 256 first windows would be 64 MiB. A link is one stream."""
 PENDING_PER_HOST_MAX: Final = 32
 """Sockets of one host between accept and the end of the handshake, which takes milliseconds."""
 WINDOW_BYTES_MAX: Final = 1 << 20
@@ -175,7 +177,10 @@ def write_frames_cheaply() -> None:
 
 
 def enforce_flow_control() -> None:
-    """Without it: a peer that ignores the window fills our memory; now it loses the stream."""
+    """Without it: a peer that ignores the window fills our memory; now it loses the stream.
+
+    So does one that fills many windows, each as far as it may.
+    """
     yamux = _library("libp2p.stream_muxer.yamux.yamux")
 
     # A frame larger than any window we grant is refused before it is read.
@@ -185,8 +190,12 @@ def enforce_flow_control() -> None:
         return self.__dict__["recv_window"]
 
     def put(self: Any, value: int) -> None:
+        before = self.__dict__.get("recv_window", value)
         self.__dict__["recv_window"] = value
-        if value < 0 and not self.closed:
+        if value >= before or self.closed:
+            return  # granted, not used
+        unread = sum(map(len, self.conn.stream_buffers.values()))
+        if value < 0 or unread > UNREAD_BYTES_MAX:
             _end_violator(self)
 
     yamux.YamuxStream.recv_window = property(get, put)

@@ -17,7 +17,7 @@ import trio
 from aivillage.node.transport import patches
 from aivillage.node.transport.host import CONNECTIONS_MAX
 from aivillage.node.transport.libp2p import open_libp2p
-from aivillage.protocols.errors import ConfigError
+from aivillage.protocols.errors import ConfigError, PeerError
 
 SCENARIOS = Path(__file__).with_name("fault_scenarios.py")
 REPOSITORY = Path(__file__).parents[2]
@@ -128,3 +128,29 @@ async def test_a_host_full_of_silent_sockets_takes_nobody_elses_place(key_of):
             assert await friend.dial(node.addresses()[0]) == node.peer
         for socket in sockets:
             await socket.aclose()
+
+
+async def test_streams_may_hold_four_mebibytes_unread_and_not_a_byte_more(key_of):
+    async def hold(_stream) -> None:
+        await trio.sleep_forever()
+
+    async with (
+        open_libp2p(key_of(1), "127.0.0.1:0") as node,
+        open_libp2p(key_of(2), "127.0.0.1:0") as friend,
+    ):
+        node.serve("/test/hold/1", hold)
+        await friend.dial(node.addresses()[0])
+        *full, last = [await friend.open_stream(node.peer, "/test/hold/1") for _ in range(33)]
+        for stream in full:
+            await stream.write(bytes(patches.UNREAD_BYTES_MAX // 32))
+        (connection,) = next(iter(node._swarm.connections.values()))
+        muxed = connection.muxed_conn
+        with trio.fail_after(5):
+            while sum(map(len, muxed.stream_buffers.values())) < patches.UNREAD_BYTES_MAX:
+                await trio.sleep(0.01)
+        assert not any(stream.closed for stream in muxed.streams.values())
+        await last.write(b"!")
+        with trio.fail_after(5), pytest.raises(PeerError):
+            await last.read(1)
+        assert not any(stream.closed for stream in muxed.streams.values())
+        assert sum(map(len, muxed.stream_buffers.values())) == patches.UNREAD_BYTES_MAX

@@ -121,6 +121,69 @@ async def test_a_silent_seller_is_left_at_the_work_deadline(tmp_path, monkeypatc
         await settled(buyer, second, 7 * PRICE)
 
 
+@asynccontextmanager
+async def vanishing(folder, monkeypatch):
+    """As `three`; what a lost machine takes is shortened, pings come too late to help."""
+    monkeypatch.setattr("aivillage.node.attempt.QUIET_SECONDS", 0.3)
+    async with open_mesh(folder) as mesh:
+        nodes = [await mesh.add(n, heartbeat_seconds=60) for n in ("buyer", "first", "second")]
+        await mesh.knows(*nodes)
+        nodes[0].desk.discovery.record_of(nodes[1].peer).units_per_second = 9_000.0
+        yield mesh, *nodes
+
+
+async def test_a_seller_whose_machine_vanished_is_left_long_before_the_deadlines(
+    tmp_path, monkeypatch
+):
+    async with vanishing(tmp_path, monkeypatch) as (mesh, buyer, first, second):
+        running = await paused_job(buyer, first)
+        mesh.network.partition(["first"])  # no closed connection tells of it
+        with trio.fail_after(4):  # 0.3 s of quiet, then 2 s for a sign of life
+            await running.ended.wait()
+        assert "no sign of life" in buyer.events("attempt_failed")[0]["reason"]
+        assert result_of(running) == expected(PROMPT, 12)
+        assert running.pursuit.spent == price_of(PROMPT, 12)
+        mesh.network.heal()
+        await settled(buyer, first, price_of(PROMPT, 5))
+        await settled(buyer, second, 7 * PRICE)
+
+
+async def test_a_closed_connection_is_noticed_before_any_ping_is_missed(tmp_path, monkeypatch):
+    async with vanishing(tmp_path, monkeypatch) as (mesh, buyer, first, second):
+        running = await paused_job(buyer, first)
+        mesh.network.cut("buyer", "first")
+        mesh.network.partition(["first"])
+        with trio.fail_after(2):  # a missed sign of life would take longer, three pings minutes
+            await running.ended.wait()
+        assert result_of(running) == expected(PROMPT, 12)
+        assert running.pursuit.receipt().sellers == (first.peer, second.peer)
+
+
+async def test_a_seller_that_is_only_quiet_keeps_its_job(tmp_path, monkeypatch):
+    async with vanishing(tmp_path, monkeypatch) as (_, buyer, first, second):
+        running = await paused_job(buyer, first)
+        await trio.sleep(1.5)  # five times as quiet as it takes to be asked
+        first.script.go.set()
+        with trio.fail_after(4):
+            await running.ended.wait()
+        assert running.pursuit.receipt().sellers == (first.peer,)
+        assert second.script.made == 0
+
+
+async def test_a_vanished_seller_that_nobody_could_replace_is_waited_for(tmp_path, monkeypatch):
+    async with vanishing(tmp_path, monkeypatch) as (mesh, buyer, first, second):
+        running = await paused_job(buyer, first, peer=first.peer)
+        mesh.network.partition(["first"])
+        await trio.sleep(3.5)  # more than another one at hand would have waited
+        mesh.network.heal()
+        first.script.go.set()
+        with trio.fail_after(4):
+            await running.ended.wait()
+        assert result_of(running) == expected(PROMPT, 12)
+        assert running.pursuit.receipt().attempts == 1
+        assert second.script.made == 0
+
+
 async def test_a_seller_that_never_acknowledges_is_left_for_the_next(tmp_path):
     async with three(tmp_path) as (_, buyer, first, second):
         kinds = (messages.Accepted, messages.Started, messages.Step, messages.Finished)
