@@ -25,7 +25,7 @@ from aivillage.node.control import Control, open_control
 from aivillage.node.desk import Desk
 from aivillage.node.discovery import Discovery, Record
 from aivillage.node.events import Events
-from aivillage.node.gossip import Gossiper
+from aivillage.node.exchange import Exchange
 from aivillage.node.grants import Grants
 from aivillage.node.guard import Tasks
 from aivillage.node.herald import Herald
@@ -114,17 +114,14 @@ async def open_node(
             book=ledger, events=events, tasks=tasks, owners=owners, grants=grants,
         )  # fmt: skip
         discovery = await _discovery(key, jobs)
-        gossiper = Gossiper(links.all, villagers.is_member, discovery.accept)
+        exchange = Exchange(links, villagers, discovery, tasks, settings)
         discovery.is_neighbour = villagers.is_member
         villagers.on_succeeded, villagers.heard_of = discovery.rename, discovery.offers
         seller = Seller(
             settings=settings, prices=PriceList(key, settings.price_percent), workers=workers,
             book=ledger, events=events, nursery=nursery,
         )  # fmt: skip
-        herald = Herald(
-            discovery=discovery, gossiper=gossiper, seller=seller, addresses=addresses,
-            offer_seconds=settings.offer_seconds,
-        )  # fmt: skip
+        herald = Herald(discovery, exchange, seller, addresses, settings.offer_seconds)
         market = Market(links, discovery, ledger, herald.advertise)
         clearing = Clearing(ledger, villagers.hubs, events)
         market.clear, market.debt_of = clearing.try_clear, ledger.owed_by
@@ -134,7 +131,7 @@ async def open_node(
         buyer.refusal = seller.refusal = lambda: monitor.refusal() or ledger.refusing
         seller.acquainted = villagers.acquainted
         pairs = Pairs(ledger, tasks)
-        switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald, pairs)
+        switch = Switch(links, ledger, villagers, exchange, buyer, seller, herald, pairs)
         keeper = Caretaker(ledger, jobs, events, (seller.running, buyer.running))
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
@@ -146,7 +143,8 @@ async def open_node(
         people = PeopleDesk(desk, keeper, settings.village_exposure_micro_credits)
         handlers = desk.handlers() | people.handlers()
         async with open_control(paths.socket, Control(handlers, buyer, hello, events)):
-            for service in (monitor.run, *villagers.services, herald.run, clearing.run, keeper.run):
+            beats = (*villagers.services, *herald.services)
+            for service in (monitor.run, *beats, clearing.run, keeper.run):
                 tasks.serve(service)
             yield desk
             switch.farewell()

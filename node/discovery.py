@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.node.gossip import News
 from aivillage.node.identity import peer_of
+from aivillage.node.views import Held
 from aivillage.protocols.codec import pack
 from aivillage.protocols.envelope import seal
 from aivillage.protocols.messages import Offer, OfferedOperation, OperationInfo, TaskAd
@@ -66,7 +67,6 @@ class Discovery:
         self._seq = int(time.time() * 1000)
         self._changed = trio.Event()
         self.is_neighbour: Callable[[PeerId], bool] = lambda _peer: False
-        self.on_wanted: Callable[[TaskAd], None] = lambda _ad: None
 
     def record_of(self, peer: PeerId) -> Record:
         return self.records.setdefault(peer, Record())
@@ -83,10 +83,7 @@ class Discovery:
         Without an envelope it is a stranger's, and for our own ears.
         """
         if isinstance(news, TaskAd):
-            if signer != news.buyer or signer == self.peer:
-                return False
-            self.on_wanted(news)
-            return True
+            return signer == news.buyer != self.peer
         if signer != news.seller or signer == self.peer:
             return False
         old = self._offers.get(signer)
@@ -107,15 +104,20 @@ class Discovery:
         self._envelopes = {p: self._envelopes[p] for p in self._offers}
         return list(self._offers.values())
 
-    def envelopes(self) -> list[bytes]:
-        """The live offers as their sellers signed them, for a newcomer."""
-        self.offers()
-        return [envelope for envelope in self._envelopes.values() if envelope]
+    def held(self) -> list[Held]:
+        """The live offers of members, as their sellers signed them."""
+        offers = self.offers()
+        return [Held(o, envelope) for o in offers if (envelope := self._envelopes[o.seller])]
 
     def forget(self, peer: PeerId) -> None:
         """Drops the offer of a stranger that left."""
         if self._envelopes.get(peer) == b"":
-            del self._offers[peer], self._envelopes[peer]
+            self.drop(peer)
+
+    def drop(self, peer: PeerId) -> bytes:
+        """Drops an offer that is there; returns its envelope."""
+        del self._offers[peer]
+        return self._envelopes.pop(peer)
 
     def candidates(self, operation: str) -> list[Candidate]:
         """Peers that offer `operation` and were not found unreachable just now, best first."""
@@ -176,19 +178,16 @@ class Discovery:
             offer = msgspec.structs.replace(offer, operations=offer.operations[:-1])
         return seal(self._key, "offer", offer)
 
-    def make_task_ad(self, operation: str, lifetime_seconds: Seconds) -> bytes:
-        """An envelope that says: I need `operation` and nobody offers it."""
+    def make_task_ad(self, operation: str, lifetime_seconds: Seconds) -> tuple[TaskAd, bytes]:
+        """What says: I need `operation` and nobody offers it; and its envelope."""
         self._seq += 1
-        return seal(
-            self._key,
-            "task",
-            TaskAd(
-                buyer=self.peer,
-                seq=self._seq,
-                not_after_unix_ms=int((time.time() + lifetime_seconds) * 1000),
-                operation=operation,
-            ),
+        ad = TaskAd(
+            buyer=self.peer,
+            seq=self._seq,
+            not_after_unix_ms=int((time.time() + lifetime_seconds) * 1000),
+            operation=operation,
         )
+        return ad, seal(self._key, "task", ad)
 
 
 def _rank(candidate: Candidate) -> tuple[float, float, bool, int]:

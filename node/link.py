@@ -29,6 +29,7 @@ from aivillage.protocols.messages import (
     Join,
     Ledger,
     ListOperations,
+    OffersQuestion,
     PairQuestion,
     Ping,
     Pong,
@@ -46,7 +47,9 @@ log = logging.getLogger("aivillage.links")
 NOT_FOR_PEERS: Final = (Hello, Ask, Answer, Submit, Text, Tunnel)
 """A second hello, and what only the owner's control socket may say."""
 
-QUESTIONS: Final = (QuoteRequest, Join, Standing, ListOperations, Fetch, Granted, PairQuestion)
+QUESTIONS: Final = (
+    QuoteRequest, Join, Standing, ListOperations, Fetch, Granted, PairQuestion, OffersQuestion,
+)  # fmt: skip
 """What costs us far more than the asker."""
 
 

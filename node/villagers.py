@@ -304,17 +304,18 @@ class Villagers:
             await trio.sleep(GRANTS_LOOK_SECONDS)
 
     async def keep_in_touch(self) -> None:
-        """Dials known villagers that are not linked, ever more rarely where nobody answers.
+        """While we have few neighbours: dials villagers, ever more rarely where nobody answers.
 
-        While we have few neighbours, also those we only heard of: who is acquainted with more
-        people has more ways to be paid.
+        Those we know first, then those we only heard of: who is acquainted with more people has
+        more ways to be paid.
         """
         while True:
-            for known in await self._jobs.known_peers():
-                self._dial_if_due(known.id, known.addresses)
-            if len(self._members) < NEIGHBOURS:
-                for offer in self.heard_of():
-                    self._dial_if_due(offer.seller, offer.addresses)
+            known = {peer.id: peer.addresses for peer in await self._jobs.known_peers()}
+            heard = [(o.seller, o.addresses) for o in self.heard_of() if o.seller not in known]
+            random.shuffle(heard)
+            for peer, addresses in (*known.items(), *heard):
+                if len(self._members) + len(self._dialling) < NEIGHBOURS:
+                    self._dial_if_due(peer, addresses)
             await trio.sleep(random.uniform(0.5, 1.5))
 
     def _dial_if_due(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
