@@ -21,7 +21,7 @@ from aivillage.node.gossip import FRAME_BYTES, Gossiper, send_or_drop
 from aivillage.node.guard import Tasks
 from aivillage.node.links import Link, Links
 from aivillage.node.search import Search
-from aivillage.node.views import ByteBudget, Held
+from aivillage.node.views import VIEW_MAX, ByteBudget, Held
 from aivillage.node.villagers import Villagers
 from aivillage.protocols.errors import AivillageError, PeerError
 from aivillage.protocols.messages import Gossip, Offer, OffersAnswer, OffersQuestion
@@ -67,7 +67,7 @@ class Exchange:
 
     def on_up(self, link: Link) -> None:
         """A fresh member: who knows few asks it at once."""
-        if self._is_member(link.peer) and len(self._discovery.held()) < views.VIEW_MAX // 2:
+        if self._is_member(link.peer) and len(self._discovery.held()) < VIEW_MAX // 2:
             self._tasks.start_soon(self._visit, link)
 
     def on_down(self, link: Link) -> None:
@@ -95,7 +95,9 @@ class Exchange:
         have = views.said(each.offer for each in held)
         if not self.budget.take(len(have) + FRAME_BYTES, time.monotonic()):
             return
-        question = OffersQuestion(id=link.next_id(), have=have, room=views.room(len(held)))
+        question = OffersQuestion(
+            id=link.next_id(), have=have, room=views.room(len(held), VIEW_MAX)
+        )
         try:
             answer = await link.ask(question, timeout_seconds=ANSWER_SECONDS)
         except AivillageError:
@@ -129,12 +131,11 @@ class Exchange:
         """One came in: it may answer an ad, and another one may have to go."""
         self.search.on_offer(offer, envelope)
         offers = [each.offer for each in self._discovery.held()]
-        goes = views.crowded_out(offers, self._is_linked, self.search.wanted(), _random)
+        goes = views.crowded_out(
+            offers, self._is_linked, self.search.wanted(), random.choice, VIEW_MAX
+        )
         if goes is not None:
             self.gossiper.unlearn(self._discovery.drop(goes))
 
     def _is_linked(self, peer: PeerId) -> bool:
         return self._links.get(peer) is not None
-
-
-_random = random.Random()

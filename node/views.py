@@ -9,8 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
-import random
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -86,7 +85,7 @@ def heard(have: bytes) -> dict[bytes, int]:
     return {e[:_NAME_BYTES]: int.from_bytes(e[_NAME_BYTES:], "big") for e in entries}
 
 
-def room(kept: int, most: int = VIEW_MAX) -> int:
+def room(kept: int, most: int) -> int:
     """How many unknown offers a view of `kept` asks for."""
     return max(0, most - kept) + MIX
 
@@ -106,13 +105,13 @@ def crowded_out(
     offers: Collection[Offer],
     is_linked: Callable[[PeerId], bool],
     wanted: Container[str],
-    rng: random.Random,
-    most: int = VIEW_MAX,
+    pick: Callable[[Sequence[PeerId]], PeerId],
+    most: int,
 ) -> PeerId | None:
     """Whose offer has to go; None where all fit.
 
-    One of those whose operations most others do too; what somebody looks for just now goes last,
-    what linked peers offer never.
+    `pick` takes one, by chance, of those whose operations most others do too; what somebody looks
+    for just now goes last, what linked peers offer never.
     """
     if len(offers) <= most:
         return None
@@ -123,7 +122,7 @@ def crowded_out(
         return any(name in wanted for name in _names(offer)), -rare[offer.seller]
 
     least = min(map(worth, loose), default=None)
-    return rng.choice([o.seller for o in loose if worth(o) == least]) if loose else None
+    return pick([o.seller for o in loose if worth(o) == least]) if loose else None
 
 
 def worth_sending(
