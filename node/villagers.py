@@ -310,13 +310,20 @@ class Villagers:
         more ways to be paid.
         """
         while True:
-            known = {peer.id: peer.addresses for peer in await self._jobs.known_peers()}
-            heard = [(o.seller, o.addresses) for o in self.heard_of() if o.seller not in known]
-            random.shuffle(heard)
-            for peer, addresses in (*known.items(), *heard):
-                if len(self._members) + len(self._dialling) < NEIGHBOURS:
-                    self._dial_if_due(peer, addresses)
+            if self._needs_neighbours():
+                await self._look_for_neighbours()
             await trio.sleep(random.uniform(0.5, 1.5))
+
+    def _needs_neighbours(self) -> bool:
+        return len(self._members) + len(self._dialling) < NEIGHBOURS
+
+    async def _look_for_neighbours(self) -> None:
+        known = {peer.id: peer.addresses for peer in await self._jobs.known_peers()}
+        heard = [(o.seller, o.addresses) for o in self.heard_of() if o.seller not in known]
+        random.shuffle(heard)
+        for peer, addresses in (*known.items(), *heard):
+            if self._needs_neighbours():
+                self._dial_if_due(peer, addresses)
 
     def _dial_if_due(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
         """One dial of a peer at a time, however many addresses it gave us to wait for."""

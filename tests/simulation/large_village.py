@@ -14,7 +14,7 @@ import functools
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,7 @@ from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
 from aivillage.node.exchange import Exchange
 from aivillage.node.guard import Tasks
-from aivillage.node.herald import Herald
+from aivillage.node.herald import AD_SECONDS, Herald
 from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.node.links import Link, LinkLimits, Links, open_links
 from aivillage.node.market import Choice, Market
@@ -66,8 +66,8 @@ START_SECONDS = 1_800_000_000.0
 COMMON, RARE = "mesh.noop", "inference.generate"
 NEWS = ("Gossip", "OffersQuestion", "OffersAnswer")
 """What offers and ads travel in."""
-TICK_SECONDS = 0.5
-"""Of a ledger; the product's own is ten times as often."""
+TICK_SECONDS = 1.0
+"""Of a ledger; the product's own is twenty times as often."""
 
 
 class Clock:
@@ -84,9 +84,13 @@ class Skilled(ScriptedWorkers):
     """Sells some of the operations only."""
 
     skills: tuple[str, ...] = ()
+    hollow: tuple[str, ...] = ()
+    """Offered only: nobody asks for a quote."""
 
     def operations(self) -> list[OperationInfo]:
-        return [each for each in super().operations() if each.name in self.skills]
+        known = {each.name: each for each in super().operations()}
+        hollow = (msgspec.structs.replace(known[COMMON], name=name) for name in self.hollow)
+        return [*(known[name] for name in self.skills), *hollow]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +127,7 @@ class Member:
         self.minor = VERSION_MINOR
         self.links: Links
         self.switch: Switch
+        self.herald: Herald
         self.workers: Skilled
         self.jobs: Jobs
         self.ledger: Ledger
@@ -178,7 +183,7 @@ class Member:
             settings=settings, prices=PriceList(self.key, 100), workers=workers, book=book,
             events=events, nursery=nursery,
         )  # fmt: skip
-        herald = Herald(
+        herald = self.herald = Herald(
             discovery, exchange, seller, links.transport.addresses, settings.offer_seconds
         )
         market = Market(links, discovery, book, herald.advertise)
@@ -255,10 +260,11 @@ class Village:
         self.rng = random.Random(f"{plan.seed}/life")
         self.network = LoopbackNetwork(plan.seed, latency_seconds=0.02, jitter_seconds=0.02)
         self.members: list[Member] = []
-        self.done = self.failed = self.interrupted = self.left = 0
+        self.done = self.failed = self.left = 0
         self.errors: collections.Counter[str] = collections.Counter()
         self._nursery = nursery
         self._busy: collections.Counter[str] = collections.Counter()
+        self._all_back = trio.Event()
         self._infos: Any = None
 
     async def settle(self) -> None:
@@ -306,7 +312,8 @@ class Village:
     async def _away(self, member: Member) -> None:
         self.left += 1
         member.scope.cancel()
-        await trio.sleep(self.rng.uniform(0.2, 1.8) * self.plan.down_seconds)
+        with trio.move_on_after(self.rng.uniform(0.2, 1.8) * self.plan.down_seconds):
+            await self._all_back.wait()
         await self.start(member)
 
     async def demand(self, jobs_per_second: float, rare_share: float) -> None:
@@ -326,6 +333,44 @@ class Village:
         else:
             self.failed += 1
             self.errors[f"{operation} {running.error.code}"] += 1
+
+    async def quiet(self) -> None:
+        """Everybody is back, every job has ended, and what was signed has arrived.
+
+        Who left between a voucher and its arrival is linked with who was to have it, as the next
+        job of the two would.
+        """
+        self._all_back.set()
+        while sum(self._busy.values()) or len(self.present()) < self.plan.size:
+            await trio.sleep(1)
+        await trio.sleep(5)
+        by_peer = {member.peer: member for member in self.members}
+        for member in self.members:
+            for pair in member.ledger.desk.pairs():
+                other = by_peer[pair.peer]
+                if pair.balance + other.ledger.desk.pair(member.peer).balance:
+                    await member.links.connect(other.address)
+        await trio.sleep(5)
+
+    async def find_cold(self, count: int) -> list[float]:
+        """Seconds until a node hears of what another one has just begun to sell."""
+        found: list[float] = []
+        async with trio.open_nursery() as nursery:
+            for number in range(count):
+                seller, buyer = self.rng.sample(self.present(), 2)
+                seller.workers.hollow = (*seller.workers.hollow, f"cold.{number}")
+                nursery.start_soon(self._find, buyer, f"cold.{number}", found)
+        return found
+
+    async def _find(self, buyer: Member, operation: str, found: list[float]) -> None:
+        """As a market does for a job."""
+        began = trio.current_time()
+        while not buyer.discovery.candidates(operation):
+            news = buyer.discovery.next_news()
+            buyer.herald.advertise(operation)
+            with trio.move_on_after(AD_SECONDS):
+                await news.wait()
+        found.append(trio.current_time() - began)
 
     # ------------------------------------------------------------------ figures
     def sum_of_balances(self) -> int:
@@ -347,8 +392,9 @@ class Village:
     def degrees(self) -> list[int]:
         return sorted(len(m.villagers.members()) for m in self.present())
 
-    def news_sent(self) -> list[int]:
-        return [sum(member.sent[kind] for kind in NEWS) for member in self.members]
+    def sent(self, kinds: Iterable[str]) -> list[int]:
+        """Messages of these kinds, by node."""
+        return [sum(member.sent[kind] for kind in kinds) for member in self.members]
 
     def mean_view(self) -> float:
         return statistics.fmean(len(m.discovery.held()) for m in self.present())

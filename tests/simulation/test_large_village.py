@@ -23,7 +23,7 @@ from aivillage.protocols.messages import (
 from aivillage.protocols.pricing import Terms
 from tests.conftest import make_key
 from tests.simulation import large_village
-from tests.simulation.large_village import COMMON, RARE, Plan, Village
+from tests.simulation.large_village import COMMON, NEWS, RARE, Plan, Village
 
 ROUND_SECONDS = 5.0
 
@@ -90,7 +90,7 @@ def test_traffic_is_the_same_in_a_small_village_and_in_a_larger_one(few_links, s
                 await trio.sleep(60)
                 home.clear_counts()
                 await trio.sleep(120)
-                return sum(home.news_sent()) / size / 120
+                return sum(home.sent(NEWS)) / size / 120
 
         return large_village.run(life)
 
