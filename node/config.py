@@ -82,6 +82,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 50
     heartbeat_seconds: Annotated[Positive, _doc("between pings; three misses drop a peer")] = 10.0
     offer_seconds: Annotated[Positive, _doc("between offers; one lives four times as long")] = 30.0
+    gossip_bytes_per_second: Annotated[
+        int, Meta(ge=1024), _doc("most that offers and ads, mine and others', may send a second")
+    ] = 8192
     worker_idle_seconds: Annotated[Positive, _doc("an idle worker process ends after")] = 600.0
     worker_memory_mb: Annotated[int, Meta(ge=256), _doc("data memory of one worker")] = 4096
     worker_cores: Annotated[

@@ -26,8 +26,8 @@ from aivillage.node.desk import Desk
 from aivillage.node.detours import Detours
 from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
+from aivillage.node.exchange import Exchange
 from aivillage.node.gate import Gate, open_gate
-from aivillage.node.gossip import Gossiper
 from aivillage.node.grants import Grants
 from aivillage.node.guard import Tasks
 from aivillage.node.herald import Herald
@@ -124,16 +124,13 @@ async def open_node(
             book=ledger, events=events, tasks=tasks, owners=owners, grants=grants,
             discovery=discovery,
         )  # fmt: skip
-        gossiper = Gossiper(links.all, villagers.is_member, discovery.accept)
+        exchange = Exchange(links, villagers, discovery, tasks, settings)
         prices = PriceList(key, settings.price_percent, gate.floor_percent)
         seller = Seller(
             settings=settings, prices=prices, workers=workers, book=ledger, events=events,
             nursery=nursery, gate=gate,
         )  # fmt: skip
-        herald = Herald(
-            discovery=discovery, gossiper=gossiper, seller=seller, addresses=detours.addresses,
-            offer_seconds=settings.offer_seconds,
-        )  # fmt: skip
+        herald = Herald(discovery, exchange, seller, detours.addresses, settings.offer_seconds)
         market = Market(links, discovery, ledger, herald.advertise)
         clearing = Clearing(ledger, villagers.hubs, events)
         market.clear, market.debt_of = clearing.try_clear, ledger.owed_by
@@ -145,7 +142,7 @@ async def open_node(
         _close_and_open(gate, monitor, ledger, buyer, seller, herald, tasks)
         replicator = await open_replicator(settings, trade, buyer, villagers, tasks)
         pairs = Pairs(ledger, tasks)
-        switch = Switch(links, ledger, villagers, gossiper, buyer, seller, herald, pairs)
+        switch = Switch(links, ledger, villagers, exchange, buyer, seller, herald, pairs)
         keeper = Caretaker(ledger, jobs, events, (seller.running, buyer.running))
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
@@ -159,7 +156,8 @@ async def open_node(
         handlers |= LimitsDesk(gate, desk, settings, prices, workers).handlers()
         handlers |= ReputationDesk(desk).handlers()
         async with open_control(paths.socket, Control(handlers, buyer, hello, events)):
-            for service in (monitor.run, *villagers.services, herald.run, clearing.run, keeper.run):
+            beats = (*villagers.services, *herald.services)
+            for service in (monitor.run, *beats, clearing.run, keeper.run):
                 tasks.serve(service)
             yield desk
             switch.farewell()

@@ -48,14 +48,14 @@ class Discovery:
         self.peer = peer_of(key)
         self._offers = Offers()
         self.met, self.has_left = self._offers.met, self._offers.has_left
-        self.envelopes, self.offers = self._offers.envelopes, self._offers.all
+        self.held, self.offers = self._offers.held, self._offers.all
+        self.drop = self._offers.drop
         self.forget = self._offers.drop_stranger
         self._unreachable_until: dict[PeerId, float] = {}
         self.records = {} if records is None else records
         self._seq = int(time.time() * 1000)
         self._changed = trio.Event()
         self.is_neighbour: Callable[[PeerId], bool] = lambda _peer: False
-        self.on_wanted: Callable[[TaskAd], None] = lambda _ad: None
 
     def record_of(self, peer: PeerId) -> Record:
         return self.records.setdefault(peer, Record())
@@ -73,10 +73,7 @@ class Discovery:
         Without an envelope it is a stranger's, and for our own ears.
         """
         if isinstance(news, TaskAd):
-            if signer != news.buyer or signer == self.peer:
-                return False
-            self.on_wanted(news)
-            return True
+            return signer == news.buyer != self.peer
         if signer != news.seller or signer == self.peer:
             return False
         if not self._offers.take(news, envelope):
@@ -151,20 +148,17 @@ class Discovery:
             offer = msgspec.structs.replace(offer, operations=offer.operations[:-1])
         return seal(self._key, "offer", offer)
 
-    def make_task_ad(self, operation: str, lifetime_seconds: Seconds) -> bytes:
-        """An envelope that says: I need `operation` and nobody offers it."""
+    def make_task_ad(self, operation: str, lifetime_seconds: Seconds) -> tuple[TaskAd, bytes]:
+        """What says: I need `operation` and nobody offers it; and its envelope."""
         self._seq += 1
-        return seal(
-            self._key,
-            "task",
-            TaskAd(
-                buyer=self.peer,
-                seq=self._seq,
-                not_after_unix_ms=int((time.time() + lifetime_seconds) * 1000),
-                lifetime_ms=int(lifetime_seconds * 1000),
-                operation=operation,
-            ),
+        ad = TaskAd(
+            buyer=self.peer,
+            seq=self._seq,
+            not_after_unix_ms=int((time.time() + lifetime_seconds) * 1000),
+            lifetime_ms=int(lifetime_seconds * 1000),
+            operation=operation,
         )
+        return ad, seal(self._key, "task", ad)
 
 
 def _rank(candidate: Candidate, work: Work) -> tuple[float, float, bool, int]:

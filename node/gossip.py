@@ -1,22 +1,22 @@
-"""Small signed news, passed from neighbour to neighbour over the links that are open anyway.
+"""Small signed news over the links that are open anyway: offers and task advertisements.
 
-A flood with a memory: each envelope is verified once, kept if it is news, and passed on to every
-other member of the village that is linked. Offers and task advertisements are the only news; both
-are small and expire. A stranger speaks for itself only: its own offer is heard while it is linked
-and goes no further, so that nobody's thousand identities hide a real seller.
+Each envelope is verified once and kept if it is news. Nothing is passed on here: offers of others
+are asked for (exchange.py), ads walk (search.py), and all of it spends one budget of bytes. A
+stranger speaks for itself only: its own offer is heard while it is linked and goes no further, so
+that nobody's thousand identities hide a real seller.
 """
 
 from __future__ import annotations
 
 import collections
 import hashlib
+import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-import msgspec
-
 from aivillage.node.freshness import left_ms
+from aivillage.node.views import ByteBudget
 from aivillage.protocols.envelope import unseal
 from aivillage.protocols.errors import PeerError, RequestError
 from aivillage.protocols.messages import Frame, Gossip, Offer, TaskAd
@@ -25,7 +25,11 @@ from aivillage.protocols.types import PeerId
 GOSSIP_BYTES_MAX: Final = 1024 + 256
 """An offer of 1 KiB and its envelope."""
 HOPS_MAX: Final = 8
-"""Enough for any village; a longer way is a loop."""
+"""Of an ad on its way; a longer one is a loop."""
+FRESH_MAX: Final = 8
+"""Neighbours that hear a fresh offer from its seller, in turn; all others ask for it."""
+FRAME_BYTES: Final = 48
+"""Of a frame around an envelope: what a budget counts beside it."""
 SEEN_MAX: Final = 16_384
 NEWS_PER_SECOND: Final = 50
 """Verified per neighbour: 50 x 0.11 ms is half a percent of a core."""
@@ -43,28 +47,43 @@ class Neighbour(Protocol):
 
 
 class Gossiper:
-    """Spreads news; `accept` says whether it is news to us (and so worth passing on)."""
+    """Hears news; `accept` says whether it is news to us."""
 
     def __init__(
         self,
         neighbours: Callable[[], Sequence[Neighbour]],
         is_member: Callable[[PeerId], bool],
         accept: Callable[[PeerId, News, bytes], bool],
+        budget: ByteBudget,
     ) -> None:
         self._neighbours = neighbours
         self._is_member = is_member
         self._accept = accept
+        self._said = budget
+        self.on_offer: Callable[[Offer, bytes], None] = lambda _offer, _envelope: None
+        """A member's, kept; its envelope."""
+        self.on_ad: Callable[[PeerId, Gossip, TaskAd | None], None] = lambda _from, _ad, _news: None
+        """An ad that came from a neighbour; None inside it: the same as before, on another way."""
         self._seen: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self._budget: dict[PeerId, tuple[float, float]] = {}
+        self._told_at: dict[PeerId, float] = {}
         self.dropped = 0
 
-    def publish(self, topic: str, envelope: bytes) -> None:
-        """Sends news of our own: what we do to everybody linked, what we need to members."""
-        gossip = Gossip(topic=topic, envelope=envelope)
+    def publish(self, envelope: bytes, most: int = FRESH_MAX) -> None:
+        """A fresh offer of our own, to `most` neighbours that have not had one for longest."""
+        gossip = Gossip(topic="offer", envelope=envelope)
         self._remember(gossip)
-        for neighbour in self._neighbours():
-            if topic == "offer" or self._is_member(neighbour.peer):
-                send_or_drop(neighbour, gossip)
+        neighbours = list(self._neighbours())
+        random.shuffle(neighbours)
+        neighbours.sort(key=lambda neighbour: self._told_at.get(neighbour.peer, 0.0))
+        for neighbour in neighbours[:most]:
+            if self.say(neighbour, gossip):
+                self._told_at[neighbour.peer] = time.monotonic()
+
+    def say(self, neighbour: Neighbour, gossip: Gossip) -> bool:
+        """Sends it if the budget allows."""
+        size_bytes = len(gossip.envelope) + FRAME_BYTES
+        return self._said.take(size_bytes, time.monotonic()) and send_or_drop(neighbour, gossip)
 
     def receive(self, source: PeerId, gossip: Gossip) -> None:
         """Takes news from a neighbour.
@@ -78,18 +97,31 @@ class Gossiper:
             self._hear_stranger(source, gossip)
             return
         kind = DOMAINS.get(gossip.topic)
-        if kind is None or gossip.hops > HOPS_MAX or self._has_seen(gossip):
-            return  # a topic of a newer version, a loop, or nothing new
+        if kind is None or gossip.hops > HOPS_MAX:
+            return  # a topic of a newer version, or a loop
         if not self._within_budget(source):
             self.dropped += 1  # not remembered: another neighbour may bring it
             return
+        if self._has_seen(gossip):
+            if kind is TaskAd:
+                self.on_ad(source, gossip, None)
+            return
         self._remember(gossip)
         signer, news = unseal(gossip.envelope, gossip.topic, kind)
-        if self._is_current(news) and self._accept(signer, news, gossip.envelope):
-            self._spread(msgspec.structs.replace(gossip, hops=gossip.hops + 1), without=source)
+        if not (self._is_current(news) and self._accept(signer, news, gossip.envelope)):
+            return
+        if isinstance(news, TaskAd):
+            self.on_ad(source, gossip, news)
+        else:
+            self.on_offer(news, gossip.envelope)
+
+    def unlearn(self, envelope: bytes) -> None:
+        """An offer that found no room is news when it comes again."""
+        self._seen.pop(_name(Gossip(topic="offer", envelope=envelope)), None)
 
     def forget(self, peer: PeerId) -> None:
         self._budget.pop(peer, None)
+        self._told_at.pop(peer, None)
 
     def _is_current(self, news: News) -> bool:
         now_ms = int(time.time() * 1000)
@@ -103,11 +135,6 @@ class Gossiper:
         signer, news = unseal(gossip.envelope, "offer", Offer)
         if signer == source and self._is_current(news):
             self._accept(signer, news, b"")
-
-    def _spread(self, gossip: Gossip, *, without: PeerId) -> None:
-        for neighbour in self._neighbours():
-            if neighbour.peer != without and self._is_member(neighbour.peer):
-                send_or_drop(neighbour, gossip)
 
     def _has_seen(self, gossip: Gossip) -> bool:
         return _name(gossip) in self._seen

@@ -1,4 +1,4 @@
-"""Tells the village what this node does and needs: offers on a beat, on request, to newcomers."""
+"""Tells the village what this node does and needs: offers on a beat and to newcomers, and ads."""
 
 from __future__ import annotations
 
@@ -9,62 +9,59 @@ import trio
 
 from aivillage.node.addresses import Addresses
 from aivillage.node.discovery import Discovery
-from aivillage.node.gossip import Gossiper
+from aivillage.node.exchange import Exchange
 from aivillage.node.seller import Seller
-from aivillage.protocols.messages import Gossip, TaskAd
+from aivillage.protocols.messages import Gossip
 from aivillage.protocols.types import PeerId, Seconds
 
 LIVES: Final = 4
 """An offer lives four beats: three may be lost."""
-NEWS_FOR_NEWCOMER_MAX: Final = 256
+EARLY_SECONDS: Final = 2.0
+"""At least, between an offer and an early one: whoever changes much makes nobody shout."""
+LINKS_MAX: Final = 256
+"""More than are ever open."""
 AD_SECONDS: Final = 5.0
 """Between two advertisements of one task, and how long one lives twice over."""
-EARLY_SECONDS: Final = 2.0
-"""At least, between an offer and an early one: whoever advertises much makes nobody shout."""
-ANSWER_SECONDS_MAX: Final = 0.2
-"""Answers to an advertisement spread over this, so that a village does not shout at once."""
 
 
 class Herald:
-    """Publishes through the gossiper. `run` is the beat; the rest are plain calls."""
+    """Publishes through the exchange. `run` is the beat; the rest are plain calls."""
 
     def __init__(
         self,
-        *,
         discovery: Discovery,
-        gossiper: Gossiper,
+        exchange: Exchange,
         seller: Seller,
         addresses: Addresses,
         offer_seconds: Seconds,
     ) -> None:
         self._discovery = discovery
-        self._gossiper = gossiper
+        self._exchange = exchange
         self._seller = seller
         self._addresses = addresses
         self._offer_seconds = offer_seconds
         self._advertised: dict[str, float] = {}
         self._early = trio.Event()
-        discovery.on_wanted = self._on_wanted
+        exchange.search.own_offer = self._offer_of
+        self.services = (self.run, exchange.run)
 
     async def run(self) -> None:
-        """Offers on a jittered beat, and soon after somebody asked."""
+        """Offers on a jittered beat, and soon after a change."""
         while True:
             self._early = trio.Event()
-            self._gossiper.publish("offer", self._offer())
+            self._exchange.gossiper.publish(self._offer())
             earliest = trio.current_time() + EARLY_SECONDS
             with trio.move_on_after(self._offer_seconds * random.uniform(0.8, 1.2)):
                 await self._early.wait()
                 await trio.sleep_until(earliest)
-                await trio.sleep(random.uniform(0, ANSWER_SECONDS_MAX))
 
-    def news_for(self, *, member: bool) -> list[Gossip]:
-        """What a fresh neighbour should know: our offer first, then a member all live ones."""
-        others = self._discovery.envelopes()[:NEWS_FOR_NEWCOMER_MAX] if member else []
-        return [Gossip(topic="offer", envelope=e) for e in (self._offer(), *others)]
+    def for_newcomer(self) -> Gossip:
+        """What a fresh neighbour should know of us."""
+        return Gossip(topic="offer", envelope=self._offer())
 
     def farewell(self) -> None:
         """Our last word: whoever hears of us from now on hears that we left."""
-        self._gossiper.publish("offer", self._discovery.make_farewell())
+        self._exchange.gossiper.publish(self._discovery.make_farewell(), most=LINKS_MAX)
 
     def hurry(self) -> None:
         """What we offer changed: tell it soon."""
@@ -78,16 +75,19 @@ class Herald:
         now = trio.current_time()
         if now - self._advertised.get(operation, -AD_SECONDS) >= AD_SECONDS:
             self._advertised[operation] = now
-            self._gossiper.publish("task", self._discovery.make_task_ad(operation, 2 * AD_SECONDS))
+            ad, envelope = self._discovery.make_task_ad(operation, 2 * AD_SECONDS)
+            self._exchange.search.advertise(ad, envelope)
 
-    def _offer(self) -> bytes:
+    def _offer(self, first: str = "") -> bytes:
+        """Our offer; if not all of it fits, then at least `first`."""
+        operations = self._seller.operations()
         return self._discovery.make_offer(
-            self._seller.operations(),
+            sorted(operations, key=lambda operation: operation.name != first),
             self._addresses(),
             self._seller.free_slots(),
             LIVES * self._offer_seconds,
         )
 
-    def _on_wanted(self, ad: TaskAd) -> None:
-        if any(operation.name == ad.operation for operation in self._seller.operations()):
-            self.hurry()
+    def _offer_of(self, operation: str) -> bytes | None:
+        does = any(each.name == operation for each in self._seller.operations())
+        return self._offer(operation) if does else None

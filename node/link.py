@@ -30,6 +30,7 @@ from aivillage.protocols.messages import (
     Join,
     Ledger,
     ListOperations,
+    OffersQuestion,
     PairQuestion,
     Ping,
     Pong,
@@ -50,6 +51,7 @@ NOT_FOR_PEERS: Final = (Hello, Ask, Answer, Submit, Text, Tunnel)
 
 QUESTIONS: Final = (
     QuoteRequest, Join, Standing, ListOperations, Fetch, Granted, PairQuestion, Reach,
+    OffersQuestion,
 )  # fmt: skip
 """What costs us far more than the asker."""
 

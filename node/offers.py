@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 
 from aivillage.node.freshness import left_ms
+from aivillage.node.views import Held
 from aivillage.protocols.messages import Offer
 from aivillage.protocols.types import PeerId, Seconds
 
@@ -90,10 +91,17 @@ class Offers:
         self._live = {peer: live for peer, live in self._live.items() if live.ends >= now}
         return [live.offer for live in self._live.values()]
 
-    def envelopes(self) -> list[bytes]:
+    def held(self) -> list[Held]:
         """The live offers of members as they were signed."""
         self.all()
-        return [live.envelope for live in self._live.values() if live.envelope]
+        return [Held(live.offer, live.envelope) for live in self._live.values() if live.envelope]
+
+    def drop(self, peer: PeerId) -> bytes:
+        """Makes room: an offer that is there goes, and may come again. Returns its envelope."""
+        live = self._live.pop(peer)
+        until = time.monotonic() + DEPARTED_SECONDS
+        self._note(peer, _LastWord(live.offer.seq - 1, until, departed=False))
+        return live.envelope
 
     def _barred(self, seller: PeerId, now: float) -> int:
         """The highest number that is old news."""

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from aivillage.node.buyer import Buyer
-from aivillage.node.gossip import Gossiper, send_or_drop
+from aivillage.node.exchange import Exchange
+from aivillage.node.gossip import send_or_drop
 from aivillage.node.herald import Herald
 from aivillage.node.links import Link, Links
 from aivillage.node.pairs import Pairs
@@ -25,7 +26,7 @@ class Switch:
         links: Links,
         book: Book,
         villagers: Villagers,
-        gossiper: Gossiper,
+        exchange: Exchange,
         buyer: Buyer,
         seller: Seller,
         herald: Herald,
@@ -33,14 +34,15 @@ class Switch:
     ) -> None:
         self._book = book
         self._villagers = villagers
-        self._gossiper = gossiper
+        self._exchange = exchange
         self._buyer = buyer
         self._seller = seller
         self._herald = herald
         self._routes: dict[type[Any], Callable[[Link, Any], None]] = {
             messages.Step: buyer.on_step,
             messages.Ledger: self._on_ledger,
-            messages.Gossip: lambda link, frame: gossiper.receive(link.peer, frame),
+            messages.Gossip: lambda link, frame: exchange.gossiper.receive(link.peer, frame),
+            messages.OffersQuestion: exchange.on_question,
             messages.QuoteRequest: seller.on_quote_request,
             messages.Call: seller.on_call,
             messages.Cancel: lambda link, frame: seller.on_cancel(link, frame.id),
@@ -67,15 +69,15 @@ class Switch:
     def on_up(self, link: Link) -> None:
         self._villagers.on_up(link)
         self._buyer.on_up(link.peer)
-        for gossip in self._herald.news_for(member=self._villagers.is_member(link.peer)):
-            send_or_drop(link, gossip)
+        send_or_drop(link, self._herald.for_newcomer())
+        self._exchange.on_up(link)
 
     def on_down(self, link: Link, reason: str) -> None:
         if not self._villagers.is_member(link.peer):
             self._herald.forget(link.peer)
         self._villagers.on_down(link, reason)
         self._seller.on_down(link)
-        self._gossiper.forget(link.peer)
+        self._exchange.on_down(link)
 
     def farewell(self) -> None:
         """This node is stopping: each buyer hears it with its call, and goes on elsewhere.

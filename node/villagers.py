@@ -326,20 +326,30 @@ class Villagers:
             await trio.sleep(GRANTS_LOOK_SECONDS)
 
     async def keep_in_touch(self) -> None:
-        """Dials known villagers that are not linked, ever more rarely where nobody answers.
+        """While we have few neighbours: dials villagers, ever more rarely where nobody answers.
 
-        While we have few neighbours, also those we only heard of: who is acquainted with more
-        people has more ways to be paid.
+        Those we know first, then those we only heard of: who is acquainted with more people has
+        more ways to be paid.
         """
         while True:
-            for known in await self._jobs.known_peers():
-                self._dial_if_due(known.id, (*self.lan.found.get(known.id, ()), *known.addresses))
-            if len(self._members) < NEIGHBOURS:
-                for offer in self._discovery.offers():  # of people whom we may not have met
-                    self._dial_if_due(offer.seller, offer.addresses)
-                for peer, addresses in list(self.lan.found.items()):
-                    self._dial_if_due(peer, addresses)
+            if self._needs_neighbours():
+                await self._look_for_neighbours()
             await trio.sleep(random.uniform(0.5, 1.5))
+
+    def _needs_neighbours(self) -> bool:
+        return len(self._members) + len(self._dialling) < NEIGHBOURS
+
+    async def _look_for_neighbours(self) -> None:
+        near = self.lan.found
+        known = {peer.id: peer.addresses for peer in await self._jobs.known_peers()}
+        offers = self._discovery.offers()
+        heard = [(o.seller, o.addresses) for o in offers if o.seller not in known]
+        random.shuffle(heard)
+        met = [(peer, (*near.get(peer, ()), *addresses)) for peer, addresses in known.items()]
+        fresh = [(peer, found) for peer, found in near.items() if peer not in known]
+        for peer, addresses in (*met, *fresh, *heard):
+            if self._needs_neighbours():
+                self._dial_if_due(peer, addresses)
 
     def _dial_if_due(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
         """One dial of a peer at a time, however many addresses it gave us to wait for."""

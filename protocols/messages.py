@@ -27,6 +27,12 @@ GRANTS_MAX: Final = 4
 """In a hello: each costs a signature's check."""
 PAIR_LANES_MAX: Final = 8192
 """Either way in one view: ten boots a day for two years, and 610 KB at most."""
+HAVE_BYTES: Final = 14
+"""Of one offer that an asker has: 8 of its seller's hash, 6 of the unix ms when it ends."""
+HAVE_MAX: Final = 1024
+"""In one question: eight times what a view holds, and 14 KB."""
+OFFERS_PER_ANSWER_MAX: Final = 32
+"""Each costs a signature's check, and the loop waits for all: 3 ms."""
 ADDRESSES_MAX: Final = 8
 ADDRESS_CHARACTERS_MAX: Final = 256
 BLOBS_MAX: Final = 16
@@ -203,6 +209,21 @@ class Gossip(Message, frozen=True, kw_only=True, tag="gossip"):
     hops: Count = 0
 
 
+class OffersQuestion(Message, frozen=True, kw_only=True, tag="offers_question"):
+    """Since 1.2: which offers do you hold that are news to who has these, `room` unknown ones?"""
+
+    id: Count
+    have: Annotated[bytes, msgspec.Meta(max_length=HAVE_BYTES * HAVE_MAX)] = b""
+    room: Count = 0
+
+
+class OffersAnswer(Message, frozen=True, kw_only=True, tag="offers"):
+    """Since 1.2: enveloped `Offer`s of others."""
+
+    id: Count
+    envelopes: Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=OFFERS_PER_ANSWER_MAX)] = ()
+
+
 class Standing(Message, frozen=True, kw_only=True, tag="standing"):
     """What you may owe me, and how much of that unsigned: sent when I know, and when it changes."""
 
@@ -352,7 +373,8 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
 PEER_MESSAGES: Final = (
     Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
     Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Standing, Fetch, Join,
-    Joined, Granted, PairQuestion, PairView, Reach, Reached, Step,
+    Joined, Granted, PairQuestion, PairView, Reach, Reached, OffersQuestion, OffersAnswer,
+    Step,
 )  # fmt: skip
 CONTROL_MESSAGES: Final = (
     Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,

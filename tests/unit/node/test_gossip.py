@@ -1,4 +1,4 @@
-"""Gossip: what is passed on, to whom, and what is not."""
+"""Gossip: what is heard, of whom, and who hears of us."""
 
 import msgspec
 import pytest
@@ -6,14 +6,17 @@ import pytest
 from aivillage.node import gossip as gossiping
 from aivillage.node.freshness import LIFETIME_MS_MAX
 from aivillage.node.gossip import (
+    FRAME_BYTES,
+    FRESH_MAX,
     GOSSIP_BYTES_MAX,
     HOPS_MAX,
     NEWS_PER_SECOND,
     Gossiper,
 )
+from aivillage.node.views import ByteBudget
 from aivillage.protocols.envelope import seal
 from aivillage.protocols.errors import PeerError, RequestError
-from aivillage.protocols.messages import Gossip, Offer
+from aivillage.protocols.messages import Gossip, Offer, TaskAd
 from tests.conftest import make_key, make_peer
 
 NOW_MS = 1_800_000_000_000
@@ -43,9 +46,17 @@ class World:
         monkeypatch.setattr(gossiping.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(gossiping.time, "time", lambda: self.wall_ms / 1000)
         self.a, self.b = Neighbour(1), Neighbour(2)
+        self.neighbours = [self.a, self.b]
+        self.budget = ByteBudget(8192)
+        self.kept, self.ads = [], []
         self.gossiper = Gossiper(
-            lambda: [self.a, self.b], lambda peer: peer not in self.strangers, self.accept
+            lambda: self.neighbours,
+            lambda peer: peer not in self.strangers,
+            self.accept,
+            self.budget,
         )
+        self.gossiper.on_offer = lambda *found: self.kept.append(found)
+        self.gossiper.on_ad = lambda *found: self.ads.append(found)
 
     def accept(self, signer, news, envelope):
         self.news.append((signer, news, envelope))
@@ -67,10 +78,17 @@ def offer(seq=1, by=9, not_after=NOW_MS + 1000):
     return Gossip(topic="offer", envelope=seal(make_key(by), "offer", body))
 
 
-def test_news_goes_to_everybody_but_its_bringer_one_hop_older(world):
+def ad(by=9):
+    body = TaskAd(
+        buyer=make_peer(by), seq=1, not_after_unix_ms=NOW_MS + 1000, operation="mesh.noop"
+    )
+    return Gossip(topic="task", envelope=seal(make_key(by), "task", body))
+
+
+def test_an_offer_of_somebody_else_is_kept_and_not_passed_on(world):
     world.receive(offer())
-    assert world.a.heard == []
-    assert world.b.heard == [msgspec.structs.replace(offer(), hops=1)]
+    assert world.a.heard == world.b.heard == []
+    assert [envelope for _, envelope in world.kept] == [offer().envelope]
     assert world.news[0][0] == make_peer(9)
 
 
@@ -78,21 +96,57 @@ def test_the_same_news_is_taken_once_whoever_brings_it(world):
     world.receive(offer())
     world.receive(offer())
     world.receive(msgspec.structs.replace(offer(), hops=3), world.b)
-    assert (len(world.news), len(world.b.heard), world.a.heard) == (1, 1, [])
+    assert len(world.news) == len(world.kept) == 1
+    world.gossiper.unlearn(offer().envelope)
+    world.receive(offer())
+    assert len(world.news) == 2
 
 
-def test_what_is_no_news_to_us_is_not_passed_on(world):
+def test_what_is_no_news_to_us_is_not_told_further(world):
     world.wanted = False
     world.receive(offer())
-    assert (len(world.news), world.b.heard) == (1, [])
+    world.receive(ad())
+    assert (len(world.news), world.kept, world.ads) == (2, [], [])
 
 
-def test_our_own_news_goes_to_all_and_is_not_taken_back(world):
+def test_an_ad_is_checked_once_and_its_other_ways_are_heard_too(world):
+    world.receive(ad())
+    again = msgspec.structs.replace(ad(), hops=3)
+    world.receive(again, world.b)
+    assert len(world.news) == 1
+    assert [(source, gossip) for source, gossip, _ in world.ads] == [
+        (world.a.peer, ad()),
+        (world.b.peer, again),
+    ]
+    assert [news is None for _, _, news in world.ads] == [False, True]
+
+
+def test_our_own_offer_goes_out_and_is_not_taken_back(world):
     mine = offer(by=7)
-    world.gossiper.publish(mine.topic, mine.envelope)
+    world.gossiper.publish(mine.envelope)
     world.receive(msgspec.structs.replace(mine, hops=2))
     assert world.a.heard == world.b.heard == [mine]
     assert world.news == []
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_fresh_offer_goes_to_a_few_neighbours_and_to_each_in_turn(world, over):
+    world.neighbours = [Neighbour(n) for n in range(1, FRESH_MAX + 1 + over)]
+    for seq in range(2):
+        world.now += 1
+        world.gossiper.publish(offer(seq, by=30).envelope)
+        assert sum(len(n.heard) for n in world.neighbours) == FRESH_MAX * (seq + 1)
+    counts = [len(n.heard) for n in world.neighbours]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_what_is_said_keeps_within_the_budget(world):
+    size_bytes = len(offer().envelope) + FRAME_BYTES
+    world.budget.take(8192 * 8 - 2 * size_bytes, world.now)
+    assert [world.gossiper.say(world.a, offer()) for _ in range(3)] == [True, True, False]
+    assert len(world.a.heard) == 2
+    world.now += size_bytes / 8192 + 1e-6
+    assert world.gossiper.say(world.a, offer())
 
 
 def test_the_last_hop_is_heard_and_one_beyond_is_not(world):
@@ -103,7 +157,7 @@ def test_the_last_hop_is_heard_and_one_beyond_is_not(world):
 
 def test_a_topic_of_a_newer_version_is_no_offence(world):
     world.receive(Gossip(topic="weather", envelope=b"?"))
-    assert (world.news, world.b.heard) == ([], [])
+    assert world.news == []
 
 
 @pytest.mark.parametrize("over", [0, 1])
@@ -158,7 +212,7 @@ def test_a_neighbour_has_a_budget_and_what_it_lost_another_may_bring(world):
 )
 def test_a_neighbour_that_takes_nothing_costs_the_others_nothing(world, error):
     world.a.error = error
-    world.gossiper.publish("offer", offer().envelope)
+    world.gossiper.publish(offer().envelope)
     assert len(world.b.heard) == 1
 
 
@@ -173,22 +227,19 @@ def test_a_stranger_tells_us_nothing_and_a_member_may_bring_the_same(world):
     news = offer()
     world.strangers.add(world.a.peer)
     world.receive(news)
-    assert (world.news, world.b.heard) == ([], [])
+    assert world.news == []
     world.receive(news, world.b)
-    assert len(world.news) == 1
-    assert world.a.heard == []
+    assert len(world.news) == len(world.kept) == 1
 
 
 def test_a_strangers_own_offer_is_heard_and_goes_no_further(world):
     world.strangers.add(world.a.peer)
     world.receive(offer(by=1))
     assert [(signer, envelope) for signer, _, envelope in world.news] == [(world.a.peer, b"")]
-    assert world.b.heard == []
+    assert world.kept == []
 
 
-def test_our_offer_goes_to_everybody_and_what_we_need_to_members_only(world):
+def test_our_offer_goes_to_strangers_too(world):
     world.strangers.add(world.a.peer)
-    world.gossiper.publish("offer", b"o")
-    world.gossiper.publish("task", b"t")
-    assert [gossip.topic for gossip in world.a.heard] == ["offer"]
-    assert [gossip.topic for gossip in world.b.heard] == ["offer", "task"]
+    world.gossiper.publish(offer().envelope)
+    assert world.a.heard == world.b.heard == [offer()]

@@ -1,0 +1,112 @@
+"""Offers and jobs in villages of 10, 100 and 1,000 nodes. docs/scale.md says what it means.
+
+    python benchmarks/village_sim.py [--quick] [--json]
+
+All nodes in one process and one thread, under virtual time (tests/simulation/large_village.py says
+what of the node runs: all that hears, links, dials, sells, buys and books, with real signatures;
+and what is made up: the engine, clocks, delays of 20 to 40 ms, SQLite in memory). Made up here:
+nodes arrive ten a second, each knowing the founder only; one in fifty sells the rare operation; a
+fifth of the nodes leaves every hour, at once and unannounced, and is back five minutes later; each
+node asks for a job every 100 s, three in ten for the rare operation. Pings are a minute apart
+instead of ten seconds: they are counted beside, never among the messages.
+
+`messages` are what offers and ads travel in. `find_s` is from a job's wish for the rare operation
+to a seller that said yes, quote included. `cold_find_s` is until an offer is there of an operation
+that one node begins to sell at the very moment when another one looks for it; `cold_found` of those
+within the ten seconds that a job waits. `hub` is the busiest node. Bars are on the villages
+together: `messages_flatness` is the largest village's messages a node over the smallest one's, or
+the other way round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+import trio
+from claims import Claims, main
+
+from aivillage.node.market import SEEK_SECONDS
+from tests.simulation import large_village
+from tests.simulation.large_village import NEWS, RARE, Plan, Village
+
+SIZES = {10: (60.0, 1800.0), 100: (60.0, 300.0), 1000: (40.0, 60.0)}
+"""Nodes -> seconds of virtual time before the counting, and of it: the larger, the dearer."""
+QUICK = {10: (30.0, 600.0), 100: (30.0, 60.0)}
+FLATNESS_BAR = 1.5
+DONE_BAR = 0.999
+LATECOMERS = 20
+PINGS = ("Ping", "Pong")
+
+
+def percentile_95(values: Sequence[float]) -> float:
+    return sorted(values)[int(0.95 * (len(values) - 1) + 0.5)] if values else 0.0
+
+
+async def lived(claims: Claims, size: int, warm_seconds: float, seconds: float) -> Village:
+    """One village to its end, its figures as `n<size>_<figure>`."""
+    started = time.process_time()
+    async with trio.open_nursery() as nursery:
+        village = Village(Plan(size=size, rare_sellers=max(1, size // 50)), nursery)
+        await village.settle()
+        await trio.sleep(warm_seconds)
+        village.clear_counts()
+        with trio.move_on_after(seconds):
+            async with trio.open_nursery() as life:
+                life.start_soon(village.churn)
+                life.start_soon(village.demand, size / 100, 0.3)
+        traffic(claims, village, seconds)
+        await village.quiet()
+        found = [each for member in village.members for each in member.found_seconds]
+        claims.add(f"n{size}_find_s_p95", percentile_95(found))
+        cold = await village.find_cold(LATECOMERS)
+        claims.add(f"n{size}_cold_find_s_p95", percentile_95(cold))
+        claims.add(f"n{size}_cold_found", sum(each <= SEEK_SECONDS for each in cold) / LATECOMERS)
+        claims.add(f"n{size}_jobs", village.done + village.failed)
+        claims.add(f"n{size}_jobs_failed", village.failed)
+        claims.add(f"n{size}_left", village.left)
+        claims.add(f"n{size}_credits_sum", village.sum_of_balances())
+        claims.add(f"n{size}_cpu_seconds", time.process_time() - started)
+        nursery.cancel_scope.cancel()
+    print(f"# {size} nodes", file=sys.stderr)
+    return village
+
+
+def traffic(claims: Claims, village: Village, seconds: float) -> None:
+    """What was said in that time, and what was known at its end."""
+    members, name = village.members, f"n{len(village.members)}"
+    rates = [count / seconds for count in village.sent(NEWS)]
+    claims.add(f"{name}_messages_per_node_per_s", statistics.fmean(rates))
+    claims.add(f"{name}_hub_messages_per_s", max(rates))
+    sent_bytes = [member.sent_bytes / seconds for member in members]
+    claims.add(f"{name}_bytes_per_node_per_s", statistics.fmean(sent_bytes))
+    claims.add(f"{name}_hub_bytes_per_s", max(sent_bytes))
+    claims.add(f"{name}_pings_per_node_per_s", statistics.fmean(village.sent(PINGS)) / seconds)
+    degrees = village.degrees()
+    claims.add(f"{name}_links_median", statistics.median(degrees))
+    claims.add(f"{name}_links_most", degrees[-1])
+    claims.add(f"{name}_offers_held", village.mean_view())
+    claims.add(f"{name}_rare_known_fraction", village.knows(RARE) / len(village.present()))
+
+
+def measure(claims: Claims, args: argparse.Namespace) -> None:
+    villages = []
+    for size, (warm_seconds, seconds) in (QUICK if args.quick else SIZES).items():
+        villages.append(
+            large_village.run(lambda n=size, w=warm_seconds, s=seconds: lived(claims, n, w, s))
+        )
+    rates = [claims.found[f"n{len(v.members)}_messages_per_node_per_s"] for v in villages]
+    claims.add("messages_per_node_per_s", max(rates))
+    claims.add("messages_flatness", max(rates) / min(rates), at_most=FLATNESS_BAR)
+    done, failed = sum(v.done for v in villages), sum(v.failed for v in villages)
+    claims.add("jobs_done_fraction", done / (done + failed), at_least=DONE_BAR)
+    found = [claims.found[f"n{len(v.members)}_find_s_p95"] for v in villages]
+    claims.add("find_s_p95", max(found), at_most=1.0)
+    claims.add("credits_sum", sum(abs(v.sum_of_balances()) for v in villages), at_most=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(measure, __doc__.splitlines()[0]))

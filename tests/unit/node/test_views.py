@@ -1,0 +1,165 @@
+"""Views: what is kept of many offers, and which of them are told."""
+
+import random
+
+import pytest
+
+from aivillage.node import views
+from aivillage.node.views import MIX, VIEW_MAX, ByteBudget, Held
+from aivillage.protocols.errors import PeerError
+from aivillage.protocols.messages import (
+    HAVE_BYTES,
+    OFFERS_PER_ANSWER_MAX,
+    Offer,
+    OfferedOperation,
+)
+from aivillage.protocols.types import PeerId
+
+NOW_MS = 1_800_000_000_000
+LIFE_MS = 120_000
+
+
+def offer(by, *names, left_ms=LIFE_MS):
+    return Offer(
+        seller=PeerId(f"peer-{by}"),
+        seq=1,
+        not_after_unix_ms=NOW_MS + left_ms,
+        addresses=(),
+        operations=tuple(OfferedOperation(name=name) for name in names),
+    )
+
+
+def many(count, *names, start=0, **options):
+    return [offer(n, *names, **options) for n in range(start, start + count)]
+
+
+def pressed(offers, *, linked=(), wanted=(), most=VIEW_MAX, seed=1):
+    """What is left of them, taken in one after the other."""
+    kept, rng = {}, random.Random(seed)
+    for each in offers:
+        kept[each.seller] = each
+        goes = views.crowded_out(kept.values(), lambda p: p in linked, wanted, rng.choice, most)
+        if goes is not None:
+            del kept[goes]
+    return list(kept.values())
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_view_holds_its_limit_and_no_more(over):
+    goes = views.crowded_out(
+        many(VIEW_MAX + over, "a"), lambda _peer: False, (), random.Random(1).choice
+    )
+    assert (goes is not None) == bool(over)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_thousand_offers_of_one_operation_leave_the_rare_one(seed):
+    rare = offer("rare", "rag.search")
+    honest = many(40, "inference.generate", start=5000)
+    offers = [rare, *honest, *many(1000, "mesh.noop")]
+    assert rare in pressed(offers, seed=seed)
+    kept = pressed(offers[::-1], seed=seed)  # whoever comes first
+    assert rare in kept
+    assert all(each in kept for each in honest)
+    assert len(kept) == VIEW_MAX
+
+
+def test_operations_share_a_view_evenly_when_all_are_common():
+    offers = [each for n in range(1000) for each in (offer(n, "a"), offer(f"b{n}", "b"))]
+    kept = pressed(offers)
+    assert abs(sum(o.operations[0].name == "a" for o in kept) - VIEW_MAX // 2) <= 1
+
+
+def test_the_sample_of_one_operation_depends_on_chance_alone():
+    samples = [{o.seller for o in pressed(many(400, "a"), seed=seed)} for seed in (1, 2)]
+    assert samples[0] != samples[1]
+    assert pressed(many(400, "a"), seed=1) == pressed(many(400, "a"), seed=1)
+
+
+def test_a_rare_operation_among_common_ones_counts():
+    both = offer("both", "mesh.noop", "rag.search")
+    assert both in pressed([both, *many(1000, "mesh.noop")])
+
+
+def test_linked_peers_are_kept_beyond_the_limit():
+    offers = many(VIEW_MAX + 5, "a")
+    linked = {each.seller for each in offers}
+    assert len(pressed(offers, linked=linked)) == VIEW_MAX + 5
+    kept = pressed([*offers, offer("last", "rare")], linked=linked)
+    assert {o.seller for o in kept} == linked
+
+
+def test_what_is_looked_for_goes_last_and_is_not_kept_without_end():
+    invented = [offer(n, f"invented-{n}") for n in range(300)]
+    sought = offer("sought", "rag.search")
+    assert sought in pressed([sought, *invented], wanted={"rag.search"})
+    flood = many(300, "rag.search", start=1000)
+    assert len(pressed([*invented, *flood], wanted={"rag.search"})) == VIEW_MAX
+
+
+def test_who_does_nothing_does_one_thing():
+    rare = offer("rare", "a")
+    assert rare in pressed([*many(200), rare])
+
+
+def held(*offers):
+    return [Held(each, each.seller.encode()) for each in offers]
+
+
+def told(own, theirs, *, unknown=99, bytes_most=10**6):
+    has = views.heard(views.said(theirs))
+    found = views.worth_sending(held(*own), has, unknown, NOW_MS, bytes_most)
+    return [each.offer.seller for each in found]
+
+
+def test_the_rarest_is_told_first_and_then_what_lives_longest():
+    own = [offer(1, "a", left_ms=10), offer(2, "a", left_ms=20), offer(3, "b", left_ms=5)]
+    assert told(own, []) == ["peer-3", "peer-2", "peer-1"]
+    assert told(own, [], unknown=1) == ["peer-3"]
+    assert told(own, [], unknown=0) == []
+
+
+@pytest.mark.parametrize(("left_ms", "news"), [(60_000, True), (60_001, False)])
+def test_a_known_offer_is_news_when_it_lives_twice_as_long(left_ms, news):
+    assert bool(told([offer(1, "a")], [offer(1, "a", left_ms=left_ms)], unknown=0)) == news
+
+
+def test_an_expired_version_is_renewed():
+    assert told([offer(1, "a", left_ms=50)], [offer(1, "a", left_ms=-10)], unknown=0)
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_an_answer_has_a_size(over):
+    assert len(told(many(OFFERS_PER_ANSWER_MAX + over, "a"), [])) == OFFERS_PER_ANSWER_MAX
+
+
+def test_an_answer_keeps_within_the_bytes_that_are_left():
+    size_bytes = len("peer-10")
+    own = many(5, "a", start=10)
+    assert len(told(own, [], bytes_most=3 * size_bytes)) == 3
+    assert len(told(own, [], bytes_most=3 * size_bytes - 1)) == 2
+    assert told(own, [], bytes_most=-1) == []
+
+
+@pytest.mark.parametrize("cut", [1, HAVE_BYTES - 1])
+def test_a_list_that_is_cut_is_an_offence(cut):
+    have = views.said(many(2, "a"))
+    assert len(views.heard(have)) == 2
+    with pytest.raises(PeerError):
+        views.heard(have[:-cut])
+
+
+def test_a_full_view_still_asks_for_some():
+    assert views.room(127, 128) == MIX + 1
+    assert views.room(128, 128) == views.room(178, 128) == MIX
+
+
+def test_a_budget_is_what_it_says_over_any_time():
+    budget = ByteBudget(100)
+    assert budget.take(800, 50.0)
+    assert not budget.take(1, 50.0)
+    assert budget.take(100, 51.0)
+    assert not budget.take(1, 51.0)
+    assert budget.left_bytes(1e6) == 800
+    assert not budget.take(801, 1e6)
+    assert budget.spent_bytes == 900
