@@ -15,7 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+import msgspec
+
 from aivillage.node.freshness import left_ms
+from aivillage.node.offers import is_farewell
 from aivillage.node.views import ByteBudget
 from aivillage.protocols.envelope import unseal
 from aivillage.protocols.errors import PeerError, RequestError
@@ -112,8 +115,17 @@ class Gossiper:
             return
         if isinstance(news, TaskAd):
             self.on_ad(source, gossip, news)
+        elif is_farewell(news):
+            self._pass_on(source, gossip)
         else:
             self.on_offer(news, gossip.envelope)
+
+    def _pass_on(self, source: PeerId, farewell: Gossip) -> None:
+        """Whoever had the offer tells others that may have it: a view is small, so this is rare."""
+        onward = msgspec.structs.replace(farewell, hops=farewell.hops + 1)
+        others = [n for n in self._neighbours() if n.peer != source and self._is_member(n.peer)]
+        for neighbour in random.sample(others, min(FRESH_MAX, len(others))):
+            self.say(neighbour, onward)
 
     def unlearn(self, envelope: bytes) -> None:
         """An offer that found no room is news when it comes again."""

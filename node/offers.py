@@ -53,9 +53,8 @@ class Offers:
         if left is None or offer.seq <= self._barred(seller, now):
             return False
         if is_farewell(offer):
-            self._live.pop(seller, None)
             self._note(seller, _LastWord(offer.seq, now + DEPARTED_SECONDS, departed=True))
-            return True
+            return self._live.pop(seller, None) is not None  # else nobody heard of it by us
         if seller not in self._live and len(self._live) >= OFFERS_MAX:
             self.all()  # forgets the expired ones
             if len(self._live) >= OFFERS_MAX:
