@@ -137,6 +137,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "peer": peer,
             "connected": link is not None,
             "member": self.villagers.is_member(peer),
+            "through": self.detours.circuits.relay_of(peer),
             "line": view.line,
             "blocked": view.blocked,
             "shared": view.shared,

@@ -82,6 +82,8 @@ def test_a_seller_behind_nat_serves_a_paid_job_through_a_relay(village):
     assert any(address.endswith(there) for address in seller.ask("status")["addresses"])
     assert buyer.ask("balance")["spent"] == seller.ask("balance")["earned"] == 10
     assert relay.ask("balance")["net"] == 0
+    ways = {row["peer"]: row["through"] for row in buyer.ask("peers")}
+    assert ways == {relay.peer: None, seller.peer: relay.peer}
     assert relay.ask("status")["relay"]["carried"]["circuits"] == 1
 
 
