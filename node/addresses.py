@@ -45,6 +45,15 @@ def short_list(found: Iterable[str]) -> tuple[str, ...]:
     return tuple(fitting[:ADDRESSES_MAX])
 
 
+def is_public(address: str) -> bool:
+    """Whether `/ip4/…` can be dialled from everywhere; a name is taken for one that can."""
+    host = address.split("/")[2]
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return True
+
+
 def _announced(entry: str, peer: PeerId) -> str:
     """`example.org:4051` -> `/dns4/example.org/tcp/4051/p2p/...`."""
     host, _, port = entry.strip().rpartition(":")

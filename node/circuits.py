@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 import trio
 
+from aivillage.node.addresses import is_public
 from aivillage.node.events import Events
 from aivillage.node.guard import Tasks
 from aivillage.node.links import Link, Links
@@ -191,9 +192,12 @@ class Circuits:
         return self._mode == "always" or (self._mode == "auto" and unheard)
 
     def _candidates(self) -> list[PeerId]:
-        """Villagers whom we dialled, so that others can, and who did not just refuse."""
+        """Villagers whom we dialled, so that others can, and who did not just refuse.
+
+        Those at public addresses first: who is in our own house may be behind the same router.
+        """
         now, callers = trio.current_time(), set(self._transport.callers())
-        return [
+        found = [
             link.peer
             for link in self._links.all()
             if self._is_member(link.peer)
@@ -204,6 +208,7 @@ class Circuits:
             and not self.relay_of(link.peer)
             and self._not_before.get(link.peer, 0.0) <= now
         ]
+        return sorted(found, key=lambda peer: not is_public(self._dialled[peer]))
 
     async def _hold(self, relay: PeerId) -> None:
         """One reservation, from asking for it to its end."""

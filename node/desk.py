@@ -146,6 +146,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "connected": link is not None,
             "why": self.villagers.why(peer),
             "member": self.villagers.is_member(peer),
+            "through": self.detours.circuits.relay_of(peer),
             "line": view.line,
             "blocked": view.blocked,
             "shared": view.shared,

@@ -116,6 +116,7 @@ class Links:
         Raises:
             RequestError: `address` is malformed or this node's own.
             PeerError: PEER_LOST or VERSION_UNSUPPORTED.
+            RefusedError: the relay that the address leads through said no.
         """
         peer = await self.dial(address)
         if peer == self.transport.peer:

@@ -359,7 +359,7 @@ async def _swarm_misses_it(child, address):
 
 async def _links_miss_it(child, address):
     from aivillage.node.links import LinkLimits, open_links
-    from aivillage.node.transport.libp2p import open_libp2p
+    from aivillage.node.transport.libp2p import _library_peer, open_libp2p
 
     key = key_of(1)
     limits = LinkLimits(ping_seconds=0.3)
@@ -380,7 +380,8 @@ async def _links_miss_it(child, address):
             with trio.move_on_after(4):
                 await link.ended.wait()
             await trio.sleep(1.5)
-        gone = links.get(link.peer) is None and not transport._connected(link.peer)
+        connections = transport._open_connections(_library_peer(link.peer))
+        gone = links.get(link.peer) is None and not connections
         began = time.monotonic()
     quick = time.monotonic() - began < 2
     return not (alive_while_running and gone and quick)

@@ -264,6 +264,24 @@ async def test_a_cancelled_dial_leaves_no_circuit_and_a_second_one_works():
         assert await echoes(buyer, seller.peer, BIG)
 
 
+async def test_two_hidden_ones_that_dial_each_other_at_once_have_one_link_that_works():
+    async with world() as here:
+        relay = await here.node()
+        one, other = await behind_relay(here, relay), await behind_relay(here, relay)
+        for _ in range(3):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.links.connect, other.behind(relay))
+                nursery.start_soon(other.links.connect, one.behind(relay))
+            await until(lambda: one.links.get(other.peer) and other.links.get(one.peer))
+            await trio.sleep(0.1)
+            mine, theirs = one.links.get(other.peer), other.links.get(one.peer)
+            assert mine.dialled != theirs.dialled
+            assert await echoes(one, other.peer, BIG[:1000])
+            await one.links.drop(other.peer, "once more")
+            await until(lambda: relay.relay.status()["circuits"] == 0)
+            await until(lambda: other.links.get(one.peer) is None)
+
+
 async def test_a_node_that_is_dialled_needs_no_relay():
     async with world() as here:
         relay = await here.node()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.integration.daemons import Daemon, Yard, settled, wait_for
+from tests.integration.daemons import Daemon, Yard, paused, settled, wait_for
 from tests.integration.netns import Wires, missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "present")]
@@ -47,6 +47,11 @@ def carried(relay: Daemon) -> int:
     return int(relay.ask("status")["relay"]["carried"]["bytes_today"])
 
 
+def through(seller: Daemon) -> list[str]:
+    """The relays that the seller has reservations with."""
+    return list(seller.ask("status")["relay"]["reachable_through"])
+
+
 def buys(village: Village, operation: str, **request: object) -> int:
     """The buyer's job at the seller, done and paid; gives the micro-credits it cost."""
     _, relay, buyer, seller = village
@@ -69,7 +74,7 @@ def test_nobody_reaches_the_seller_and_the_seller_reaches_only_the_relay(village
 
 def test_a_seller_behind_nat_serves_a_paid_job_through_a_relay(village):
     _, relay, buyer, seller = village
-    wait_for(lambda: seller.ask("status")["relay"]["reachable_through"], 30, seller.log_end())
+    wait_for(lambda: through(seller), 30, seller.log_end())
     before = carried(relay)
     assert buys(village, "mesh.noop", note="hello") == 10
     assert carried(relay) > before
@@ -77,6 +82,8 @@ def test_a_seller_behind_nat_serves_a_paid_job_through_a_relay(village):
     assert any(address.endswith(there) for address in seller.ask("status")["addresses"])
     assert buyer.ask("balance")["spent"] == seller.ask("balance")["earned"] == 10
     assert relay.ask("balance")["net"] == 0
+    ways = {row["peer"]: row["through"] for row in buyer.ask("peers")}
+    assert ways == {relay.peer: None, seller.peer: relay.peer}
     assert relay.ask("status")["relay"]["carried"]["circuits"] == 1
 
 
@@ -90,7 +97,20 @@ def test_when_the_relay_comes_back_so_does_the_seller(village):
     _, relay, buyer, seller = village
     relay.kill()
     wait_for(lambda: buyer.ask("status")["peers"] == 0, 40, buyer.log_end())
-    assert seller.ask("status")["relay"]["reachable_through"] == []
+    assert through(seller) == []
     relay.restart()
-    wait_for(lambda: seller.ask("status")["relay"]["reachable_through"], 60, seller.log_end())
+    wait_for(lambda: through(seller), 60, seller.log_end())
     assert buys(village, "mesh.noop", note="again") == 10
+
+
+def test_a_relay_that_hangs_is_left_within_35_seconds_by_both_ends(village):
+    _, relay, buyer, seller = village
+    wait_for(lambda: through(seller), 60, seller.log_end())
+    assert buys(village, "mesh.noop", note="before") == 10
+    with paused(relay):
+        wait_for(lambda: buyer.ask("status")["peers"] == 0, 35, buyer.log_end())
+        wait_for(
+            lambda: not seller.ask("status")["relay"]["reachable_through"], 5, seller.log_end()
+        )
+    wait_for(lambda: through(seller), 60, seller.log_end())
+    assert buys(village, "mesh.noop", note="after") == 10

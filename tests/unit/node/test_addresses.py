@@ -2,7 +2,7 @@
 
 import pytest
 
-from aivillage.node.addresses import addresses_of, short_list
+from aivillage.node.addresses import addresses_of, is_public, short_list
 from aivillage.protocols.errors import ConfigError
 from tests.conftest import make_peer
 from tests.simulation.mesh import open_mesh, until
@@ -59,3 +59,27 @@ async def test_what_is_announced_is_in_hello_offer_invite_and_status(tmp_path):
         from aivillage.node.village import read_invite
 
         assert read_invite((await node.desk.on_invite({}))["token"]).addresses == told
+
+
+def test_addresses_behind_relays_follow_two_direct_ones():
+    through = ("/ip4/1.2.3.4/tcp/1/p2p/R/p2p-circuit/p2p/me",)
+    entries = [f"10.0.0.{n}:1" for n in range(1, 5)]
+    known = addresses_of(Wire(), entries, lambda: through)
+    assert known() == (*addresses_of(Wire(), entries)()[:2], *through)
+    assert len(addresses_of(Wire(), entries, tuple)()) == 4
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("/ip4/8.8.8.8/tcp/1", True),
+        ("/dns4/example.org/tcp/1", True),
+        ("/ip6/2606:4700::1/tcp/1", True),
+        ("/ip4/192.168.1.7/tcp/1", False),
+        ("/ip4/127.0.0.1/tcp/1", False),
+        ("/ip4/100.64.0.1/tcp/1", False),
+        ("/memory/n1/p2p/x", True),
+    ],
+)
+def test_a_public_address_is_told_from_one_of_a_house(address, public):
+    assert is_public(address) == public

@@ -57,7 +57,7 @@ def test_a_quote_of_somebody_else_or_for_something_else_is_no_quote():
         with pytest.raises(PeerError):
             read_quote(envelope, make_peer(seller), operation)
     with pytest.raises(PeerError):
-        read_quote(envelope[:-1] + b"\0", make_peer(1), "mesh.noop")
+        read_quote(envelope[:-1] + bytes([envelope[-1] ^ 1]), make_peer(1), "mesh.noop")
 
 
 def test_the_oldest_quotes_are_forgotten(monkeypatch):
