@@ -104,7 +104,7 @@ async def test_output_that_comes_while_a_group_is_written_goes_in_the_next_one(
 async def test_on_a_full_disk_output_waits_unaccepted(tmp_path, monkeypatch):
     async with open_jobs(tmp_path / "jobs.db") as jobs:
         await with_attempt(jobs)
-        real, full, done = jobs._run, [1], trio.Event()
+        real, full, done = jobs.transaction, [1], trio.Event()
 
         async def run(work):
             if full:
@@ -112,7 +112,7 @@ async def test_on_a_full_disk_output_waits_unaccepted(tmp_path, monkeypatch):
                 raise NodeError("full", code="DISK_FULL")
             return await real(work)
 
-        monkeypatch.setattr(jobs, "_run", run)
+        monkeypatch.setattr(jobs, "transaction", run)
         jobs.keep((JOB, 0, ATTEMPT), b"x", 7, ("", ""), done.set)
         await trio.sleep(0.1)
         assert not full

@@ -5,6 +5,7 @@ import pytest
 
 from aivillage.node import search as searching
 from aivillage.node.discovery import Discovery
+from aivillage.node.freshness import CLOCK_SKEW_MS_MAX
 from aivillage.node.gossip import HOPS_MAX, Gossiper
 from aivillage.node.search import ADS_MAX, ANSWERS_MAX, PASSES_MAX, WALKERS, Search
 from aivillage.node.views import ByteBudget
@@ -133,11 +134,14 @@ def test_a_forged_ad_is_an_offence_and_goes_nowhere():
 
 def test_an_expired_ad_is_not_looked_for(monkeypatch):
     node = Node()
-    node.receive(ad(seconds=-1.0))
+    now = searching.time.time()
+    monkeypatch.setattr(searching.time, "time", lambda: now - CLOCK_SKEW_MS_MAX / 1000 - 6)
+    old = ad(seconds=5.0)
+    monkeypatch.setattr(searching.time, "time", lambda: now)
+    node.receive(old)
     assert (node.heard("task"), node.search.wanted()) == ([[], [], []], set())
     node.receive(ad(seconds=5.0))
     assert node.search.wanted() == {"rag.search"}
-    now = searching.time.time()
     monkeypatch.setattr(searching.time, "time", lambda: now + 5.1)
     assert node.search.wanted() == set()
 
