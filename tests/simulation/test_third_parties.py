@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 
+import apsw
 import pytest
 import trio
 
@@ -119,7 +120,10 @@ async def test_a_generous_peer_does_not_make_us_generous(tmp_path):
         seller.desk.links.get(buyer.peer).send(standing)
         await until(lambda: buyer.ledger.view(seller.peer).received_line == 10**12)
         most = buyer.settings.village_exposure_micro_credits
-        assert buyer.ledger.view(seller.peer).received_exposure == most
+        db = apsw.Connection(str(buyer.paths.ledger), flags=apsw.SQLITE_OPEN_READONLY)
+        (kept,) = db.execute("SELECT received_exposure FROM peer WHERE peer=?", (seller.peer,))
+        db.close()
+        assert kept == (most,)
 
 
 @pytest.mark.parametrize(("field", "limit"), [("kernel_class", 256), ("identical", 128)])
