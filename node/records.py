@@ -21,7 +21,6 @@ from aivillage.protocols.types import PeerId
 SMOOTHING: Final = 0.3
 SPEEDS_MAX: Final = 64
 """Of one peer: it names its kernels itself, so the oldest one is forgotten."""
-KERNEL_CHARACTERS_MAX: Final = 128
 
 SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS peer_speed(
@@ -62,7 +61,7 @@ class Record(msgspec.Struct):
         """Adds one good job's speed: an exponential mean."""
         if units_per_second <= 0:
             return
-        key = work, kernel[:KERNEL_CHARACTERS_MAX]
+        key = work, kernel
         old = self.speeds.get(key)
         mean = old.units_per_second if old else units_per_second
         mean += SMOOTHING * (units_per_second - mean)

@@ -50,6 +50,8 @@ Net: TypeAlias = Annotated[int, msgspec.Meta(ge=-AMOUNT_MAX, le=AMOUNT_MAX)]
 Grants: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=GRANTS_MAX)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
 """Of a program, or of a kind of kernel."""
+KernelName: TypeAlias = Annotated[str, msgspec.Meta(max_length=256)]
+"""A whole kernel class, which the buyer keeps with the attempt."""
 Address: TypeAlias = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
 Addresses: TypeAlias = Annotated[tuple[Address, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
 BlobName: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
@@ -160,8 +162,8 @@ class Started(Message, frozen=True, kw_only=True, tag="started"):
     """The engine is loaded and the work begins: what computes it, and how sure sameness is."""
 
     id: int
-    kernel_class: str = ""
-    identical: str = ""
+    kernel_class: KernelName = ""
+    identical: Name = ""
 
 
 class Progress(Message, frozen=True, kw_only=True, tag="progress"):

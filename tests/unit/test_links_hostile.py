@@ -11,6 +11,7 @@ from aivillage.protocols.messages import (
     BLOBS_MAX,
     JOB_PROTOCOL,
     Accepted,
+    Answer,
     Ask,
     Failure,
     Ledger,
@@ -18,6 +19,9 @@ from aivillage.protocols.messages import (
     Ping,
     QuoteRequest,
     Standing,
+    Submit,
+    Text,
+    Tunnel,
 )
 from tests.mesh import mesh, settle
 
@@ -51,6 +55,10 @@ async def read_failure(stream) -> Failure:
     ("frame", "code"),
     [
         (codec.frame(Ask(id=1, what="x")), "BAD_REQUEST"),
+        (codec.frame(Answer(id=1)), "BAD_REQUEST"),
+        (codec.frame(Submit(id=1, operation="mesh.noop", request=b"")), "BAD_REQUEST"),
+        (codec.frame(Text(id=1, text="x")), "BAD_REQUEST"),
+        (codec.frame(Tunnel(id=1, body=b"x")), "BAD_REQUEST"),
         (b"\0\0\0\x03abc", "BAD_REQUEST"),
         (b"\0\0\0\0", "BAD_REQUEST"),
         (b"\xff\xff\xff\xff", "TOO_LARGE"),
