@@ -62,7 +62,7 @@ def test_a_departure_outlives_every_offer_from_before_it(clock):
     found = Offers()
     oldest = clock.offer(8, lives_ms=LIFETIME_MS_MAX, ahead_ms=CLOCK_SKEW_MS_MAX)
     assert found.take(clock.offer(9), b"9")
-    assert found.take(clock.farewell(10), b"10")
+    found.take(clock.farewell(10), b"10")
     assert sellers(found) == []
     while left_ms(
         oldest.not_after_unix_ms, oldest.lifetime_ms, NOW_MS + int(clock.seconds * 1000)
@@ -77,7 +77,7 @@ def test_a_departure_outlives_every_offer_from_before_it(clock):
 def test_only_a_newer_word_of_its_own_brings_a_departed_peer_back(clock):
     found = Offers()
     old = clock.offer(9)
-    assert found.take(clock.farewell(10), b"10")
+    found.take(clock.farewell(10), b"10")
     assert not found.take(old, b"9")
     assert not found.take(clock.offer(10), b"10")
     assert found.take(clock.offer(11), b"11")
@@ -87,7 +87,7 @@ def test_only_a_newer_word_of_its_own_brings_a_departed_peer_back(clock):
 
 def test_meeting_a_peer_overrides_its_departure_also_where_its_clock_was_set_back(clock):
     found = Offers()
-    assert found.take(clock.farewell(10), b"10")
+    found.take(clock.farewell(10), b"10")
     found.met(BOB)
     assert not found.has_left(BOB)
     assert found.take(clock.offer(3), b"3")
@@ -106,7 +106,8 @@ def test_nobody_says_farewell_for_another():
     found = Discovery(make_key(1))
     signer, farewell = unseal(Discovery(make_key(3)).make_farewell(), "offer", Offer)
     assert is_farewell(farewell)
-    assert found.accept(signer, farewell, b"x")
+    assert not found.accept(signer, farewell, b"x")  # nobody heard of it by us: no news
+    assert found.has_left(signer)
     forged = Offer(
         seller=BOB, seq=2**52, not_after_unix_ms=farewell.not_after_unix_ms,
         lifetime_ms=farewell.lifetime_ms, addresses=(), operations=(),
@@ -136,7 +137,7 @@ def test_who_is_remembered_has_a_bound(clock, monkeypatch):
     monkeypatch.setattr(board, "OFFERS_MAX", 3)
     found = Offers()
     for by in range(2, 8):
-        assert found.take(clock.farewell(1, by=by), b"x")
+        found.take(clock.farewell(1, by=by), b"x")
     assert [by for by in range(2, 8) if found.has_left(make_peer(by))] == [5, 6, 7]
 
 
