@@ -87,19 +87,17 @@ class Day(msgspec.Struct):
 
     date: str = ""
     peers: dict[PeerId, MicroCredits] = msgspec.field(default_factory=dict)
+    total: MicroCredits = 0
 
     def turn(self, now: datetime) -> None:
         """Another day has other counts."""
         today = now.date().isoformat()
         if today != self.date:
-            self.date, self.peers = today, {}
-
-    @property
-    def total(self) -> MicroCredits:
-        return sum(self.peers.values())
+            self.date, self.peers, self.total = today, {}, 0
 
     def add(self, peer: PeerId, worth: MicroCredits) -> None:
         self.peers[peer] = self.peers.get(peer, 0) + worth
+        self.total += worth
 
 
 class Pace:
