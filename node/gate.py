@@ -92,6 +92,12 @@ class Gate:
         """Why this node does nothing for others now."""
         return self._closed() or limits.day_is_spent(self.limits, self.day)
 
+    def reasons(self) -> list[str]:
+        """All that closes this node to others now."""
+        found = limits.closings(self.limits, self.pause, self.facts, self.now())
+        spent = limits.day_is_spent(self.limits, self.day)
+        return [why.message for why in (*found, *([spent] if spent else []))]
+
     def offers(self, operation: str) -> bool:
         """Whether others may ask for it at all."""
         return limits.not_offered(self.limits, operation) is None

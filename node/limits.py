@@ -6,6 +6,7 @@ Settings, facts and a clock go in; a typed refusal, or None, comes out. node/gat
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any, Final
 
@@ -134,21 +135,24 @@ def unknown(limits: Limits, facts: Facts) -> list[str]:
 
 def closed(limits: Limits, pause: Pause | None, facts: Facts, now: datetime) -> RefusedError | None:
     """Why the node does nothing for others now. What runs for them ends too."""
+    return next(closings(limits, pause, facts, now), None)
+
+
+def closings(
+    limits: Limits, pause: Pause | None, facts: Facts, now: datetime
+) -> Iterator[RefusedError]:
+    """Every reason that there is: the owner's word first, then the clock, then the machine."""
     if pause is not None and (pause.until_unix is None or now.timestamp() < pause.until_unix):
-        return _paused(pause)
+        yield _paused(pause)
     ends = quiet_until(limits.quiet_hours, now)
     if ends is not None:
-        return _refusal(
-            f"the owner of this node has quiet hours until {ends} there",
-            "try another peer, or ask then",
-        )
+        yield _refusal(f"the owner of this node has quiet hours until {ends} there", _LATER)
     if limits.mains_only and facts.on_mains is False:
-        return _refusal("this node serves on mains power only, and runs on battery")
+        yield _refusal("this node serves on mains power only, and runs on battery")
     if _above(facts.busy_cores, limits.busy_cores_max):
-        return _refusal("the owner of this node needs the machine")
+        yield _refusal("the owner of this node needs the machine")
     if _above(facts.disk_bytes, limits.disk_bytes_max):
-        return _refusal("as much of this node's disk is taken as its owner allows")
-    return None
+        yield _refusal("as much of this node's disk is taken as its owner allows")
 
 
 def quiet_until(windows: tuple[str, ...], now: datetime) -> str | None:

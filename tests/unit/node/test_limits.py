@@ -88,6 +88,17 @@ def test_a_full_share_of_the_disk_closes_the_node(size, shut):
     assert is_typed(closed(disk_bytes_max=1000, facts=Facts(disk_bytes=size))) is shut
 
 
+def test_every_reason_is_told_the_owners_word_first():
+    wanted = Limits(
+        quiet_hours=("00:00-24:00",), mains_only=True, busy_cores_max=0.0, disk_bytes_max=0
+    )
+    facts = Facts(on_mains=False, busy_cores=1.0, disk_bytes=1)
+    found = list(limits.closings(wanted, Pause(), facts, NOON))
+    assert len(found) == 5
+    assert "paused" in found[0].message
+    assert all(map(is_typed, found))
+
+
 def test_an_unknown_fact_is_said_to_limit_nothing():
     wanted = Limits(mains_only=True, busy_cores_max=1.0)
     assert limits.unknown(wanted, Facts()) == ["mains_only", "busy_cores_max"]
