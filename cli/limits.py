@@ -75,6 +75,9 @@ def _show(found: dict[str, Any]) -> None:
 
     refusal = found["refusal"]
     print(f"work for others: {'refused, ' + refusal['message'] if refusal else 'taken'}")
+    for other in found["reasons"]:
+        if refusal and refusal["message"] != other:
+            print(f"         and also: {other}")
     if found["paused"]:
         print(f"paused {_until(found['paused']['until_unix'])}")
     rows = [

@@ -56,6 +56,7 @@ class Gate:
         self._folders = folders
         self._events = events
         self._whose = whose
+        self._names: dict[PeerId, PeerId] = {}
         self.now = now
         self._kept = Kept()
         self._day = Day()
@@ -91,6 +92,12 @@ class Gate:
         """Why this node does nothing for others now."""
         return self._closed() or limits.day_is_spent(self.limits, self.day)
 
+    def reasons(self) -> list[str]:
+        """All that closes this node to others now."""
+        found = limits.closings(self.limits, self.pause, self.facts, self.now())
+        spent = limits.day_is_spent(self.limits, self.day)
+        return [why.message for why in (*found, *([spent] if spent else []))]
+
     def offers(self, operation: str) -> bool:
         """Whether others may ask for it at all."""
         return limits.not_offered(self.limits, operation) is None
@@ -101,7 +108,7 @@ class Gate:
 
     def require_today(self, peer: PeerId, worth: MicroCredits = 1) -> None:
         """Raises: RefusedError: OWNER_LIMIT, work worth so much is above what `peer` has today."""
-        _raise(limits.over_day(self.limits, self.day, self._whose(peer), max(1, worth)))
+        _raise(limits.over_day(self.limits, self.day, self._name(peer), max(1, worth)))
 
     def take(self, peer: PeerId, worth: MicroCredits) -> None:
         """Counts what is about to be delivered, also what is never paid: it was worked for.
@@ -110,9 +117,16 @@ class Gate:
             RefusedError: OWNER_LIMIT, it is above what `peer` has today; nothing was counted.
         """
         if worth > 0:
-            self.require_today(peer, worth)
-            self.day.add(self._whose(peer), worth)
+            name = self._name(peer)
+            _raise(limits.over_day(self.limits, self._day, name, worth))
+            self._day.add(name, worth)
             self._is_day_saved = False
+
+    def _name(self, peer: PeerId) -> PeerId:
+        """On whom its work counts, looked up once a second: the book is slow for every token."""
+        if peer not in self._names:
+            self._names[peer] = self._whose(peer)
+        return self._names[peer]
 
     def wait_seconds(self, size_bytes: int) -> Seconds:
         """How long so much of an answer must wait before it leaves."""
@@ -126,19 +140,20 @@ class Gate:
     # ------------------------------------------------------------------ the owner's word
     async def set_limits(self, wanted: Limits) -> None:
         """In force at once, durable when this returns."""
-        await self._keep(Kept(wanted, self._kept.pause))
+        self._kept, self._pace = Kept(wanted, self._kept.pause), Pace()
+        await self.look()  # what was so when a limit last asked is not what is so now
+        await self._keep()
 
     async def set_pause(self, pause: Pause | None) -> None:
         """Stop or go on; what runs for others has been told to end when this returns."""
-        await self._keep(Kept(self.limits, pause))
-
-    async def _keep(self, kept: Kept) -> None:
-        """In memory first: the owner's stop waits for no disk."""
-        self._kept, self._pace = kept, Pace()
+        self._kept = Kept(self.limits, pause)
         self._enforce()
+        await self._keep()
+
+    async def _keep(self) -> None:
+        """After it is in force: the owner's stop waits for no disk."""
         self.on_change()
-        await self._jobs.set_durably(_SETTING, msgspec.msgpack.encode(kept))
-        await self.look()
+        await self._jobs.set_durably(_SETTING, msgspec.msgpack.encode(self._kept))
 
     # ------------------------------------------------------------------ service
     async def load(self) -> None:
@@ -173,6 +188,7 @@ class Gate:
 
     async def look(self) -> None:
         """Reads the facts that a limit needs, and enforces what follows."""
+        self._names.clear()
         if limits.needs_facts(self.limits):
             now = trio.current_time()
             self.facts = await trio.to_thread.run_sync(self.read_facts, self.limits, now)

@@ -6,6 +6,7 @@ Settings, facts and a clock go in; a typed refusal, or None, comes out. node/gat
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any, Final
 
@@ -87,19 +88,17 @@ class Day(msgspec.Struct):
 
     date: str = ""
     peers: dict[PeerId, MicroCredits] = msgspec.field(default_factory=dict)
+    total: MicroCredits = 0
 
     def turn(self, now: datetime) -> None:
         """Another day has other counts."""
         today = now.date().isoformat()
         if today != self.date:
-            self.date, self.peers = today, {}
-
-    @property
-    def total(self) -> MicroCredits:
-        return sum(self.peers.values())
+            self.date, self.peers, self.total = today, {}, 0
 
     def add(self, peer: PeerId, worth: MicroCredits) -> None:
         self.peers[peer] = self.peers.get(peer, 0) + worth
+        self.total += worth
 
 
 class Pace:
@@ -136,21 +135,24 @@ def unknown(limits: Limits, facts: Facts) -> list[str]:
 
 def closed(limits: Limits, pause: Pause | None, facts: Facts, now: datetime) -> RefusedError | None:
     """Why the node does nothing for others now. What runs for them ends too."""
+    return next(closings(limits, pause, facts, now), None)
+
+
+def closings(
+    limits: Limits, pause: Pause | None, facts: Facts, now: datetime
+) -> Iterator[RefusedError]:
+    """Every reason that there is: the owner's word first, then the clock, then the machine."""
     if pause is not None and (pause.until_unix is None or now.timestamp() < pause.until_unix):
-        return _paused(pause)
+        yield _paused(pause)
     ends = quiet_until(limits.quiet_hours, now)
     if ends is not None:
-        return _refusal(
-            f"the owner of this node has quiet hours until {ends} there",
-            "try another peer, or ask then",
-        )
+        yield _refusal(f"the owner of this node has quiet hours until {ends} there", _LATER)
     if limits.mains_only and facts.on_mains is False:
-        return _refusal("this node serves on mains power only, and runs on battery")
+        yield _refusal("this node serves on mains power only, and runs on battery")
     if _above(facts.busy_cores, limits.busy_cores_max):
-        return _refusal("the owner of this node needs the machine")
+        yield _refusal("the owner of this node needs the machine")
     if _above(facts.disk_bytes, limits.disk_bytes_max):
-        return _refusal("as much of this node's disk is taken as its owner allows")
-    return None
+        yield _refusal("as much of this node's disk is taken as its owner allows")
 
 
 def quiet_until(windows: tuple[str, ...], now: datetime) -> str | None:

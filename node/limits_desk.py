@@ -84,6 +84,7 @@ class LimitsDesk:
         return {
             "refusal": refusal
             and {"code": refusal.code, "message": refusal.message, "next_step": refusal.next_step},
+            "reasons": gate.reasons(),
             "paused": None if gate.pause is None else {"until_unix": gate.pause.until_unix},
             "limits": msgspec.to_builtins(gate.limits),
             "now": {

@@ -388,12 +388,12 @@ class Pursuit:
         """Ends an attempt: a final item for what was accepted, except after a failed verdict."""
         self._attempts += outcome != "BUSY"
         self.spent += attempt.amount
-        if attempt.delivered_something and outcome == "OWNER_LIMIT":
-            self._stopped_by.add(attempt.seller)
         if attempt.delivered_something or outcome == "done":
             self._sellers.append(attempt.seller)
             self._kernels.add(attempt.kernel)
         self._why = attempt.choice.why
+        if attempt.delivered_something and outcome == "OWNER_LIMIT":
+            self._stopped_by.add(attempt.seller)
         await self._pay(attempt, owed=outcome not in REJECTED)
         if attempt.choice.is_free and outcome not in REJECTED:
             await self._note_favour(attempt)

@@ -423,6 +423,7 @@ class Seller:
             on_call=self._sub_jobs(sale, most),
         ) as events:
             async for event in events:
+                await self._pace(sale, len(getattr(event, "body", b"")))
                 if isinstance(event, ProgressEvent):
                     send_or_drop(
                         sale.link,
@@ -431,11 +432,9 @@ class Seller:
                         ),
                     )
                 elif isinstance(event, PartEvent):
-                    await self._pace(sale, len(event.body))
                     self._part(sale, event)
                 elif isinstance(event, ResultEvent):
                     usage = await self._workers.meter(call.operation, call.request, event.body)
-                    await self._pace(sale, len(event.body))
                     out_hash = sale.fold(event.body)
                     await self._deliver(sale, usage, {}, out_hash)
                     self._finish(sale, event.body, usage)

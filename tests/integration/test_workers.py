@@ -221,6 +221,16 @@ async def test_without_a_fence_a_stranger_runs_in_development_only(tmp_path, ins
         assert await rogue_says(workers, "nothing") == "nothing"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity")
+async def test_a_worker_keeps_to_the_owners_cores_and_steps_back(tmp_path):
+    fewer = msgspec.structs.replace(WorkerSettings().limits, cores=1, nice=17)
+    async with opened(tmp_path, limits=fewer) as workers:
+        await ran(workers, "mesh.noop", pack(note="x"))
+        pid = next(iter(workers._pool._idle.values()))[0].pid
+        assert os.sched_getaffinity(pid) == {max(os.sched_getaffinity(0))}
+        assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.nice(0) + 17)
+
+
 async def test_a_worker_reaches_neither_network_nor_its_daemon(tmp_path, installed):
     async with opened(tmp_path, "test.rogue") as workers:
         outcome = json.loads(await rogue_says(workers, "reach_out"))

@@ -11,6 +11,7 @@ import trio
 
 from aivillage.models.inference.generate import GenerateRequest, Piece
 from aivillage.models.mesh.noop import NoopRequest
+from aivillage.node import facts
 from aivillage.node.pricelist import quote_hash
 from aivillage.protocols.codec import pack
 from aivillage.protocols.errors import AivillageError
@@ -156,7 +157,11 @@ async def test_quiet_hours_refuse_a_call_and_end_what_runs_when_they_begin(tmp_p
             await running.ended.wait()
         assert (running.error.code, "quiet" in running.error.message) == ("OWNER_LIMIT", True)
         await settled(buyer, seller, price_of(PROMPT, 3))
-        assert "07:00" in (await ask(seller, "limits"))["refusal"]["message"]
+        await ask(seller, "limits_set", words={"day_micro_credits": "0"})
+        found = await ask(seller, "limits")
+        assert "07:00" in found["refusal"]["message"]
+        assert all(w in why for w, why in zip(("07:00", "a day"), found["reasons"], strict=True))
+        await ask(seller, "limits_set", words={"day_micro_credits": ""})
         clock[0] = "2026-11-28T07:00:00"
         assert (await ask(seller, "limits"))["refusal"] is None
         assert await quote_from(buyer, seller, request=NOOP)
@@ -308,3 +313,34 @@ async def test_the_last_quarter_of_the_slots_is_for_attempts_that_go_on(tmp_path
         for buyer, job in zip(buyers, jobs, strict=False):
             buyer.desk.buyer.cancel(job.pursuit.row.id)
             await job.ended.wait()
+
+
+async def test_a_full_share_of_the_disk_closes_the_node_until_there_is_room(tmp_path):
+    async with pair(tmp_path) as (_, buyer, seller):
+        await ask(seller, "limits_set", words={"disk_bytes_max": "50000"})
+        seller.script.pause_at = 3
+        running = await buyer.submit(PROMPT, tokens=12)
+        await until(lambda: len(running.pursuit.output.ids) == 3)
+        seller.paths.blobs.mkdir(exist_ok=True)
+        (seller.paths.blobs / "large").write_bytes(bytes(100_000))
+        with trio.fail_after(10):
+            await running.ended.wait()
+        assert (running.error.code, "disk" in running.error.message) == ("OWNER_LIMIT", True)
+        await settled(buyer, seller, price_of(PROMPT, 3))
+        found = await ask(seller, "limits")
+        assert found["now"]["disk_bytes"] >= 100_000
+        assert "disk" in found["refusal"]["message"]
+        (seller.paths.blobs / "large").unlink()
+        await until(lambda: gate_of(seller).refusal() is None)
+        await until(lambda: buyer.desk.discovery.candidates("mesh.noop"))
+
+
+async def test_a_machine_that_does_not_say_its_power_serves_and_says_so(tmp_path):
+    async with pair(tmp_path) as (_, buyer, seller):
+        found = await ask(seller, "limits_set", words={"mains_only": "true"})
+        on_mains = facts.on_mains()
+        assert found["now"]["on_mains"] is on_mains
+        assert found["unknown"] == ([] if on_mains is not None else ["mains_only"])
+        assert (found["refusal"] is not None) is (on_mains is False)
+        if on_mains is not False:
+            assert await quote_from(buyer, seller, request=NOOP)

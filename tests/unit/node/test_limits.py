@@ -37,7 +37,7 @@ def is_typed(refusal) -> bool:
 def test_without_limits_nothing_is_refused_whatever_is_so():
     facts = Facts(on_mains=False, busy_cores=99.0, disk_bytes=1 << 50)
     assert closed(facts=facts) is None
-    assert limits.over_day(Limits(), Day(peers={"p": 10**12}), "p", 10**12) is None
+    assert limits.over_day(Limits(), Day(peers={"p": 10**12}, total=10**12), "p", 10**12) is None
     assert limits.not_offered(Limits(), "mesh.noop") is None
 
 
@@ -88,6 +88,17 @@ def test_a_full_share_of_the_disk_closes_the_node(size, shut):
     assert is_typed(closed(disk_bytes_max=1000, facts=Facts(disk_bytes=size))) is shut
 
 
+def test_every_reason_is_told_the_owners_word_first():
+    wanted = Limits(
+        quiet_hours=("00:00-24:00",), mains_only=True, busy_cores_max=0.0, disk_bytes_max=0
+    )
+    facts = Facts(on_mains=False, busy_cores=1.0, disk_bytes=1)
+    found = list(limits.closings(wanted, Pause(), facts, NOON))
+    assert len(found) == 5
+    assert "paused" in found[0].message
+    assert all(map(is_typed, found))
+
+
 def test_an_unknown_fact_is_said_to_limit_nothing():
     wanted = Limits(mains_only=True, busy_cores_max=1.0)
     assert limits.unknown(wanted, Facts()) == ["mains_only", "busy_cores_max"]
@@ -118,7 +129,7 @@ def test_operations_are_allowed_and_denied_by_name_and_no_beats_yes():
 
 
 def test_a_peer_takes_its_days_worth_and_not_one_micro_credit_more():
-    wanted, day = Limits(peer_day_micro_credits=1000), Day(peers={"p": 990, "q": 5})
+    wanted, day = Limits(peer_day_micro_credits=1000), Day(peers={"p": 990, "q": 5}, total=995)
     assert limits.over_day(wanted, day, "p", 10) is None
     assert is_typed(limits.over_day(wanted, day, "p", 11))
     assert limits.over_day(wanted, day, "q", 995) is None
@@ -128,7 +139,7 @@ def test_a_peer_takes_its_days_worth_and_not_one_micro_credit_more():
 
 
 def test_all_together_take_the_days_worth_and_then_the_node_is_closed():
-    wanted, day = Limits(day_micro_credits=1000), Day(peers={"p": 600, "q": 399})
+    wanted, day = Limits(day_micro_credits=1000), Day(peers={"p": 600, "q": 399}, total=999)
     assert limits.over_day(wanted, day, "r", 1) is None
     assert is_typed(limits.over_day(wanted, day, "r", 2))
     assert limits.day_is_spent(wanted, day) is None

@@ -191,3 +191,8 @@ def test_a_line_without_fields_ends_with_its_message_and_a_defect_with_its_trace
 def test_more_slots_than_an_engine_holds_are_for_other_work():
     assert daemon.worker_settings(Settings(slots=256)).engine_slots == daemon.ENGINE_SLOTS_MAX
     assert daemon.worker_settings(Settings(slots=3)).engine_slots == 3
+
+
+def test_the_owners_cores_and_niceness_reach_the_workers():
+    limits = daemon.worker_settings(Settings(worker_cores=3, worker_nice=19)).limits
+    assert (limits.cores, limits.nice) == (3, 19)
