@@ -160,11 +160,12 @@ def receipt_line(receipt: dict[str, Any]) -> str:
     """One line: who, what, how long, how much, why."""
     sellers = " then ".join(show.short(seller) for seller in receipt["sellers"]) or "nobody"
     usage = receipt["usage"].items()
+    checked = f"; {receipt['checked']}" if receipt.get("checked") else ""
     made = ", ".join(_counted(count, unit) for unit, count in usage if count) or "nothing"
     return (
         f"[by {sellers}: {made} in {receipt['seconds']:.1f} s for "
         f"{as_credits(receipt['price_micro_credits'])} credits; {receipt['why']}; "
-        f"identical: {receipt['identical']}]"
+        f"identical: {receipt['identical']}{checked}]"
     )
 
 

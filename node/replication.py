@@ -108,6 +108,8 @@ class Replicator:
         sample = Sample(
             pursuit.row, pursuit.result, pursuit.spent, is_verified=bool(pursuit.checked)
         )
+        if not registry.is_served_by_engine(pursuit.row.operation) and pursuit.result:
+            sample = msgspec.structs.replace(sample, result=b"")  # not compared, and may be large
         try:
             self._send.send_nowait(sample)
         except trio.WouldBlock:

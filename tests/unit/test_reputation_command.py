@@ -17,6 +17,7 @@ SPENDING = {
     "checks_micro_credits": 150_000,
     "checks_percent": 7.5,
     "room_micro_credits": 950_000,
+    "trusted_checks_percent": 4.5,
     "verify_percent_max": 50,
     "unchecked": {"nobody else of its kernel class was there": 3},
 }
@@ -59,6 +60,7 @@ def test_it_says_what_cannot_be_compared_and_what_was_left_out():
     assert "5 disputed without a verdict" in told(Trust(unsettled=5))
     text = told(Trust())
     assert "checks cost 0.15 credits beside 2 for jobs (7.5 %)" in text
+    assert "at trusted peers, since the start: 4.5 %" in text
     assert "0.95 more is allowed now (verify_percent_max 50)" in text
     assert "not checked since the start, 3: nobody else of its kernel class was there" in text
 
