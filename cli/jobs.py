@@ -206,13 +206,18 @@ def _list(args: argparse.Namespace, found: list[dict[str, Any]]) -> int:
                 job["state"],
                 show.ago(job["created_unix"]),
                 as_credits(job["receipt"]["price_micro_credits"]) if job["receipt"] else "",
-                job["message"],
+                job["message"] or _check_of(job["parent"]),
             )
             for job in found
         ],
         ("job", "operation", "state", "asked", "credits", ""),
     )
     return 0
+
+
+def _check_of(parent: str) -> str:
+    """The job that this one does again, if it does."""
+    return parent[:17] if parent.startswith("check of ") else ""
 
 
 def operations(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from aivillage.node import replication
 from aivillage.node.reputation import KEYS_PER_PEER_MAX, Key
 from aivillage.node.verifier import TRUSTED_FROM, Trust
 from aivillage.protocols.codec import pack
-from aivillage.protocols.messages import Finished, Started, Submit
+from aivillage.protocols.messages import Accepted, Failure, Finished, Started, Submit
 from tests.simulation.cheats import CHEATS, after, of_a_cheaper_model, wrong_text
 from tests.simulation.mesh import open_mesh, price_of, result_of, until
 from tests.simulation.test_market import PROMPT, expected
@@ -351,3 +351,33 @@ async def test_wrong_text_never_gets_as_far_as_being_done_again(tmp_path):
         assert of(buyer, liar.peer).count == 0
         assert of(buyer, liar.peer).failed >= 1
         assert not buyer.desk.replicator.reputation.is_cut_off(liar.peer, OPERATION)
+
+
+async def test_three_peers_are_asked_for_one_check_and_no_fourth(tmp_path):
+    async with village(tmp_path, "one", "a", "b", "c", "d") as (_, buyer, one, *others):
+
+        def refuses(frame):
+            is_answer = isinstance(frame, Accepted)
+            return (Failure(id=frame.id, code="OWNER_LIMIT", message="no"),) if is_answer else ()
+
+        for other in others:
+            honest = other.tamper
+            other.tamper = lambda f, h=honest: (
+                refuses(f) if isinstance(f, Accepted | Finished | Started) else h(f)
+            )
+        await bought(buyer, one)
+        rows = [row for row in await buyer.desk.jobs.latest(20) if row.is_check]
+        assert len(rows) == replication.PEERS_TRIED_MAX == len({row.peer for row in rows})
+        assert buyer.desk.replicator.reputation.unchecked == {
+            "who was asked refused: OWNER_LIMIT": 1
+        }
+        assert of(buyer, one.peer) == Trust(done=1)
+
+
+async def test_of_the_evidence_the_newest_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("aivillage.node.reputation.EVIDENCE_MAX", 2)
+    async with village(tmp_path) as (_, buyer):
+        reputation = buyer.desk.replicator.reputation
+        for number in range(3):
+            await reputation.keep_evidence("liar", OPERATION, f"job {number}", "why")
+        assert [kept.job for kept in await reputation.evidence("liar")] == ["job 2", "job 1"]
