@@ -48,8 +48,8 @@ FURTHER = (10, 30, 300, 1000)
 """Jobs for which only the formula is told."""
 TOKENS = 4
 RATES = (1, 5, 20, 100)
-DEVIATIONS = 3.5
-"""By so many standard errors a measured part may miss the formula."""
+DEVIATIONS = 3.0
+"""By so many standard errors all that was found may miss the formula."""
 OPERATION = "inference.generate"
 
 
@@ -132,22 +132,20 @@ async def village(rng: random.Random) -> AsyncIterator[Village]:
 
 async def curve(
     claims: Claims, here: Village, percent: int, trials: int, lies: Iterator[Cheat]
-) -> None:
-    """One point of it, measured and by formula."""
+) -> tuple[float, float]:
+    """One point of it, measured and by formula. What was found beyond that, and the variance."""
     seen = 0
     for _ in range(trials):
         cheat = now_and_then(next(lies), percent, here.rng)
         seen += bool(await here.lived(JOBS, cheat))
     formula, key = detection(JOBS, percent), f"after_{JOBS}_jobs_at_{percent}_percent"
-    error = math.sqrt(formula * (1 - formula) / trials)
     claims.add(f"detection_{key}", seen / trials)
     claims.add(f"formula_{key}", formula)
     claims.add(f"trials_{key}", trials)
-    off, at_most = abs(seen / trials - formula), DEVIATIONS * error + 1 / trials
-    claims.add(f"off_formula_{key}", off, at_most=round(at_most, 4))
     for jobs in FURTHER:
         claims.add(f"formula_after_{jobs}_jobs_at_{percent}_percent", detection(jobs, percent))
     print(f"# {key}", file=sys.stderr)
+    return seen - trials * formula, trials * formula * (1 - formula)
 
 
 async def patient(claims: Claims, here: Village, trials: int) -> None:
@@ -189,13 +187,15 @@ async def honest(claims: Claims, here: Village, jobs: int) -> None:
 
 async def measured(claims: Claims, args: argparse.Namespace) -> None:
     rng, lies = random.Random(7), cycle(CHEATS.values())
-    trials = {1: 3, 5: 6, 20: 12, 100: 12} if args.quick else {1: 6, 5: 18, 20: 30, 100: 21}
+    trials = {1: 2, 5: 6, 20: 10, 100: 10} if args.quick else {1: 6, 5: 40, 20: 30, 100: 21}
     async with village(rng) as here:
         started = trio.current_time()
-        await honest(claims, here, 150 if args.quick else 300)
-        for percent in RATES:
-            await curve(claims, here, percent, trials[percent], lies)
-        await patient(claims, here, 3 if args.quick else 8)
+        await honest(claims, here, 100 if args.quick else 300)
+        points = [await curve(claims, here, p, trials[p], lies) for p in RATES]
+        beyond, variance = (sum(parts) for parts in zip(*points, strict=True))
+        off = abs(beyond) / math.sqrt(variance)
+        claims.add("deviations_from_formula", off, at_most=DEVIATIONS)
+        await patient(claims, here, 2 if args.quick else 8)
         await obvious(claims, here, 3)
         reputation = here.replicator.reputation
         claims.add("jobs", here.jobs)

@@ -169,11 +169,12 @@ def receipt_line(receipt: dict[str, Any]) -> str:
     """One line: who, what, how long, how much, why."""
     sellers = " then ".join(show.short(seller) for seller in receipt["sellers"]) or "nobody"
     usage = receipt["usage"].items()
+    checked = f"; {receipt['checked']}" if receipt.get("checked") else ""
     made = ", ".join(_counted(count, unit) for unit, count in usage if count) or "nothing"
     return (
         f"[by {sellers}: {made} in {receipt['seconds']:.1f} s for "
         f"{as_credits(receipt['price_micro_credits'])} credits; {receipt['why']}; "
-        f"identical: {receipt['identical']}]"
+        f"identical: {receipt['identical']}{checked}]"
     )
 
 
@@ -216,13 +217,18 @@ def _list(args: argparse.Namespace, found: list[dict[str, Any]]) -> int:
                 job["state"],
                 show.ago(job["created_unix"]),
                 as_credits(job["receipt"]["price_micro_credits"]) if job["receipt"] else "",
-                job["message"],
+                job["message"] or _check_of(job["parent"]),
             )
             for job in found
         ],
         ("job", "operation", "state", "asked", "credits", ""),
     )
     return 0
+
+
+def _check_of(parent: str) -> str:
+    """The job that this one does again, if it does."""
+    return parent[:17] if parent.startswith("check of ") else ""
 
 
 def operations(args: argparse.Namespace) -> int:

@@ -87,6 +87,11 @@ def _spending(found: dict[str, Any]) -> list[str]:
             f"(verify_percent_max {found['verify_percent_max']})"
         )
     ]
+    if found["trusted_checks_percent"]:
+        share = found["trusted_checks_percent"]
+        lines.append(
+            f"of that at trusted peers, since the start: {share} % of what their jobs cost"
+        )
     lines += [f"not checked since the start, {n}: {why}" for why, n in found["unchecked"].items()]
     return lines
 

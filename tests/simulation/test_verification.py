@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import asynccontextmanager
 
 import pytest
 import trio
 
+from aivillage.cli.reputation import explained
 from aivillage.models.inference.generate import GenerateRequest
 from aivillage.node import replication
 from aivillage.node.reputation import KEYS_PER_PEER_MAX, Key
+from aivillage.node.reputation_desk import ReputationDesk
 from aivillage.node.verifier import TRUSTED_FROM, Trust
 from aivillage.protocols.codec import pack
-from aivillage.protocols.messages import Finished, Started, Submit
+from aivillage.protocols.errors import RequestError
+from aivillage.protocols.messages import Accepted, Failure, Finished, Started, Submit
 from tests.simulation.cheats import CHEATS, after, of_a_cheaper_model, wrong_text
 from tests.simulation.mesh import open_mesh, price_of, result_of, until
 from tests.simulation.test_market import PROMPT, expected
@@ -225,6 +229,25 @@ async def test_with_verify_and_nobody_else_the_receipt_says_so(tmp_path):
         assert of(buyer, one.peer).checked == 0
 
 
+async def test_a_failure_of_our_own_engine_is_held_against_nobody(tmp_path):
+    async with village(tmp_path, "one", serve=True) as (_, buyer, one):
+        buyer.script.die_after = 2
+        running = await submitted(buyer, verify=True)
+        assert result_of(running) == expected(PROMPT, 6)
+        assert running.pursuit.receipt().checked == "not checked: the engine died"
+        await bought(buyer, one)
+        assert buyer.desk.replicator.reputation.unchecked == {"it failed": 1}
+        assert of(buyer, one.peer) == Trust(done=2)
+        assert buyer.desk.discovery.record_of(one.peer).bad == 0
+
+
+async def test_a_dispute_about_a_job_that_takes_most_of_its_ceiling_is_decided(tmp_path):
+    async with village(tmp_path, "liar", "two", "three") as (_, buyer, liar, *_others):
+        liar.script.cheat = of_a_cheaper_model
+        await bought(buyer, liar, ceiling=price_of(PROMPT, 6))
+        assert of(buyer, liar.peer).failed == 1
+
+
 async def test_checks_stop_where_their_budget_ends_and_say_so(tmp_path, monkeypatch):
     price = price_of(PROMPT, 6)
     monkeypatch.setattr("aivillage.node.verifier.ALLOWANCE_MICRO_CREDITS", price - price // 2)
@@ -306,9 +329,17 @@ async def test_who_is_cut_off_is_named_and_forgiven(tmp_path, monkeypatch):
         assert "cut off until" in refused.error.message
         named = await buyer.ask(PROMPT, tokens=2, peer=liar.peer)
         assert named.error is None  # its owner knows better
-        handlers = buyer.desk.handlers()
-        assert "reputation" not in handlers
-        assert await buyer.desk.replicator.reputation.forgive(liar.peer) == 1
+        asked = ReputationDesk(buyer.desk).handlers()
+        said = "\n".join(
+            explained(await asked["reputation"]({"peer": liar.peer[-8:]}), time.time())
+        )
+        assert "1 wrong" in said
+        assert "cut off since" in said
+        assert "token 0 is not what" in said
+        after = await asked["forgive"]({"peer": liar.peer[-8:]})
+        assert "cut off since" not in "\n".join(explained(after, time.time()))
+        with pytest.raises(RequestError, match="nothing is held"):
+            await asked["forgive"]({"peer": buyer.peer})
         assert (await buyer.ask(PROMPT, tokens=2)).error is None
         assert of(buyer, liar.peer).count == 0
 
@@ -351,3 +382,33 @@ async def test_wrong_text_never_gets_as_far_as_being_done_again(tmp_path):
         assert of(buyer, liar.peer).count == 0
         assert of(buyer, liar.peer).failed >= 1
         assert not buyer.desk.replicator.reputation.is_cut_off(liar.peer, OPERATION)
+
+
+async def test_three_peers_are_asked_for_one_check_and_no_fourth(tmp_path):
+    async with village(tmp_path, "one", "a", "b", "c", "d") as (_, buyer, one, *others):
+
+        def refuses(frame):
+            is_answer = isinstance(frame, Accepted)
+            return (Failure(id=frame.id, code="OWNER_LIMIT", message="no"),) if is_answer else ()
+
+        for other in others:
+            honest = other.tamper
+            other.tamper = lambda f, h=honest: (
+                refuses(f) if isinstance(f, Accepted | Finished | Started) else h(f)
+            )
+        await bought(buyer, one)
+        rows = [row for row in await buyer.desk.jobs.latest(20) if row.is_check]
+        assert len(rows) == replication.PEERS_TRIED_MAX == len({row.peer for row in rows})
+        assert buyer.desk.replicator.reputation.unchecked == {
+            "who was asked refused: OWNER_LIMIT": 1
+        }
+        assert of(buyer, one.peer) == Trust(done=1)
+
+
+async def test_of_the_evidence_the_newest_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("aivillage.node.reputation.EVIDENCE_MAX", 2)
+    async with village(tmp_path) as (_, buyer):
+        reputation = buyer.desk.replicator.reputation
+        for number in range(3):
+            await reputation.keep_evidence("liar", OPERATION, f"job {number}", "why")
+        assert [kept.job for kept in await reputation.evidence("liar")] == ["job 2", "job 1"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
+from aivillage.cli import jobs
 from aivillage.cli import main as cli
 from aivillage.cli.reputation import explained
 from aivillage.node.verifier import CutOff, Trust
@@ -17,6 +20,7 @@ SPENDING = {
     "checks_micro_credits": 150_000,
     "checks_percent": 7.5,
     "room_micro_credits": 950_000,
+    "trusted_checks_percent": 4.5,
     "verify_percent_max": 50,
     "unchecked": {"nobody else of its kernel class was there": 3},
 }
@@ -59,12 +63,25 @@ def test_it_says_what_cannot_be_compared_and_what_was_left_out():
     assert "5 disputed without a verdict" in told(Trust(unsettled=5))
     text = told(Trust())
     assert "checks cost 0.15 credits beside 2 for jobs (7.5 %)" in text
+    assert "at trusted peers, since the start: 4.5 %" in text
     assert "0.95 more is allowed now (verify_percent_max 50)" in text
     assert "not checked since the start, 3: nobody else of its kernel class was there" in text
 
 
 def test_before_anything_was_done_it_says_so():
     assert explained({"peers": [], "spending": SPENDING}, NOW)[0].startswith("nobody did anything")
+
+
+def test_a_list_of_jobs_tells_those_that_do_another_one_again(capsys):
+    row = {
+        "job": "cd" * 16, "operation": "inference.generate", "state": "done", "created_unix": NOW,
+        "receipt": {"price_micro_credits": 269}, "message": "",
+    }  # fmt: skip
+    rows = [row | {"parent": "check of " + "ab" * 16}, row | {"parent": "ef" * 16}]
+    jobs._list(argparse.Namespace(json=False), rows)
+    _, again, other = capsys.readouterr().out.splitlines()
+    assert again.endswith("  check of abababab")
+    assert other.endswith("0.000269")
 
 
 def test_forgiving_needs_a_name(tmp_path, capsys):
