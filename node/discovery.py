@@ -49,6 +49,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...]
     offered: OfferedOperation
     free_slots: int
+    slots: int
     record: Record
     neighbour: bool = False
 
@@ -61,6 +62,8 @@ class Discovery:
         self.peer = peer_of(key)
         self._offers: dict[PeerId, Offer] = {}
         self._envelopes: dict[PeerId, bytes] = {}
+        self._slots: dict[PeerId, int] = {}
+        """The most free ones that each peer's offers said while we know it: all of them, idle."""
         self._unreachable_until: dict[PeerId, float] = {}
         self.records: dict[PeerId, Record] = {}
         self._seq = int(time.time() * 1000)
@@ -96,6 +99,7 @@ class Discovery:
             return False
         self._offers[signer] = news
         self._envelopes[signer] = envelope
+        self._slots[signer] = max(news.free_slots, self._slots.get(signer, 0))
         self._changed.set()
         self._changed = trio.Event()
         return True
@@ -105,6 +109,7 @@ class Discovery:
         now = int(time.time() * 1000)
         self._offers = {p: o for p, o in self._offers.items() if o.not_after_unix_ms >= now}
         self._envelopes = {p: self._envelopes[p] for p in self._offers}
+        self._slots = {p: self._slots[p] for p in self._offers}
         return list(self._offers.values())
 
     def envelopes(self) -> list[bytes]:
@@ -115,7 +120,7 @@ class Discovery:
     def forget(self, peer: PeerId) -> None:
         """Drops the offer of a stranger that left."""
         if self._envelopes.get(peer) == b"":
-            del self._offers[peer], self._envelopes[peer]
+            del self._offers[peer], self._envelopes[peer], self._slots[peer]
 
     def candidates(self, operation: str) -> list[Candidate]:
         """Peers that offer `operation` and were not found unreachable just now, best first."""
@@ -126,6 +131,7 @@ class Discovery:
                 addresses=offer.addresses,
                 offered=offered,
                 free_slots=offer.free_slots,
+                slots=self._slots[offer.seller],
                 record=self.records.get(offer.seller) or Record(),
                 neighbour=self.is_neighbour(offer.seller),
             )
