@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,8 +184,10 @@ def test_a_straggler_is_overtaken_and_only_the_first_result_is_paid(yard):
     name = _begun(cat, _sleeps(12, 1.0))
     wait_for(lambda: bob.ask("status")["sales_running"] >= 4, 20, "bob works")
     with paused(bob):
-        ended = _ended(cat, name, 20)
-        assert (ended["done"], ended["failed"]) == (12, 0)
+        wait_for(lambda: cat.ask("map_wait", map=name)["done"] == 12, 20, "all is done without bob")
+        time.sleep(1.5)  # a cancelled seller has a second to say that it stopped
+    ended = _ended(cat, name, 20)
+    assert (ended["done"], ended["failed"]) == (12, 0)
     lines = _lines(cat, name)
     assert _notes(lines) == [f"task {n}" for n in range(1, 13)]
     assert not any(bob.peer in line["by"] for line in lines)
