@@ -13,13 +13,13 @@ from aivillage.cli.village_process import NodeProcess
 
 
 @contextlib.contextmanager
-def village(folder: Path, count: int) -> Iterator[list[NodeProcess]]:
+def village(folder: Path, count: int, *flags: str) -> Iterator[list[NodeProcess]]:
     """`count` daemons that know each other's offers; the first founded the village."""
     nodes = [NodeProcess(f"n{number}", folder) for number in range(count)]
     try:
-        nodes[0].start()
+        nodes[0].start(*flags)
         for node in nodes[1:]:
-            node.start("--join", nodes[0].ask("invite")["token"])
+            node.start("--join", nodes[0].ask("invite")["token"], *flags)
         deadline = time.monotonic() + 20
         while sum(bool(peer["offers"]) for peer in nodes[0].ask("peers")) < count - 1:
             if time.monotonic() > deadline:

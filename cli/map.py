@@ -77,13 +77,13 @@ def _budget(args: argparse.Namespace) -> MicroCredits | None:
 @contextmanager
 def _reading(path: str) -> Iterator[TextIO]:
     """Raises: RequestError: it cannot be read."""
-    if path == "-":
-        yield sys.stdin
-        return
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            yield file
-    except (OSError, UnicodeDecodeError) as error:
+        if path == "-":
+            yield sys.stdin
+        else:
+            with Path(path).open(encoding="utf-8") as file:
+                yield file
+    except (OSError, UnicodeError) as error:
         raise RequestError(
             f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8'}",
             next_step="name a file of one JSON object a line with --input",

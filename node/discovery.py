@@ -35,6 +35,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...]
     offered: OfferedOperation
     free_slots: int
+    slots: int
     record: Record
     neighbour: bool = False
 
@@ -91,6 +92,7 @@ class Discovery:
                 addresses=offer.addresses,
                 offered=offered,
                 free_slots=offer.free_slots,
+                slots=self._offers.slots_of(offer.seller),
                 record=self.records.get(offer.seller) or Record(),
                 neighbour=self.is_neighbour(offer.seller),
             )

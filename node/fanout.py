@@ -33,6 +33,8 @@ TRIES_MAX: Final = 8
 """Of one task, those at peers that vanished included."""
 PATIENCE_SECONDS: Final = 30.0
 """Without a task ended, running or taken: nobody is there, or nobody wants it."""
+FULL_MAX: Final = 10
+"""A worker that was full so often is asked for more once in a thousand rounds."""
 PAUSE_SECONDS: Final = 0.1
 PAUSE_SECONDS_MAX: Final = 10.0
 WAITS: Final = frozenset(
@@ -66,12 +68,13 @@ class Offered(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
-    """`places` is what it takes at once, as we found out; `places_max` what it says."""
+    """`places` is what it takes at once: first what it says, then what we found out."""
 
     peer: PeerId
     terms: Terms
     places: int
-    places_max: int
+    full: int = 0
+    """How often it was: the more often, the more must go well before it gets one more."""
     refusals: int = 0
     good: int = 0
     paused_until: Seconds = 0.0
@@ -209,11 +212,11 @@ def _see(state: State, event: Seen) -> State:
 
 
 def _met(known: Worker | None, offered: Offered) -> Worker:
-    """An offer counts our own tasks as taken places, so a later one never takes any away."""
-    places = max(1, offered.places)
+    """What we found out of its places ourselves is truer than what it said a while ago."""
     if known is None:
-        return Worker(peer=offered.peer, terms=offered.terms, places=places, places_max=places)
-    return _replace(known, terms=offered.terms, places_max=max(known.places_max, places))
+        places = max(1, offered.places)
+        return Worker(peer=offered.peer, terms=offered.terms, places=places)
+    return _replace(known, terms=offered.terms)
 
 
 def _stop(state: State) -> Stepped:
@@ -292,17 +295,17 @@ def _with(state: State, peer: PeerId, change: object) -> State:
 
 
 def _praised(worker: Worker) -> Worker:
-    """Who did all that it took gets one more at once, up to what it says."""
+    """Who did all that it took gets one more at once; here we know how many there are."""
     good = worker.good + 1
-    if good < worker.places:
+    if worker.peer == HERE or good < worker.places << min(worker.full, FULL_MAX):
         return _replace(worker, good=good, refusals=0)
-    return _replace(worker, good=0, refusals=0, places=min(worker.places + 1, worker.places_max))
+    return _replace(worker, good=0, refusals=0, places=worker.places + 1)
 
 
 def _paused(worker: Worker, now: Seconds, at_work: int) -> Worker:
     """Full, while it works for us: then we know its places. Else it is asked ever more seldom."""
     if at_work:
-        return _replace(worker, places=at_work, good=0)
+        return _replace(worker, places=at_work, good=0, full=worker.full + 1)
     refusals = worker.refusals + 1
     pause = min(PAUSE_SECONDS * 2**refusals, PAUSE_SECONDS_MAX)
     return _replace(worker, refusals=refusals, good=0, paused_until=now + pause)

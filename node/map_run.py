@@ -153,7 +153,7 @@ class MapRun:
                 Offered(
                     peer=candidate.peer,
                     terms=Terms(prices_micro_credits=candidate.offered.prices_micro_credits),
-                    places=candidate.free_slots,
+                    places=candidate.slots,
                 )
                 for candidate in welcome[:WORKERS_MAX]
             ),

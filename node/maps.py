@@ -309,7 +309,7 @@ def _request_of(text: str | None) -> bytes:
         raise RequestError("the line is no JSON object with the operation's fields")
     try:
         request = msgspec.msgpack.encode(found)
-    except (OverflowError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise RequestError(f"the line is no request: {error}") from None
     _require_travels(request)
     return request

@@ -31,6 +31,8 @@ class _Live(msgspec.Struct, frozen=True):
     offer: Offer
     envelope: bytes
     ends: float
+    slots: int
+    """The most free ones that its offers said while we know it: all of them, idle."""
 
 
 class _LastWord(msgspec.Struct, frozen=True):
@@ -59,7 +61,8 @@ class Offers:
             self.all()  # forgets the expired ones
             if len(self._live) >= OFFERS_MAX:
                 return False
-        self._live[seller] = _Live(offer, envelope, now + left / 1000)
+        slots = max(offer.free_slots, self.slots_of(seller))
+        self._live[seller] = _Live(offer, envelope, now + left / 1000, slots)
         self._note(seller, _LastWord(offer.seq, now + DEPARTED_SECONDS, departed=False))
         return True
 
@@ -101,6 +104,11 @@ class Offers:
         until = time.monotonic() + DEPARTED_SECONDS
         self._note(peer, _LastWord(live.offer.seq - 1, until, departed=False))
         return live.envelope
+
+    def slots_of(self, seller: PeerId) -> int:
+        """How many slots it has, as far as its offers showed."""
+        live = self._live.get(seller)
+        return live.slots if live is not None else 0
 
     def _barred(self, seller: PeerId, now: float) -> int:
         """The highest number that is old news."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.integration.daemons import Daemon, Yard, settled, wait_for
+from tests.integration.daemons import Daemon, Yard, paused, settled, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -173,3 +174,24 @@ def test_a_stopped_map_is_gone_on_with(yard):
     assert _notes(done.json["lines"]) == [f"task {n}" for n in range(1, 31)]
     settled([ann, bob], 20)
     assert _spent(bob) == done.json["micro_credits"]
+
+
+def test_a_straggler_is_overtaken_and_only_the_first_result_is_paid(yard):
+    """Bob's machine sleeps, its lid closed, while it has tasks; its link is not lost for long."""
+    flags = ("--set", "slots=4", "--set", "module_workers=4")
+    ann, bob, cat = yard.village("ann", "bob", "cat", flags=flags)
+    yard.know_each_other(ann, bob, cat)
+    name = _begun(cat, _sleeps(12, 1.0))
+    wait_for(lambda: bob.ask("status")["sales_running"] >= 4, 20, "bob works")
+    with paused(bob):
+        wait_for(lambda: cat.ask("map_wait", map=name)["done"] == 12, 20, "all is done without bob")
+        time.sleep(1.5)  # a cancelled seller has a second to say that it stopped
+    ended = _ended(cat, name, 20)
+    assert (ended["done"], ended["failed"]) == (12, 0)
+    lines = _lines(cat, name)
+    assert _notes(lines) == [f"task {n}" for n in range(1, 13)]
+    assert not any(bob.peer in line["by"] for line in lines)
+    away = [line for line in lines if line["by"] != [cat.peer]]
+    assert ended["micro_credits"] == PRICE * len(away)
+    settled([ann, bob, cat], 30)
+    assert _spent(cat) == PRICE * len(away)
