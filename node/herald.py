@@ -62,9 +62,9 @@ class Herald:
         others = self._discovery.envelopes()[:NEWS_FOR_NEWCOMER_MAX] if member else []
         return [Gossip(topic="offer", envelope=e) for e in (self._offer(), *others)]
 
-    def farewell(self) -> None:
+    def farewell(self) -> Gossip:
         """Our last word: whoever hears of us from now on hears that we left."""
-        self._gossiper.publish("offer", self._discovery.make_farewell())
+        return Gossip(topic="offer", envelope=self._discovery.make_farewell())
 
     def forget(self, stranger: PeerId) -> None:
         self._discovery.forget(stranger)
