@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 import time
 from typing import Any
 
@@ -31,7 +33,7 @@ def invite(args: argparse.Namespace) -> int:
         show.as_json(found)
         return 0
     if args.qr:
-        print(qr_code(found["token"]))
+        _print_code(qr_code(found["token"]))
     print(found["token"])
     people = "one person" if args.uses == 1 else f"{args.uses} people"
     show.note(f"Good for {people} and {args.days} days; whoever has it can join. On their machine:")
@@ -39,14 +41,29 @@ def invite(args: argparse.Namespace) -> int:
     return 0
 
 
+def _print_code(picture: str) -> None:
+    print(picture)
+    width = picture.index("\n")
+    if sys.stdout.isatty() and shutil.get_terminal_size().columns < width:
+        show.note(f"The code is {width} columns wide: more than the terminal. Widen it.")
+
+
 def qr_code(token: str) -> str:
-    """The token as a QR code of half blocks, light on dark terminals too."""
+    """The token as a QR code of half blocks, light on dark terminals too.
+
+    Raises:
+        RequestError: BAD_REQUEST, it is longer than a code can be.
+    """
     import segno
 
-    rows = [
-        [bool(dark) for dark in row]
-        for row in segno.make(token, error="l", micro=False).matrix_iter(border=QR_BORDER)
-    ]
+    try:
+        code = segno.make(token, error="l", micro=False)
+    except segno.DataOverflowError:
+        raise RequestError(
+            f"{len(token)} characters are too many for a QR code",
+            next_step="hand it on as text, or announce fewer addresses",
+        ) from None
+    rows = [[bool(dark) for dark in row] for row in code.matrix_iter(border=QR_BORDER)]
     if len(rows) % 2:
         rows.append([False] * len(rows[0]))
     # A light module is drawn, a dark one is the ground: as codes look on a dark terminal.

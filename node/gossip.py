@@ -72,14 +72,14 @@ class Gossiper:
         self._told_at: dict[PeerId, float] = {}
         self.dropped = 0
 
-    def publish(self, envelope: bytes, most: int = FRESH_MAX) -> None:
-        """A fresh offer of our own, to `most` neighbours that have not had one for longest."""
+    def publish(self, envelope: bytes) -> None:
+        """A fresh offer of our own, to those neighbours that have not had one for longest."""
         gossip = Gossip(topic="offer", envelope=envelope)
         self._remember(gossip)
         neighbours = list(self._neighbours())
         random.shuffle(neighbours)
         neighbours.sort(key=lambda neighbour: self._told_at.get(neighbour.peer, 0.0))
-        for neighbour in neighbours[:most]:
+        for neighbour in neighbours[:FRESH_MAX]:
             if self.say(neighbour, gossip):
                 self._told_at[neighbour.peer] = time.monotonic()
 

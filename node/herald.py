@@ -18,8 +18,6 @@ LIVES: Final = 4
 """An offer lives four beats: three may be lost."""
 EARLY_SECONDS: Final = 2.0
 """At least, between an offer and an early one: whoever changes much makes nobody shout."""
-LINKS_MAX: Final = 256
-"""More than are ever open."""
 AD_SECONDS: Final = 5.0
 """Between two advertisements of one task, and how long one lives twice over."""
 
@@ -59,9 +57,9 @@ class Herald:
         """What a fresh neighbour should know of us."""
         return Gossip(topic="offer", envelope=self._offer())
 
-    def farewell(self) -> None:
+    def farewell(self) -> Gossip:
         """Our last word: whoever hears of us from now on hears that we left."""
-        self._exchange.gossiper.publish(self._discovery.make_farewell(), most=LINKS_MAX)
+        return Gossip(topic="offer", envelope=self._discovery.make_farewell())
 
     def hurry(self) -> None:
         """What we offer changed: tell it soon."""

@@ -168,7 +168,7 @@ Tell = Callable[[str, Announcement | None, Sequence[str]], None]
 
 def _open(places: Mapping[str, int], spoken: Announcement, tell: Tell) -> Zeroconf:
     """Announces and listens, in threads of the library's own. Raises: OSError: no multicast."""
-    from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, Zeroconf
+    from zeroconf import Error, IPVersion, ServiceBrowser, ServiceInfo, Zeroconf
 
     is_old = any("." in place for place in places)
     voice = Zeroconf(
@@ -198,6 +198,9 @@ def _open(places: Mapping[str, int], spoken: Announcement, tell: Tell) -> Zeroco
                 tell(name, _read(found.properties), _addresses(found))
 
         ServiceBrowser(voice, SERVICE, handlers=[changed])
+    except Error as error:
+        voice.close()
+        raise OSError(f"the network does not carry it: {error!r}") from error
     except BaseException:
         voice.close()
         raise

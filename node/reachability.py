@@ -142,7 +142,7 @@ class Reachability:
         return tried
 
     async def _try(self, helper: Link, address: str) -> _Tried:
-        question = Reach(id=helper.next_id(), address=address)
+        question = Reach(id=helper.next_id(), address=await numbered(address))
         reply = await helper.ask(question, timeout_seconds=ANSWER_SECONDS)
         if not isinstance(reply, Reached):
             raise PeerError("it answered something else", code="BAD_REQUEST")
@@ -198,6 +198,20 @@ class Reachability:
         if len(self._budget) > ASKERS_MAX:
             self._budget.popitem(last=False)
         return level >= 1
+
+
+async def numbered(address: str) -> str:
+    """An address by name as one by number: helpers look nothing up for others."""
+    _, kind, host, *rest = address.split("/")
+    if kind not in {"dns", "dns4", "dns6"}:
+        return address
+    family = trio.socket.AF_INET6 if kind == "dns6" else trio.socket.AF_INET
+    try:
+        found = await trio.socket.getaddrinfo(host, None, family, trio.socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # the latter of a name that can be none
+        raise PeerError(f"{host} is not found: {error}", code="PEER_LOST") from None
+    number = f"ip{6 if kind == 'dns6' else 4}"
+    return "/".join(["", number, str(found[0][4][0]), *rest])
 
 
 def may_dial(address: str, asker: PeerId, host: str) -> bool:

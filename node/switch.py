@@ -32,6 +32,7 @@ class Switch:
         herald: Herald,
         pairs: Pairs,
     ) -> None:
+        self._links = links
         self._book = book
         self._villagers = villagers
         self._exchange = exchange
@@ -90,7 +91,9 @@ class Switch:
                 id=sale.call.id, code="CANCELLED", message="its owner stopped this node"
             )
             send_or_drop(sale.link, failure)
-        self._herald.farewell()
+        farewell = self._herald.farewell()
+        for link in self._links.all():  # to each itself: gossip may choose whom it tells
+            send_or_drop(link, farewell)
 
     def rider(self, link: Link) -> Frame | None:
         """A receipt never travels in a write of its own while others leave."""

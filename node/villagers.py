@@ -39,6 +39,7 @@ GRANTED_MINOR: Final = 1
 GRANTS_LOOK_SECONDS: Final = 1.0
 DIAL_SECONDS: Final = 10.0
 BACKOFF_SECONDS: Final = (1.0, 60.0)
+CLOCK_TOLD_MS: Final = 60_000
 NEIGHBOURS: Final = 16
 """With so many we leave it to others to come to us: a link costs both sides pings and gossip."""
 
@@ -367,7 +368,8 @@ class Villagers:
         """One line: why a peer is not linked, and what is done about it."""
         link = self._links.get(peer)
         if link is not None:
-            return "linked, a member" if self.is_member(peer) else "linked, not of my village"
+            kind = "a member" if self.is_member(peer) else "not of my village"
+            return f"linked, {kind}{_clock(link.clock_ahead_ms)}"
         blocked = "blocked by you" if self._book.view(peer).blocked else ""
         left = "it said goodbye" if self._discovery.has_left(peer) else ""
         parts = (blocked, left, self.reasons.last(peer), self._plan(peer))
@@ -418,6 +420,14 @@ class Villagers:
         """Our papers changed, and the hellos were said before: links are opened anew."""
         for link in self._links.all():
             await self._links.drop(link.peer, "its papers changed")
+
+
+def _clock(ahead_ms: int) -> str:
+    """Said where it is worth the owner's attention."""
+    if abs(ahead_ms) < CLOCK_TOLD_MS:
+        return ""
+    side = "ahead of" if ahead_ms > 0 else "behind"
+    return f"; its clock is {round(abs(ahead_ms) / 60_000)} min {side} ours"
 
 
 def _send_blob(link: Link, blob: bytes) -> None:

@@ -15,6 +15,7 @@ time.time = lambda: _time() + _ahead
 time.time_ns = lambda: _time_ns() + int(_ahead * 1e9)
 """
 """As `sitecustomize`: every process of the node sees this clock; the machine keeps its own."""
+pytestmark = pytest.mark.slow
 QUICK = ("--set", "heartbeat_seconds=0.3", "--set", "offer_seconds=0.5")
 
 
@@ -42,6 +43,10 @@ def test_nodes_whose_clocks_are_ten_minutes_apart_find_each_other_and_trade(yard
             job = buyer.submit("mesh.noop", peer=seller.peer, note="x")
             assert buyer.job_ended(job, 20)["state"] == "done"
     settled([ann, bob], 15)
+    why = ann.run("peers", "--why", bob.peer[-8:]).out
+    assert (
+        f"its clock is {abs(ahead) // 60} min {'ahead of' if ahead > 0 else 'behind'} ours" in why
+    )
 
 
 def test_a_node_that_was_stopped_in_its_sleep_comes_back_by_itself(yard):

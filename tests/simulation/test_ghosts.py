@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from aivillage.protocols.messages import Gossip
+from aivillage.protocols.messages import Gossip, QuoteRequest
 from tests.simulation.mesh import open_mesh, result_of, until
 from tests.simulation.test_market import expected
 from tests.simulation.test_people import ask
@@ -138,3 +138,29 @@ async def test_who_was_only_heard_of_is_not_dialled_where_there_are_neighbours_e
             await mesh.link(other, hub)
         await until(lambda: sellers(one) == {two.peer})
         assert await why(one, two) == "never dialled: heard of only, and we have neighbours enough"
+
+
+async def test_a_kept_quote_ends_by_its_sellers_clock(tmp_path, monkeypatch):
+    """As of a seller that is ten minutes ahead: its word is good for 603 s of ours, it seems."""
+    monkeypatch.setattr("aivillage.node.pricelist.QUOTE_SECONDS", 603.0)
+    async with open_mesh(tmp_path) as mesh:
+        buyer, seller = await mesh.add("buyer", serve=False), await mesh.add("seller")
+        await mesh.knows(buyer, seller)
+        buyer.desk.links.get(seller.peer).clock_ahead_ms = 600_000
+
+        def asked():
+            return sum(isinstance(frame, QuoteRequest) for frame in seller.heard)
+
+        for _ in range(2):
+            await buyer.ask("hello", tokens=1)
+        assert asked() == 1
+        await trio.sleep(1.1)  # 2 s of margin before the end
+        await buyer.ask("hello", tokens=1)
+        assert asked() == 2
+
+
+async def test_a_links_clock_is_what_the_hello_said(tmp_path):
+    async with open_mesh(tmp_path) as mesh:
+        one, two = await mesh.add("one"), await mesh.add("two")
+        await mesh.link(one, two)
+        assert abs(one.desk.links.get(two.peer).clock_ahead_ms) < 2_000

@@ -6,6 +6,7 @@ import pytest
 import segno
 
 from aivillage.cli.invites import QR_BORDER, qr_code
+from aivillage.protocols.errors import RequestError
 
 SHAPES = {"\u2588": (0, 0), "\u2580": (0, 1), "\u2584": (1, 0), " ": (1, 1)}
 """Upper and lower module of a character, 1 is dark: drawn is light."""
@@ -30,3 +31,10 @@ def test_the_picture_has_the_modules_of_the_code_and_a_quiet_border(characters):
     assert len(rest) >= 2 * QR_BORDER
     assert not any(any(row) for row in rest)
     assert not any(any(row[:QR_BORDER] + row[-QR_BORDER:]) for row in seen)
+
+
+def test_a_token_longer_than_any_code_is_refused_with_a_way_out():
+    most = 2953  # bytes in the largest code, at the lowest correction
+    assert qr_code("aiv1." + "-" * (most - 5))
+    with pytest.raises(RequestError, match="too many for a QR code"):
+        qr_code("aiv1." + "-" * (most - 4))

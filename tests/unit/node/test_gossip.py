@@ -73,7 +73,11 @@ def world(monkeypatch):
 
 def offer(seq=1, by=9, not_after=NOW_MS + 1000):
     body = Offer(
-        seller=make_peer(by), seq=seq, not_after_unix_ms=not_after, addresses=("/memory/a",), operations=()
+        seller=make_peer(by),
+        seq=seq,
+        not_after_unix_ms=not_after,
+        addresses=("/memory/a",),
+        operations=(),
     )
     return Gossip(topic="offer", envelope=seal(make_key(by), "offer", body))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from aivillage.node.reachability import _as_seen, _Tried, judged, may_dial
+from aivillage.node.reachability import _as_seen, _Tried, judged, may_dial, numbered
+from aivillage.protocols.errors import PeerError
 from tests.conftest import make_peer
 
 ASKER, HELPER = make_peer(1), make_peer(2)
@@ -93,3 +94,11 @@ def test_who_is_not_reached_hears_where_it_was_tried_and_what_to_do():
 )
 def test_where_a_helper_sees_us_is_one_more_address_to_try(seen_from, mine, expected):
     assert _as_seen(seen_from, mine) == expected
+
+
+async def test_an_address_by_name_is_asked_for_by_number():
+    assert await numbered("/dns4/localhost/tcp/7/p2p/x") == "/ip4/127.0.0.1/tcp/7/p2p/x"
+    for address in (at("192.168.1.7"), "/memory/ann/p2p/x"):
+        assert await numbered(address) == address
+    with pytest.raises(PeerError, match="is not found"):
+        await numbered(f"/dns4/{'x' * 64}/tcp/7/p2p/x")  # refused before anybody is asked
