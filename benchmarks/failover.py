@@ -36,7 +36,7 @@ from aivillage.protocols import messages
 from tests.integration.daemons import Daemon, DaemonError, Yard, settled, wait_for
 
 FLAGS = ("--set", "offer_seconds=2")
-TOKENS = 40
+TOKENS = 48
 PROMPT = "Explain in a few sentences why the sky is blue, and why the evening sky is red."
 REQUEST: dict[str, Any] = {"prompt": PROMPT, "max_tokens": TOKENS}
 RECOVER_SECONDS, GOAL_SECONDS = 2.0, 0.5
