@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+"""Some measure with what the tests have: real daemons, made-up villages."""
 
 
 class Claims:

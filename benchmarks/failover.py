@@ -1,6 +1,6 @@
 """A seller killed in the middle of an answer: how long until the next token, and is it the same?
 
-    PYTHONPATH=. python benchmarks/failover.py [--quick] [--json]
+    python benchmarks/failover.py [--quick] [--json]
 
 A buyer and two sellers, each a real daemon with the packaged model. The one that answers is killed
 with SIGKILL, workers included, at a random token; then it comes back for the next seed.
@@ -36,10 +36,12 @@ from aivillage.protocols import messages
 from tests.integration.daemons import Daemon, DaemonError, Yard, settled, wait_for
 
 FLAGS = ("--set", "offer_seconds=2")
-TOKENS = 40
+TOKENS = 48
 PROMPT = "Explain in a few sentences why the sky is blue, and why the evening sky is red."
 REQUEST: dict[str, Any] = {"prompt": PROMPT, "max_tokens": TOKENS}
-RECOVER_SECONDS = 2.0
+RECOVER_SECONDS, GOAL_SECONDS = 2.0, 0.5
+SILENT_SECONDS = 6.0
+"""2 s of quiet, 2 s for a sign of life, then as above."""
 
 
 class Lost(NamedTuple):
@@ -63,7 +65,8 @@ def measure(claims: Claims, args: argparse.Namespace) -> None:
             silent.append(warm_run(seed, buyer, sellers, signal.SIGSTOP))
             cold.append(cold_run(silent[-1].victim, buyer, sellers))
         tell(claims, runs)
-        claims.add("silent_recover_s", statistics.median(run.recover_seconds for run in silent))
+        silent_s = statistics.median(run.recover_seconds for run in silent)
+        claims.add("silent_recover_s", silent_s, at_most=SILENT_SECONDS)
         claims.add("cold_recover_s", statistics.median(run.recover_seconds for run in cold))
         same = [is_same(run.answer, wanted) for run in (*runs, *silent, *cold)]
         claims.add("identical_fraction", statistics.mean(same), at_least=1.0)
@@ -78,6 +81,7 @@ def tell(claims: Claims, runs: list[Lost]) -> None:
     claims.add("recover_s_p50", statistics.median(took))
     claims.add("recover_s_p95", took[-(-95 * len(took) // 100) - 1], at_most=RECOVER_SECONDS)
     claims.add("recover_s_max", took[-1])
+    claims.note("recover_s_goal", GOAL_SECONDS)
     claims.add("notice_s_p50", statistics.median(run.notice_seconds for run in runs))
 
 

@@ -10,6 +10,8 @@ import importlib
 import logging
 import struct
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, Final
@@ -27,6 +29,8 @@ UNREAD_BYTES_MAX: Final = 4 << 20
 """Over all streams of a connection: 256 first windows would be 64 MiB. A link is one stream."""
 PENDING_PER_HOST_MAX: Final = 32
 """Sockets of one host between accept and the end of the handshake, which takes milliseconds."""
+PLACES_PER_HOST_MAX: Final = 100
+"""Half of all: identities cost nothing, and one machine could be everybody that we know."""
 WINDOW_BYTES_MAX: Final = 1 << 20
 """Receive window once data flows: a LAN's bandwidth times delay, and what one stream may hold."""
 CHUNK_BYTES: Final = 65_519 - 12
@@ -83,28 +87,26 @@ def end_tasks_with_their_connection() -> None:
     """Without it: each inbound connection leaves a task and one of the inbound places behind.
 
     There are `max_connections` places; once they are gone the node accepts nobody. And one host
-    could take them all with sockets that say nothing, so it gets `PENDING_PER_HOST_MAX` of those.
+    could take them all, with sockets that say nothing or under many names: so it gets
+    `PENDING_PER_HOST_MAX` of the former, and `PLACES_PER_HOST_MAX` in all.
     """
     raw_connection = _library("libp2p.network.connection.raw_connection").RawConnection
     swarm = _library("libp2p.network.swarm").Swarm
     pending: Counter[tuple[int, str]] = Counter()
+    held: Counter[tuple[int, str]] = Counter()
 
-    async def upgrade(self: Any, raw: Any, maddr: Any, place: tuple[int, str]) -> Any:
-        pending[place] += 1
-        try:
-            return await self.upgrade_inbound_raw_conn(raw, maddr)
-        finally:
-            pending[place] -= 1
-            if not pending[place]:
-                del pending[place]
+    async def hold(self: Any, raw: Any, maddr: Any, place: tuple[int, str]) -> None:
+        with _counted(held, place):
+            with _counted(pending, place):
+                muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
+            await muxed.event_closed.wait()
 
     async def handle_inbound(self: Any, stream: Any, maddr: Any, _failure: Any) -> None:
         raw = raw_connection(stream, False)
         place = id(self), (stream.get_remote_address() or ("", 0))[0]
         try:
-            if pending[place] < PENDING_PER_HOST_MAX:
-                muxed = await upgrade(self, raw, maddr, place)
-                await muxed.event_closed.wait()
+            if pending[place] < PENDING_PER_HOST_MAX and held[place] < PLACES_PER_HOST_MAX:
+                await hold(self, raw, maddr, place)
         except Exception as error:
             log.debug("inbound_connection_failed", extra={"reason": repr(error)})
         await _quietly(raw.close)
@@ -229,6 +231,17 @@ ALL: Final = (
     enforce_flow_control,
     cap_inbound_streams,
 )
+
+
+@contextmanager
+def _counted(counts: Counter[tuple[int, str]], place: tuple[int, str]) -> Iterator[None]:
+    counts[place] += 1
+    try:
+        yield
+    finally:
+        counts[place] -= 1
+        if not counts[place]:
+            del counts[place]
 
 
 def _library(module: str) -> Any:

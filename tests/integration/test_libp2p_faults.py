@@ -5,10 +5,12 @@ The scenarios run in processes of their own, since a patch cannot be taken off a
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -154,3 +156,26 @@ async def test_streams_may_hold_four_mebibytes_unread_and_not_a_byte_more(key_of
             await last.read(1)
         assert not any(stream.closed for stream in muxed.streams.values())
         assert sum(map(len, muxed.stream_buffers.values())) == patches.UNREAD_BYTES_MAX
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="dials from 127.0.0.2")
+async def test_one_host_under_many_names_gets_its_places_and_no_more(key_of, monkeypatch):
+    assert patches.PLACES_PER_HOST_MAX * 2 == CONNECTIONS_MAX
+    monkeypatch.setattr(patches, "PLACES_PER_HOST_MAX", 3)
+    async with open_libp2p(key_of(1), "127.0.0.1:0") as node, AsyncExitStack() as stack:
+        names = [
+            await stack.enter_async_context(open_libp2p(key_of(number), "127.0.0.1:0"))
+            for number in range(2, 7)
+        ]
+        (address,) = node.addresses()
+        for name in names[:3]:
+            assert await name.dial(address) == node.peer
+        with pytest.raises(PeerError):
+            await names[3].dial(address)
+        with monkeypatch.context() as elsewhere:
+            dial = functools.partial(trio.open_tcp_stream, local_address="127.0.0.2")
+            elsewhere.setattr(trio, "open_tcp_stream", dial)
+            assert await names[4].dial(address) == node.peer
+        await names[0].hang_up(node.peer)
+        await trio.sleep(0.3)
+        assert await names[3].dial(address) == node.peer
