@@ -142,6 +142,8 @@ FULL: tuple[Frame, ...] = (
         peer=PEER,
         follow=False,
         local=True,
+        mesh=True,
+        prefer="cheap",
     ),
     Text(id=10, text="Zürich 🏔"),
     Step(
