@@ -5,7 +5,7 @@
 All nodes in one process and one thread, under virtual time (tests/simulation/large_village.py says
 what of the node runs: all that hears, links, dials, sells, buys and books, with real signatures;
 and what is made up: the engine, clocks, delays of 20 to 40 ms, SQLite in memory). Made up here:
-nodes arrive ten a second, each knowing the founder only; one in fifty sells the rare operation; a
+nodes arrive twenty a second, each knowing the founder only; one in fifty sells the rare operation; a
 fifth of the nodes leaves every hour, at once and unannounced, and is back five minutes later; each
 node asks for a job every 100 s, three in ten for the rare operation. Pings are a minute apart
 instead of ten seconds: they are counted beside, never among the messages.
@@ -32,9 +32,9 @@ from aivillage.node.market import SEEK_SECONDS
 from tests.simulation import large_village
 from tests.simulation.large_village import NEWS, RARE, Plan, Village
 
-SIZES = {10: (60.0, 1800.0), 100: (60.0, 300.0), 1000: (40.0, 60.0)}
+SIZES = {10: (30.0, 900.0), 100: (30.0, 100.0), 1000: (20.0, 30.0)}
 """Nodes -> seconds of virtual time before the counting, and of it: the larger, the dearer."""
-QUICK = {10: (30.0, 600.0), 100: (30.0, 60.0)}
+QUICK = {10: (30.0, 300.0), 100: (20.0, 30.0)}
 FLATNESS_BAR = 1.5
 DONE_BAR = 0.999
 LATECOMERS = 10
@@ -71,7 +71,8 @@ async def lived(claims: Claims, size: int, warm_seconds: float, seconds: float) 
         claims.add(f"n{size}_credits_sum", village.sum_of_balances())
         claims.add(f"n{size}_cpu_seconds", time.process_time() - started)
         nursery.cancel_scope.cancel()
-    print(f"# {size} nodes", file=sys.stderr)
+    own = {key: value for key, value in claims.found.items() if key.startswith(f"n{size}_")}
+    print(f"# {own}", file=sys.stderr)
     return village
 
 

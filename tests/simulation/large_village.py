@@ -100,7 +100,7 @@ class Plan:
     size: int
     rare_sellers: int = 1
     seed: int = 1
-    join_seconds: float = 0.1
+    join_seconds: float = 0.05
     """Between two arrivals."""
     churn_an_hour: float = 0.2
     down_seconds: float = 300.0
