@@ -5,10 +5,11 @@
 All nodes in one process and one thread, under virtual time (tests/simulation/large_village.py says
 what of the node runs: all that hears, links, dials, sells, buys and books, with real signatures;
 and what is made up: the engine, clocks, delays of 20 to 40 ms, SQLite in memory). Made up here:
-nodes arrive twenty a second, each knowing the founder only; one in fifty sells the rare operation; a
-fifth of the nodes leaves every hour, at once and unannounced, and is back five minutes later; each
-node asks for a job every 100 s, three in ten for the rare operation. Pings are a minute apart
-instead of ten seconds: they are counted beside, never among the messages.
+nodes arrive twenty a second, each knowing the founder only; one in fifty, at least one, sells the
+rare operation; a fifth of the nodes leaves every hour, at once and unannounced, and is back five
+minutes later; each node asks for a job every 100 s, three in ten for the rare operation. A job that
+fails while nobody who could do it is there is counted as `jobs_nobody_could`, not as failed. Pings
+are a minute apart instead of ten seconds: they are counted beside, never among the messages.
 
 `messages` are what offers and ads travel in. `find_s` is from a job's wish for the rare operation
 to a seller that said yes, quote included. `cold_find_s` is until an offer is there of an operation
@@ -67,6 +68,7 @@ async def lived(claims: Claims, size: int, warm_seconds: float, seconds: float) 
         claims.add(f"n{size}_cold_found", statistics.fmean(each <= SEEK_SECONDS for each in cold))
         claims.add(f"n{size}_jobs", village.done + village.failed)
         claims.add(f"n{size}_jobs_failed", village.failed)
+        claims.add(f"n{size}_jobs_nobody_could", village.nobody_could)
         claims.add(f"n{size}_left", village.left)
         claims.add(f"n{size}_credits_sum", village.sum_of_balances())
         claims.add(f"n{size}_cpu_seconds", time.process_time() - started)

@@ -261,7 +261,7 @@ class Village:
         self.rng = random.Random(f"{plan.seed}/life")
         self.network = LoopbackNetwork(plan.seed, latency_seconds=0.02, jitter_seconds=0.02)
         self.members: list[Member] = []
-        self.done = self.failed = self.left = 0
+        self.done = self.failed = self.nobody_could = self.left = 0
         self.errors: collections.Counter[str] = collections.Counter()
         self._nursery = nursery
         self._busy: collections.Counter[str] = collections.Counter()
@@ -331,6 +331,8 @@ class Village:
         self._busy[member.name] -= 1
         if running.error is None:
             self.done += 1
+        elif not any(operation in other.skills for other in self.present() if other != member):
+            self.nobody_could += 1
         else:
             self.failed += 1
             self.errors[f"{operation} {running.error.code}"] += 1
