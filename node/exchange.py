@@ -93,7 +93,7 @@ class Exchange:
             return
         held = self._discovery.held()
         have = views.said(each.offer for each in held)
-        if not self.budget.take(len(have) + FRAME_BYTES, time.monotonic()):
+        if not self.budget.take(len(have) + FRAME_BYTES, time.monotonic(), own=True):
             return
         question = OffersQuestion(
             id=link.next_id(), have=have, room=views.room(len(held), VIEW_MAX)
@@ -123,9 +123,10 @@ class Exchange:
         self._told[link.peer] = {name: told[name] for name in told.keys() & kept}
 
     def _news_for(self, link: Link, has: Mapping[bytes, int], unknown_most: int) -> list[Held]:
+        """At most half of what the budget has left: whoever asks next gets something too."""
         now_ms, left = int(time.time() * 1000), self.budget.left_bytes(time.monotonic())
         others = [h for h in self._discovery.held() if h.offer.seller != link.peer]
-        return views.worth_sending(others, has, unknown_most, now_ms, left - FRAME_BYTES)
+        return views.worth_sending(others, has, unknown_most, now_ms, left / 2 - FRAME_BYTES)
 
     def _on_offer(self, offer: Offer, envelope: bytes) -> None:
         """One came in: it may answer an ad, and another one may have to go."""

@@ -80,13 +80,15 @@ class Gossiper:
         random.shuffle(neighbours)
         neighbours.sort(key=lambda neighbour: self._told_at.get(neighbour.peer, 0.0))
         for neighbour in neighbours[:FRESH_MAX]:
-            if self.say(neighbour, gossip):
+            if self.say(neighbour, gossip, own=True):
                 self._told_at[neighbour.peer] = time.monotonic()
 
-    def say(self, neighbour: Neighbour, gossip: Gossip) -> bool:
-        """Sends it if the budget allows."""
+    def say(self, neighbour: Neighbour, gossip: Gossip, *, own: bool = False) -> bool:
+        """Sends it if the budget for our own news, or for others', allows."""
         size_bytes = len(gossip.envelope) + FRAME_BYTES
-        return self._said.take(size_bytes, time.monotonic()) and send_or_drop(neighbour, gossip)
+        if not self._said.take(size_bytes, time.monotonic(), own=own):
+            return False
+        return send_or_drop(neighbour, gossip)
 
     def receive(self, source: PeerId, gossip: Gossip) -> None:
         """Takes news from a neighbour.
@@ -102,12 +104,12 @@ class Gossiper:
         kind = DOMAINS.get(gossip.topic)
         if kind is None or gossip.hops > HOPS_MAX:
             return  # a topic of a newer version, or a loop
-        if not self._within_budget(source):
-            self.dropped += 1  # not remembered: another neighbour may bring it
-            return
         if self._has_seen(gossip):
             if kind is TaskAd:
                 self.on_ad(source, gossip, None)
+            return
+        if not self._within_budget(source):
+            self.dropped += 1  # not remembered: another neighbour may bring it
             return
         self._remember(gossip)
         signer, news = unseal(gossip.envelope, gossip.topic, kind)

@@ -62,7 +62,7 @@ class Search:
         self._note(gossip, Ad(ad.operation, ad.not_after_unix_ms))
         members = list(self._members())
         for member in random.sample(members, min(WALKERS, len(members))):
-            self._gossiper.say(member, gossip)
+            self._gossiper.say(member, gossip, own=True)
 
     def wanted(self) -> set[str]:
         """Operations that are looked for now, here or by way of us."""

@@ -34,28 +34,32 @@ class Held(msgspec.Struct, frozen=True):
 
 
 class ByteBudget:
-    """A token bucket of bytes, full at `BURST_SECONDS` worth of them."""
+    """A token bucket of bytes, full at `BURST_SECONDS` worth of them.
+
+    A quarter of it is there for what is our own: others may ask as much as they like, our offer
+    still goes out.
+    """
 
     BURST_SECONDS: Final = 8.0
+    OWN_SHARE: Final = 0.25
 
     def __init__(self, bytes_per_second: float) -> None:
         self._rate = bytes_per_second
-        self._level = self._rate * self.BURST_SECONDS
+        self._full = self._level = bytes_per_second * self.BURST_SECONDS
         self._at = 0.0
-        self.spent_bytes = 0
 
-    def left_bytes(self, now_seconds: float) -> float:
+    def left_bytes(self, now_seconds: float, *, own: bool = False) -> float:
+        """What may be said now, of our own or of others'."""
         earned = max(0.0, now_seconds - self._at) * self._rate
-        self._level = min(self._rate * self.BURST_SECONDS, self._level + earned)
+        self._level = min(self._full, self._level + earned)
         self._at = now_seconds
-        return self._level
+        return self._level if own else self._level - self._full * self.OWN_SHARE
 
-    def take(self, size_bytes: int, now_seconds: float) -> bool:
+    def take(self, size_bytes: int, now_seconds: float, *, own: bool = False) -> bool:
         """Whether there was so much; then it is spent."""
-        if self.left_bytes(now_seconds) < size_bytes:
+        if self.left_bytes(now_seconds, own=own) < size_bytes:
             return False
         self._level -= size_bytes
-        self.spent_bytes += size_bytes
         return True
 
 

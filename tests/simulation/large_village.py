@@ -100,7 +100,7 @@ class Plan:
     size: int
     rare_sellers: int = 1
     seed: int = 1
-    join_seconds: float = 0.1
+    join_seconds: float = 0.05
     """Between two arrivals."""
     churn_an_hour: float = 0.2
     down_seconds: float = 300.0
@@ -119,6 +119,7 @@ class Member:
         self.peer: PeerId = identity.peer_of(self.key)
         self.address = f"/memory/{self.name}/p2p/{self.peer}"
         self.skills = (COMMON, RARE) if 0 < index <= home.plan.rare_sellers else (COMMON,)
+        self.hollow: tuple[str, ...] = ()
         self.sent: collections.Counter[str] = collections.Counter()
         self.sent_bytes = 0
         self.up = False
@@ -178,7 +179,7 @@ class Member:
         exchange = self.exchange = Exchange(links, villagers, discovery, tasks, settings)
         discovery.is_neighbour = villagers.is_member
         villagers.on_succeeded, villagers.heard_of = discovery.rename, discovery.offers
-        workers = self.workers = self.home.workers_of(nursery, self.skills)
+        workers = self.workers = self.home.workers_of(nursery, self)
         seller = Seller(
             settings=settings, prices=PriceList(self.key, 100), workers=workers, book=book,
             events=events, nursery=nursery,
@@ -260,7 +261,7 @@ class Village:
         self.rng = random.Random(f"{plan.seed}/life")
         self.network = LoopbackNetwork(plan.seed, latency_seconds=0.02, jitter_seconds=0.02)
         self.members: list[Member] = []
-        self.done = self.failed = self.left = 0
+        self.done = self.failed = self.nobody_could = self.left = 0
         self.errors: collections.Counter[str] = collections.Counter()
         self._nursery = nursery
         self._busy: collections.Counter[str] = collections.Counter()
@@ -291,9 +292,9 @@ class Village:
             await member.jobs.add_certificates(home, (certificate(founder, member.peer),))
             await member.jobs.saw_peer(founder.peer, (founder.address,))
 
-    def workers_of(self, nursery: trio.Nursery, skills: tuple[str, ...]) -> Skilled:
+    def workers_of(self, nursery: trio.Nursery, member: Member) -> Skilled:
         workers = Skilled(nursery, Path(), Script())
-        workers._infos, workers.skills = self._infos, skills
+        workers._infos, workers.skills, workers.hollow = self._infos, member.skills, member.hollow
         return workers
 
     def present(self) -> list[Member]:
@@ -330,6 +331,8 @@ class Village:
         self._busy[member.name] -= 1
         if running.error is None:
             self.done += 1
+        elif not any(operation in other.skills for other in self.present() if other != member):
+            self.nobody_could += 1
         else:
             self.failed += 1
             self.errors[f"{operation} {running.error.code}"] += 1
@@ -353,18 +356,21 @@ class Village:
         await trio.sleep(5)
 
     async def find_cold(self, count: int) -> list[float]:
-        """Seconds until a node hears of what another one has just begun to sell."""
+        """Seconds until a node hears of what another one sells, from when that one starts."""
         found: list[float] = []
         async with trio.open_nursery() as nursery:
-            for number in range(count):
-                seller, buyer = self.rng.sample(self.present(), 2)
-                seller.workers.hollow = (*seller.workers.hollow, f"cold.{number}")
-                nursery.start_soon(self._find, buyer, f"cold.{number}", found)
+            for number in range(min(count, (self.plan.size - 1) // 2)):
+                seller, buyer = self.members[-1 - number], self.members[1 + number]
+                seller.hollow = (f"cold.{number}",)
+                seller.scope.cancel()
+                nursery.start_soon(self._find, buyer, seller, found)
         return found
 
-    async def _find(self, buyer: Member, operation: str, found: list[float]) -> None:
+    async def _find(self, buyer: Member, seller: Member, found: list[float]) -> None:
         """As a market does for a job."""
-        began = trio.current_time()
+        await trio.sleep(5)
+        await self.start(seller)
+        began, operation = trio.current_time(), seller.hollow[0]
         while not buyer.discovery.candidates(operation):
             news = buyer.discovery.next_news()
             buyer.herald.advertise(operation)

@@ -146,11 +146,15 @@ def test_a_fresh_offer_goes_to_a_few_neighbours_and_to_each_in_turn(world, over)
 
 def test_what_is_said_keeps_within_the_budget(world):
     size_bytes = len(offer().envelope) + FRAME_BYTES
-    world.budget.take(8192 * 8 - 2 * size_bytes, world.now)
+    world.budget.take(8192 * 6 - 2 * size_bytes, world.now)
     assert [world.gossiper.say(world.a, offer()) for _ in range(3)] == [True, True, False]
     assert len(world.a.heard) == 2
     world.now += size_bytes / 8192 + 1e-6
     assert world.gossiper.say(world.a, offer())
+    assert not world.gossiper.say(world.a, offer())
+    world.gossiper.publish(offer().envelope)
+    assert len(world.a.heard) == 4
+    assert len(world.b.heard) == 1
 
 
 def test_the_last_hop_is_heard_and_one_beyond_is_not(world):

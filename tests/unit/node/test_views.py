@@ -46,9 +46,8 @@ def pressed(offers, *, linked=(), wanted=(), most=VIEW_MAX, seed=1):
 
 @pytest.mark.parametrize("over", [0, 1])
 def test_a_view_holds_its_limit_and_no_more(over):
-    goes = views.crowded_out(
-        many(VIEW_MAX + over, "a"), lambda _peer: False, (), random.Random(1).choice
-    )
+    offers, pick = many(VIEW_MAX + over, "a"), random.Random(1).choice
+    goes = views.crowded_out(offers, lambda _peer: False, (), pick, VIEW_MAX)
     assert (goes is not None) == bool(over)
 
 
@@ -156,10 +155,19 @@ def test_a_full_view_still_asks_for_some():
 
 def test_a_budget_is_what_it_says_over_any_time():
     budget = ByteBudget(100)
-    assert budget.take(800, 50.0)
+    assert budget.take(800, 50.0, own=True)
+    assert not budget.take(1, 50.0, own=True)
+    assert budget.take(100, 51.0, own=True)
+    assert not budget.take(1, 51.0, own=True)
+    assert budget.left_bytes(1e6, own=True) == 800
+    assert not budget.take(801, 1e6, own=True)
+
+
+def test_a_quarter_of_a_budget_is_for_our_own_news():
+    budget = ByteBudget(100)
+    assert not budget.take(601, 50.0)
+    assert budget.take(600, 50.0)
     assert not budget.take(1, 50.0)
-    assert budget.take(100, 51.0)
-    assert not budget.take(1, 51.0)
-    assert budget.left_bytes(1e6) == 800
-    assert not budget.take(801, 1e6)
-    assert budget.spent_bytes == 900
+    assert budget.take(200, 50.0, own=True)
+    assert not budget.take(1, 51.9)  # what is our own fills up first
+    assert budget.take(1, 52.1)
