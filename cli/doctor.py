@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from aivillage import __version__
 from aivillage.cli import show
+from aivillage.cli.packages import MODEL_PACKAGES, PACKAGES
 from aivillage.protocols.errors import EXIT_CONFIG, EXIT_OK, AivillageError
 
 if TYPE_CHECKING:
@@ -33,25 +34,6 @@ if TYPE_CHECKING:
     from aivillage.node.paths import Paths
 
 PYTHON_LEAST: Final = (3, 11)
-PACKAGES: Final = {
-    "aiosqlite": ">=0.22",
-    "apsw": ">=3.51.3",
-    "cryptography": ">=48",
-    "libp2p": "==0.8.1",
-    "msgspec": ">=0.22",
-    "platformdirs": ">=4",
-    "pynacl": ">=1.6",
-    "segno": ">=1.6",
-    "trio": ">=0.35",
-    "zeroconf": ">=0.150",
-}
-MODEL_PACKAGES: Final = {
-    "gguf": ">=0.17",
-    "numpy": ">=2",
-    "tokenizers": ">=0.22",
-    "torch": ">=2.13",
-}
-"""Both as in pyproject.toml; a test compares them."""
 SQLITE_LEAST: Final = (3, 51, 3)
 """Earlier ones have a fault in the write-ahead log that can lose a commit."""
 SQLITE_STRICT: Final = (3, 37, 0)

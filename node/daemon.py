@@ -152,13 +152,12 @@ async def open_node(
         )  # fmt: skip
         maps = await open_maps(settings, trade, buyer, nursery)  # before anybody can submit
         people = PeopleDesk(desk, keeper, settings.village_exposure_micro_credits)
-        handlers = desk.handlers() | people.handlers() | maps.handlers()
-        handlers |= LimitsDesk(gate, desk, settings, prices, workers).handlers()
-        handlers |= ReputationDesk(desk).handlers()
+        limits_desk = LimitsDesk(gate, desk, settings, prices, workers)
+        desks = (desk, people, maps, limits_desk, ReputationDesk(desk))
+        handlers = {name: answer for each in desks for name, answer in each.handlers().items()}
         async with open_control(paths.socket, Control(handlers, buyer, hello, events)):
-            beats = (*villagers.services, *herald.services)
-            for service in (monitor.run, *beats, clearing.run, keeper.run):
-                tasks.serve(service)
+            beats = (*villagers.services, *herald.services, clearing.run)
+            tasks.serve(monitor.run, *beats, keeper.run)
             yield desk
             switch.farewell()
         nursery.cancel_scope.cancel()

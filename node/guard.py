@@ -46,7 +46,8 @@ class Tasks:
         name = getattr(work, "__qualname__", repr(work))
         self._nursery.start_soon(guarded, self._events, name, work, *args)
 
-    def serve(self, loop: Callable[[], Awaitable[Any]]) -> None:
-        """A service that goes on after a failure."""
-        name = getattr(loop, "__qualname__", repr(loop))
-        self._nursery.start_soon(guarded_forever, self._events, name, loop)
+    def serve(self, *loops: Callable[[], Awaitable[Any]]) -> None:
+        """Services that go on after a failure."""
+        for loop in loops:
+            name = getattr(loop, "__qualname__", repr(loop))
+            self._nursery.start_soon(guarded_forever, self._events, name, loop)

@@ -479,11 +479,8 @@ async def _handle(handler: StreamHandler, stream: LoopbackStream, protocol: str)
     except PeerError as error:
         log.info("stream_lost", extra={"peer": stream.peer, "reason": str(error)})
     except Exception as error:
-        log.warning(
-            "stream_handler_failed",
-            extra={"protocol": protocol, "peer": stream.peer},
-            exc_info=error,
-        )
+        where = {"protocol": protocol, "peer": stream.peer}
+        log.warning("stream_handler_failed", extra=where, exc_info=error)
     with trio.CancelScope(shield=True):
         await stream.close()
 

@@ -18,6 +18,7 @@ import pytest
 from aivillage import __version__
 from aivillage.cli import doctor as doctor_file
 from aivillage.cli import main as cli_main
+from aivillage.cli import packages
 from aivillage.node import identity
 from aivillage.node.paths import paths
 from aivillage.protocols import codec
@@ -85,9 +86,9 @@ def test_each_finding_is_one_line_and_each_warning_has_a_next_step(folder, capsy
 
 def test_what_is_wanted_is_what_pyproject_wants():
     project = pyproject()["project"]
-    wanted = {name + wish for name, wish in doctor_file.PACKAGES.items()}
+    wanted = {name + wish for name, wish in packages.PACKAGES.items()}
     assert wanted == set(project["dependencies"])
-    models = {name + wish for name, wish in doctor_file.MODEL_PACKAGES.items()}
+    models = {name + wish for name, wish in packages.MODEL_PACKAGES.items()}
     assert models == set(project["optional-dependencies"]["models"])
     least = ".".join(map(str, doctor_file.PYTHON_LEAST))
     assert project["requires-python"] == f">={least}"

@@ -144,6 +144,7 @@ FULL: tuple[Frame, ...] = (
         local=True,
         mesh=True,
         prefer="cheap",
+        verify=True,
     ),
     Text(id=10, text="Zürich 🏔"),
     Step(
