@@ -6,8 +6,8 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Final
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Final, Protocol
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,7 +21,7 @@ from aivillage.node.buyer import Buyer
 from aivillage.node.caretaker import Caretaker
 from aivillage.node.clearing import Clearing
 from aivillage.node.config import Origin, Settings
-from aivillage.node.control import Control, open_control
+from aivillage.node.control import Control, Handler, open_control
 from aivillage.node.desk import Desk
 from aivillage.node.detours import Detours
 from aivillage.node.discovery import Discovery
@@ -34,7 +34,7 @@ from aivillage.node.herald import Herald
 from aivillage.node.home import Home
 from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.node.limits_desk import LimitsDesk
-from aivillage.node.links import LinkLimits, open_links
+from aivillage.node.links import LinkLimits, Links, open_links
 from aivillage.node.maps import open_maps
 from aivillage.node.market import Market
 from aivillage.node.membership import Membership
@@ -115,8 +115,7 @@ async def open_node(
     membership, owners, grants = await _papers(key, settings, jobs, ledger)
     detours = Detours(transport, settings, events)
     hello = _hello(ledger, membership, owners, grants, detours.addresses)
-    limits = LinkLimits(ping_seconds=settings.heartbeat_seconds)
-    async with open_links(transport, hello, limits=limits) as links, trio.open_nursery() as nursery:
+    async with _links(transport, hello, settings) as links, trio.open_nursery() as nursery:
         tasks = Tasks(nursery, events)
         discovery = Discovery(key, await jobs.records())
         villagers = Villagers(
@@ -153,14 +152,27 @@ async def open_node(
         maps = await open_maps(settings, trade, buyer, nursery)  # before anybody can submit
         people = PeopleDesk(desk, keeper, settings.village_exposure_micro_credits)
         limits_desk = LimitsDesk(gate, desk, settings, prices, workers)
-        desks = (desk, people, maps, limits_desk, ReputationDesk(desk))
-        handlers = {name: answer for each in desks for name, answer in each.handlers().items()}
+        handlers = _handlers(desk, people, maps, limits_desk, ReputationDesk(desk))
         async with open_control(paths.socket, Control(handlers, buyer, hello, events)):
-            beats = (*villagers.services, *herald.services, clearing.run)
-            tasks.serve(monitor.run, *beats, keeper.run)
+            services = (*villagers.services, *herald.services, clearing.run, keeper.run)
+            tasks.serve(monitor.run, *services)
             yield desk
             switch.farewell()
         nursery.cancel_scope.cancel()
+
+
+class _Answers(Protocol):
+    def handlers(self) -> dict[str, Handler]: ...
+
+
+def _handlers(*desks: _Answers) -> dict[str, Handler]:
+    return {name: answer for desk in desks for name, answer in desk.handlers().items()}
+
+
+def _links(
+    transport: Transport, hello: Callable[[], Hello], settings: Settings
+) -> AbstractAsyncContextManager[Links]:
+    return open_links(transport, hello, limits=LinkLimits(ping_seconds=settings.heartbeat_seconds))
 
 
 def _close_and_open(
