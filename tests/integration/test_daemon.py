@@ -30,6 +30,8 @@ READS = [
     ("jobs", "list"),
     ("config",),
     ("config", "show", "--origin"),
+    ("limits",),
+    ("price",),
     ("paths",),
     ("doctor",),
 ]
