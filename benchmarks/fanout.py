@@ -9,7 +9,7 @@ the first question to the last result. `makespan_s` is undisturbed (1.0 is perfe
 `kill_makespan_s` with the peer SIGKILLed at 0.7 s (1.5 is perfect), `kill_extra_s` the difference,
 each the median of the rounds;
 `small_tasks_per_s` are tasks that do nothing. All places have worked once before. The same is done
-on two Ray nodes of four CPUs by benchmarks/fanout_ray.py, in turn and never at the same time, where
+on two Ray nodes of four CPUs by benchmarks/beside/fanout_ray.py, in turn and never at the same time, where
 this Python or that of RAY_PYTHON has Ray.
 """
 
@@ -36,6 +36,7 @@ from aivillage.cli.village_process import NodeProcess
 
 TASKS, SECONDS, KILL_AT_SECONDS, PLACES = 16, 0.5, 0.7, 4
 SMALL = 400
+NOISE_SECONDS = 0.2
 FLAGS = ("--set", f"slots={PLACES}", "--set", f"module_workers={PLACES}")
 
 
@@ -124,7 +125,7 @@ def compare(claims: Claims, rounds: int) -> None:
     if not python:
         claims.note("ray", "not installed; RAY_PYTHON names a Python that has it")
         return
-    script = str(Path(__file__).with_name("fanout_ray.py"))
+    script = str(Path(__file__).parent / "beside" / "fanout_ray.py")
     numbers = (TASKS, SECONDS, KILL_AT_SECONDS, PLACES, SMALL, rounds)
     command = [python, script, *map(str, numbers)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
@@ -138,8 +139,14 @@ def compare(claims: Claims, rounds: int) -> None:
     claims.add("ray_small_tasks_per_s", found["small_tasks_per_s"])
     ours = claims.found
     claims.add("makespan_over_ray", ours["makespan_s"] / ray["makespan_s"], at_most=1.0)
-    claims.add("kill_makespan_over_ray", ours["kill_makespan_s"] / ray["kill_makespan_s"])
-    claims.add("kill_extra_over_ray", ours["kill_extra_s"] / ray["kill_extra_s"], at_most=1.0)
+    killed = ours["kill_makespan_s"] / ray["kill_makespan_s"]
+    claims.add("kill_makespan_over_ray", killed, at_most=1.0)
+    if ray["kill_extra_s"] >= NOISE_SECONDS:
+        claims.add("kill_extra_over_ray", ours["kill_extra_s"] / ray["kill_extra_s"], at_most=1.0)
+    else:  # a ratio of noise would flatter or blame by chance
+        claims.note(
+            "kill_extra_over_ray", "none: Ray's undisturbed runs took as long as its killed"
+        )
 
 
 if __name__ == "__main__":

@@ -243,6 +243,14 @@ class Jobs(PeerStore):
 
         await self.transaction(work)
 
+    async def hand_on(self, earlier: JobId, later: JobId) -> None:
+        """Another job goes on from what this one was given."""
+        await self._keep_writing(
+            "INSERT OR REPLACE INTO delivered SELECT ?, seq, attempt, body FROM delivered"
+            " WHERE job=?",
+            (later, earlier),
+        )
+
     async def forget_delivered(self, job: JobId) -> None:
         """Drops output that turned out to be wrong."""
         await self._keep_writing("DELETE FROM delivered WHERE job=?", (job,))

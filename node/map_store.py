@@ -197,16 +197,21 @@ class MapStore:
         return list({end.line: end for end in found}.values())
 
     async def leftovers(self, row: MapRow) -> list[JobRow]:
-        """Jobs of unfinished tasks that were given something before their end, the last of each."""
+        """The last job of each unfinished task, where it was given something.
+
+        It has all of it, that of earlier ones too: `OneTry` copies it. Where it has none, what
+        earlier ones had turned out to be wrong.
+        """
         sql = (
             f"SELECT {', '.join(JobRow.__struct_fields__)} FROM job j"  # noqa: S608 ours alone
             " WHERE parent GLOB ? AND result IS NULL AND NOT local"
-            " AND EXISTS (SELECT 1 FROM delivered d WHERE d.job = j.id) ORDER BY created"
+            " AND created = (SELECT max(created) FROM job k"
+            " WHERE k.parent = j.parent AND k.result IS NULL AND NOT k.local)"
+            " AND EXISTS (SELECT 1 FROM delivered d WHERE d.job = j.id)"
         )
         names = JobRow.__struct_fields__
         rows = await self._read(sql, row.id + "/*")
-        found = (JobRow(**dict(zip(names, values, strict=True))) for values in rows)
-        return list({job.parent: job for job in found}.values())
+        return [JobRow(**dict(zip(names, values, strict=True))) for values in rows]
 
     async def _read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         return await self._jobs.transaction(lambda db: list(db.execute(sql, values)))

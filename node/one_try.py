@@ -9,12 +9,13 @@ from aivillage.node.link import Link
 from aivillage.node.market import Choice, Need
 from aivillage.node.pursuit import Pursuit
 from aivillage.protocols.errors import AivillageError
-from aivillage.protocols.types import PeerId
+from aivillage.protocols.types import JobId, PeerId
 
 
 class Had(msgspec.Struct, frozen=True):
     """What a try leaves to the next one."""
 
+    job: JobId
     output: Output
     sellers: tuple[PeerId, ...]
     kernels: frozenset[tuple[str, str]]
@@ -23,16 +24,25 @@ class Had(msgspec.Struct, frozen=True):
 class OneTry(Pursuit):
     """As any job, except that neither the market nor another attempt follows a failure."""
 
+    _from: JobId | None = None
+
     def had(self) -> Had:
         """What it was given so far, and by whom."""
         output = self.output
         copied = Output(list(output.bodies), list(output.ids), list(output.text), output.read_bytes)
-        return Had(copied, tuple(self._sellers), frozenset(self._kernels))
+        return Had(self.row.id, copied, tuple(self._sellers), frozenset(self._kernels))
 
     def go_on_from(self, had: Had) -> None:
         """What an earlier try of the same task was given, and paid for, is not bought again."""
+        self._from = had.job
         self.output = had.output
         self._sellers, self._kernels = list(had.sellers), set(had.kernels)
+
+    async def run(self) -> None:
+        """As any job's, once what it goes on from is kept with it, for a restart of this node."""
+        if self._from is not None:
+            await self._trade.jobs.hand_on(self._from, self.row.id)
+        await super().run()
 
     async def _choose(self, need: Need) -> Choice | None:
         return await self._trade.market.terms_of(self.row.peer, need)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import apsw
 import pytest
 
 from tests.integration.daemons import Daemon, Yard, paused, settled, wait_for
@@ -195,3 +197,54 @@ def test_a_straggler_is_overtaken_and_only_the_first_result_is_paid(yard):
     assert ended["micro_credits"] == PRICE * len(away)
     settled([ann, bob, cat], 30)
     assert _spent(cat) == PRICE * len(away)
+
+
+def _halves(buyer: Daemon, name: str, line: int) -> list[tuple[str, list[int], int]]:
+    """Every try at a line that had parts: its end, the parts, and the first that was its own."""
+    db = apsw.Connection(str(buyer.data_dir / "jobs.db"), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        rows = db.execute(
+            "SELECT j.id, j.state, d.seq, a.job = j.id FROM job j JOIN delivered d ON d.job = j.id"
+            " JOIN attempt a ON a.id = d.attempt WHERE j.parent = ? ORDER BY j.created, d.seq",
+            (f"{name}/{line}",),
+        ).fetchall()
+    finally:
+        db.close()
+    found = []
+    for _, group in itertools.groupby(rows, key=lambda row: row[0]):
+        parts = list(group)
+        own = [seq for _, _, seq, is_own in parts if is_own]
+        if own:
+            found.append((str(parts[0][1]), [seq for _, _, seq, _ in parts], own[0]))
+    return found
+
+
+def test_a_task_goes_on_from_its_parts_at_another_peer_and_after_a_kill_of_its_buyer(yard):
+    """One place here, and a task that keeps it: the others are for peers."""
+    ann = yard.daemon("ann").start(*FLAGS)
+    here = ("--set", "heartbeat_seconds=0.5", "--set", "slots=1")
+    bob, cat = (
+        yard.daemon(guest).start("--join", ann.ask("invite")["token"], *flags)
+        for guest, flags in (("bob", FLAGS), ("cat", here))
+    )
+    yard.know_each_other(ann, bob, cat)
+    halves = {"note": "x", "parts": 100, "sleep_seconds": 8}
+    name = _begun(cat, [{"sleep_seconds": 12}, halves, halves])
+    wait_for(lambda: len(_halves(cat, name, 2) + _halves(cat, name, 3)) == 2, 20, "parts came")
+    bob.kill()
+    twice = wait_for(
+        lambda: [n for n in (2, 3) if len(_halves(cat, name, n)) == 2], 20, "ann goes on"
+    )
+    cat.kill()
+    cat.restart()
+    assert _ended(cat, name)["done"] == 3
+    tries = _halves(cat, name, twice[0])
+    assert [state for state, *_ in tries] == ["failed", "cancelled", "done"]
+    for (_, had, had_first), (_, parts, own_first) in itertools.pairwise(tries):
+        assert set(range(own_first)) <= set(parts), "what it had is kept with it"
+        assert set(had) >= set(range(own_first)), "and came from the one before"
+        assert own_first > had_first
+    assert tries[-1][1] == list(range(100))
+    assert [line["result"].get("parts") for line in _lines(cat, name)] == [0, 100, 100]
+    bob.restart()
+    settled([ann, bob, cat], 30)

@@ -64,7 +64,7 @@ def descendants(pid: int) -> list[int]:
     return [found for child in map(int, children) for found in (child, *descendants(child))]
 
 
-@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+@ray.remote(num_cpus=1)
 def work(number: int, seconds: float) -> int:
     time.sleep(seconds)
     return number
