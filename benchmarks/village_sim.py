@@ -15,7 +15,9 @@ are a minute apart instead of ten seconds: they are counted beside, never among 
 to a seller that said yes, quote included. `cold_find_s` is until an offer is there of an operation
 that one node sells, which starts, with no links yet, at the moment when another one begins to look
 for it; `cold_found` is the part of those found within the ten seconds that a job waits. `hub` is
-the busiest node. `messages_flatness` is the most messages a node of all villages over the least.
+the busiest node. `narrow_` villages have a tenth of a view and a quarter of the neighbours: a node
+there knows as small a part of all offers as in a village ten times as large. `messages_flatness` is
+the most messages a node of all villages over the least.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from unittest import mock
 
 import trio
 from claims import Claims, main
 
+from aivillage.node import exchange, villagers
 from aivillage.node.market import SEEK_SECONDS
 from tests.simulation import large_village
 from tests.simulation.large_village import NEWS, RARE, Plan, Village
@@ -36,6 +40,9 @@ from tests.simulation.large_village import NEWS, RARE, Plan, Village
 SIZES = {10: (30.0, 900.0), 100: (30.0, 100.0), 1000: (20.0, 30.0)}
 """Nodes -> seconds of virtual time before the counting, and of it: the larger, the dearer."""
 QUICK = {10: (30.0, 300.0), 100: (20.0, 30.0)}
+NARROW = {10: (60.0, 600.0), 40: (60.0, 120.0), 160: (60.0, 60.0)}
+NARROW_QUICK = {10: (60.0, 300.0), 40: (60.0, 60.0)}
+NARROW_VIEW, NARROW_NEIGHBOURS = 12, 4
 FLATNESS_BAR = 1.5
 DONE_BAR = 0.999
 LATECOMERS = 10
@@ -46,9 +53,9 @@ def percentile_95(values: Sequence[float]) -> float:
     return sorted(values)[int(0.95 * (len(values) - 1) + 0.5)] if values else 0.0
 
 
-async def lived(claims: Claims, size: int, warm_seconds: float, seconds: float) -> Village:
-    """One village to its end, its figures as `n<size>_<figure>`."""
-    started = time.process_time()
+async def lived(claims: Claims, name: str, size: int, times: tuple[float, float]) -> Village:
+    """One village to its end, its figures as `<name>_<figure>`."""
+    started, (warm_seconds, seconds) = time.process_time(), times
     async with trio.open_nursery() as nursery:
         village = Village(Plan(size=size, rare_sellers=max(1, size // 50)), nursery)
         await village.settle()
@@ -59,28 +66,28 @@ async def lived(claims: Claims, size: int, warm_seconds: float, seconds: float) 
             async with trio.open_nursery() as life:
                 life.start_soon(village.churn)
                 life.start_soon(village.demand, size / 100, 0.3)
-        traffic(claims, village, seconds)
+        traffic(claims, village, name, seconds)
         await village.quiet()
         found = [each for member in village.members for each in member.found_seconds]
-        claims.add(f"n{size}_find_s_p95", percentile_95(found))
+        claims.add(f"{name}_find_s_p95", percentile_95(found))
         cold = await village.find_cold(LATECOMERS)
-        claims.add(f"n{size}_cold_find_s_p95", percentile_95(cold))
-        claims.add(f"n{size}_cold_found", statistics.fmean(each <= SEEK_SECONDS for each in cold))
-        claims.add(f"n{size}_jobs", village.done + village.failed)
-        claims.add(f"n{size}_jobs_failed", village.failed)
-        claims.add(f"n{size}_jobs_nobody_could", village.nobody_could)
-        claims.add(f"n{size}_left", village.left)
-        claims.add(f"n{size}_credits_sum", village.sum_of_balances())
-        claims.add(f"n{size}_cpu_seconds", time.process_time() - started)
+        claims.add(f"{name}_cold_find_s_p95", percentile_95(cold))
+        claims.add(f"{name}_cold_found", statistics.fmean(each <= SEEK_SECONDS for each in cold))
+        claims.add(f"{name}_jobs", village.done + village.failed)
+        claims.add(f"{name}_jobs_failed", village.failed)
+        claims.add(f"{name}_jobs_nobody_could", village.nobody_could)
+        claims.add(f"{name}_left", village.left)
+        claims.add(f"{name}_credits_sum", village.sum_of_balances())
+        claims.add(f"{name}_cpu_seconds", time.process_time() - started)
         nursery.cancel_scope.cancel()
-    own = {key: value for key, value in claims.found.items() if key.startswith(f"n{size}_")}
+    own = {key: value for key, value in claims.found.items() if key.startswith(f"{name}_")}
     print(f"# {own}", file=sys.stderr)
     return village
 
 
-def traffic(claims: Claims, village: Village, seconds: float) -> None:
+def traffic(claims: Claims, village: Village, name: str, seconds: float) -> None:
     """What was said in that time, and what was known at its end."""
-    members, name = village.members, f"n{len(village.members)}"
+    members = village.members
     rates = [count / seconds for count in village.sent(NEWS)]
     claims.add(f"{name}_messages_per_node_per_s", statistics.fmean(rates))
     claims.add(f"{name}_hub_messages_per_s", max(rates))
@@ -95,19 +102,33 @@ def traffic(claims: Claims, village: Village, seconds: float) -> None:
     claims.add(f"{name}_rare_known_fraction", village.knows(RARE) / len(village.present()))
 
 
-def measure(claims: Claims, args: argparse.Namespace) -> None:
-    villages = []
-    for size, (warm_seconds, seconds) in (QUICK if args.quick else SIZES).items():
+def grown(claims: Claims, prefix: str, sizes: dict[int, tuple[float, float]]) -> list[Village]:
+    """Villages of all sizes, and how flat their traffic is."""
+    villages, rates = [], []
+    for size, times in sizes.items():
+        name = f"{prefix}{size}"
         villages.append(
-            large_village.run(lambda n=size, w=warm_seconds, s=seconds: lived(claims, n, w, s))
+            large_village.run(lambda name=name, n=size, t=times: lived(claims, name, n, t))
         )
-    rates = [claims.found[f"n{len(v.members)}_messages_per_node_per_s"] for v in villages]
-    claims.add("messages_per_node_per_s", max(rates))
-    claims.add("messages_flatness", max(rates) / min(rates), at_most=FLATNESS_BAR)
+        rates.append(claims.found[f"{name}_messages_per_node_per_s"])
+    claims.add(f"{prefix}messages_per_node_per_s", max(rates))
+    claims.add(f"{prefix}messages_flatness", max(rates) / min(rates), at_most=FLATNESS_BAR)
+    found = [claims.found[f"{prefix}{size}_find_s_p95"] for size in sizes]
+    claims.add(f"{prefix}find_s_p95", max(found), at_most=1.0)
+    return villages
+
+
+def measure(claims: Claims, args: argparse.Namespace) -> None:
+    with (
+        mock.patch.object(exchange, "VIEW_MAX", NARROW_VIEW),
+        mock.patch.object(villagers, "NEIGHBOURS", NARROW_NEIGHBOURS),
+    ):
+        villages = grown(claims, "narrow_", NARROW_QUICK if args.quick else NARROW)
+    villages += grown(claims, "n", QUICK if args.quick else SIZES)
+    for key in [key for key in claims.found if key.startswith(("nmessages", "nfind"))]:
+        claims.found[key[1:]] = claims.found.pop(key)
     done, failed = sum(v.done for v in villages), sum(v.failed for v in villages)
     claims.add("jobs_done_fraction", done / (done + failed), at_least=DONE_BAR)
-    found = [claims.found[f"n{len(v.members)}_find_s_p95"] for v in villages]
-    claims.add("find_s_p95", max(found), at_most=1.0)
     claims.add("credits_sum", sum(abs(v.sum_of_balances()) for v in villages), at_most=0)
 
 

@@ -160,7 +160,11 @@ class Member:
                     self.up = True
                     task_status.started()
                     await trio.sleep_forever()
+
+    def stop(self) -> None:
+        """From this moment it is not there: nobody gives it a job while it ends."""
         self.up = False
+        self.scope.cancel()
 
     def _hello(self, book: NodeBook, papers: Any, addresses: Callable[[], Any]) -> Any:
         membership, owners, grants = papers
@@ -312,7 +316,7 @@ class Village:
 
     async def _away(self, member: Member) -> None:
         self.left += 1
-        member.scope.cancel()
+        member.stop()
         with trio.move_on_after(self.rng.uniform(0.2, 1.8) * self.plan.down_seconds):
             await self._all_back.wait()
         await self.start(member)
@@ -362,7 +366,7 @@ class Village:
             for number in range(min(count, (self.plan.size - 1) // 2)):
                 seller, buyer = self.members[-1 - number], self.members[1 + number]
                 seller.hollow = (f"cold.{number}",)
-                seller.scope.cancel()
+                seller.stop()
                 nursery.start_soon(self._find, buyer, seller, found)
         return found
 

@@ -124,7 +124,7 @@ def test_an_older_member_is_told_what_it_understands_within_the_budget(few_links
     async def life():
         async with settled(12) as home:
             old = home.members[5]
-            old.scope.cancel()
+            old.stop()
             await trio.sleep(1)
             old.minor = 1
             await home.start(old)
