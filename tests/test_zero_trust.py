@@ -11,7 +11,10 @@ import msgspec
 import pytest
 
 from aivillage.node.desk import Desk
+from aivillage.node.limits_desk import LimitsDesk
+from aivillage.node.maps import Maps
 from aivillage.node.people_desk import PeopleDesk
+from aivillage.node.reputation_desk import ReputationDesk
 from aivillage.protocols import messages
 from tests.house import ROOT
 
@@ -45,7 +48,13 @@ class _Names:
 def requests() -> dict[str, str]:
     """Request -> where it is answered."""
     stand_in: Any = _Names()
-    kinds = (("node/desk.py", Desk), ("node/people_desk.py", PeopleDesk))
+    kinds = (
+        ("node/desk.py", Desk),
+        ("node/people_desk.py", PeopleDesk),
+        ("node/limits_desk.py", LimitsDesk),
+        ("node/reputation_desk.py", ReputationDesk),
+        ("node/maps.py", Maps),
+    )
     return {
         name: f"{file}:{kind.__name__}.{method}"
         for file, kind in kinds
