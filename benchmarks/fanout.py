@@ -7,10 +7,10 @@ Two real nodes of four places each: the buyer, which works too, and a peer; each
 ledger, jobs.db, quotes, verification and pay. A run is timed on the buyer's control socket, from
 the first question to the last result. `makespan_s` is undisturbed (1.0 is perfect),
 `kill_makespan_s` with the peer SIGKILLed at 0.7 s (1.5 is perfect), `kill_extra_s` the difference,
-each the median of the rounds;
-`small_tasks_per_s` are tasks that do nothing. All places have worked once before. The same is done
-on two Ray nodes of four CPUs by benchmarks/beside/fanout_ray.py, in turn and never at the same time, where
-this Python or that of RAY_PYTHON has Ray.
+each the median of the rounds; `small_tasks_per_s` are tasks that do nothing. All places have worked
+once before. The same is done on two Ray nodes of four CPUs by beside/fanout_ray.py, in turn and
+never at the same time, where this Python or that of RAY_PYTHON has Ray. `kill_extra_over_ray` is
+told only where Ray lost a fifth of a second by the kill at all.
 """
 
 from __future__ import annotations
