@@ -68,6 +68,8 @@ NEWS = ("Gossip", "OffersQuestion", "OffersAnswer")
 """What offers and ads travel in."""
 TICK_SECONDS = 1.0
 """Of a ledger; the product's own is twenty times as often."""
+GIVE_UP_SECONDS = 30.0
+"""Of a search: three times what a job waits."""
 
 
 class Clock:
@@ -375,11 +377,12 @@ class Village:
         await trio.sleep(5)
         await self.start(seller)
         began, operation = trio.current_time(), seller.hollow[0]
-        while not buyer.discovery.candidates(operation):
-            news = buyer.discovery.next_news()
-            buyer.herald.advertise(operation)
-            with trio.move_on_after(AD_SECONDS):
-                await news.wait()
+        with trio.move_on_after(GIVE_UP_SECONDS):
+            while not buyer.discovery.candidates(operation):
+                news = buyer.discovery.next_news()
+                buyer.herald.advertise(operation)
+                with trio.move_on_after(AD_SECONDS):
+                    await news.wait()
         found.append(trio.current_time() - began)
 
     # ------------------------------------------------------------------ figures
