@@ -195,7 +195,7 @@ def test_who_asks_without_end_is_answered_within_the_budget():
                 await trio.sleep(0.05)
             assert 0 < asked.sent_bytes <= bound_bytes(settings, 60)
             assert asked.sent["OffersAnswer"] > 5
-            assert asked.sent["Gossip"] >= 8  # its own offers are not silenced by that
+            assert asked.sent["Gossip"] > 2  # its own offers are not silenced by that
 
     large_village.run(life)
 
