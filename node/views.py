@@ -117,16 +117,16 @@ def crowded_out(
     `pick` takes one, by chance, of those whose operations most others do too; what somebody looks
     for just now goes last, what linked peers offer never.
     """
-    if len(offers) <= most:
+    loose = [offer for offer in offers if not is_linked(offer.seller)]
+    if len(loose) <= most:
         return None
     rare = rarities(offers)
-    loose = [offer for offer in offers if not is_linked(offer.seller)]
 
     def worth(offer: Offer) -> tuple[bool, int]:
         return any(name in wanted for name in _names(offer)), -rare[offer.seller]
 
-    least = min(map(worth, loose), default=None)
-    return pick([o.seller for o in loose if worth(o) == least]) if loose else None
+    least = min(map(worth, loose))
+    return pick([o.seller for o in loose if worth(o) == least])
 
 
 def worth_sending(

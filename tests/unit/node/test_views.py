@@ -84,8 +84,14 @@ def test_linked_peers_are_kept_beyond_the_limit():
     offers = many(VIEW_MAX + 5, "a")
     linked = {each.seller for each in offers}
     assert len(pressed(offers, linked=linked)) == VIEW_MAX + 5
-    kept = pressed([*offers, offer("last", "rare")], linked=linked)
-    assert {o.seller for o in kept} == linked
+    others = many(VIEW_MAX + 1, "a", start=5000)
+    assert len(pressed([*offers, *others], linked=linked)) == 2 * VIEW_MAX + 5
+
+
+def test_who_has_more_links_than_a_view_holds_still_hears_of_others():
+    offers = many(VIEW_MAX + 5, "a")
+    last = offer("last", "a")
+    assert last in pressed([*offers, last], linked={each.seller for each in offers})
 
 
 def test_what_is_looked_for_goes_last_and_is_not_kept_without_end():
