@@ -40,6 +40,7 @@ from aivillage.node.config import Settings
 from aivillage.node.discovery import Discovery
 from aivillage.node.events import Events
 from aivillage.node.exchange import Exchange
+from aivillage.node.gate import Gate
 from aivillage.node.guard import Tasks
 from aivillage.node.herald import AD_SECONDS, Herald
 from aivillage.node.jobs import Jobs, open_jobs
@@ -177,18 +178,18 @@ class Member:
         """As `daemon.open_node` joins them."""
         links, settings, tasks = self.links, self.home.plan.settings, Tasks(nursery, events)
         membership, owners, grants = papers
+        discovery = self.discovery = Discovery(self.key)
         villagers = self.villagers = Villagers(
             key=self.key, settings=settings, membership=membership, links=links, jobs=self.jobs,
             book=book, events=events, tasks=tasks, owners=owners, grants=grants,
+            discovery=discovery,
         )  # fmt: skip
-        discovery = self.discovery = Discovery(self.key)
         exchange = self.exchange = Exchange(links, villagers, discovery, tasks, settings)
-        discovery.is_neighbour = villagers.is_member
-        villagers.on_succeeded, villagers.heard_of = discovery.rename, discovery.offers
         workers = self.workers = self.home.workers_of(nursery, self)
+        gate = Gate(self.jobs, (), events, lambda peer: peer)
         seller = Seller(
-            settings=settings, prices=PriceList(self.key, 100), workers=workers, book=book,
-            events=events, nursery=nursery,
+            settings=settings, prices=PriceList(self.key, 100, gate.floor_percent),
+            workers=workers, book=book, events=events, nursery=nursery, gate=gate,
         )  # fmt: skip
         herald = self.herald = Herald(
             discovery, exchange, seller, links.transport.addresses, settings.offer_seconds
