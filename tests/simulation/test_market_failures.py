@@ -128,7 +128,7 @@ async def vanishing(folder, monkeypatch):
     async with open_mesh(folder) as mesh:
         nodes = [await mesh.add(n, heartbeat_seconds=60) for n in ("buyer", "first", "second")]
         await mesh.knows(*nodes)
-        nodes[0].desk.discovery.record_of(nodes[1].peer).units_per_second = 9_000.0
+        nodes[0].has_measured(nodes[1].peer, 9_000.0)
         yield mesh, *nodes
 
 
@@ -506,7 +506,7 @@ async def test_a_deadline_of_the_node_begins_anew_at_a_restart_the_owners_does_n
         hasty = await buyer.submit("hasty", tokens=2, deadline=60.0)
         await buyer.stop()
         async with open_jobs(buyer.paths.jobs) as jobs:
-            await jobs._run(lambda db: db.execute("UPDATE job SET created = created - 3600"))
+            await jobs.transaction(lambda db: db.execute("UPDATE job SET created = created - 3600"))
         await mesh.start(buyer)
         seller = await mesh.add("seller")
         await until(lambda: buyer.events("job_ended"))
