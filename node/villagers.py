@@ -343,10 +343,13 @@ class Villagers:
     async def _look_for_neighbours(self) -> None:
         near = self.lan.found
         known = {peer.id: peer.addresses for peer in await self._jobs.known_peers()}
-        offers = self._discovery.offers()
-        heard = [(o.seller, o.addresses) for o in offers if o.seller not in known]
+        said = {offer.seller: offer.addresses for offer in self._discovery.offers()}
+        heard = [(seller, found) for seller, found in said.items() if seller not in known]
         random.shuffle(heard)
-        met = [(peer, (*near.get(peer, ()), *addresses)) for peer, addresses in known.items()]
+        met = [  # where it says that it is now, before where it was
+            (peer, tuple(dict.fromkeys((*near.get(peer, ()), *said.get(peer, ()), *addresses))))
+            for peer, addresses in known.items()
+        ]
         fresh = [(peer, found) for peer, found in near.items() if peer not in known]
         for peer, addresses in (*met, *fresh, *heard):
             if self._needs_neighbours():

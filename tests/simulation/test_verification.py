@@ -200,7 +200,7 @@ async def test_a_node_that_serves_decides_by_its_own_engine_without_a_third(tmp_
 
 async def test_of_an_answer_in_two_parts_only_the_one_with_the_wrong_token_is_accused(tmp_path):
     async with village(tmp_path, "liar", "two", "three", "four") as (_, buyer, liar, *others):
-        buyer.desk.discovery.record_of(liar.peer).units_per_second = 9_000.0
+        buyer.has_measured(liar.peer, 9_000.0)
         liar.script.key, liar.script.die_after = "another model", 3
         running = await bought(buyer)
         assert len(running.pursuit.receipt().sellers) == 2
@@ -211,7 +211,7 @@ async def test_of_an_answer_in_two_parts_only_the_one_with_the_wrong_token_is_ac
 async def test_with_verify_a_wrong_result_is_not_given_nor_paid_to_its_end(tmp_path):
     async with village(tmp_path, "liar", "two", "three", verify_percent_max=0) as found:
         _, buyer, liar, *_ = found
-        buyer.desk.discovery.record_of(liar.peer).units_per_second = 9_000.0
+        buyer.has_measured(liar.peer, 9_000.0)
         liar.script.cheat = of_a_cheaper_model
         running = await submitted(buyer, verify=True)
         assert result_of(running) == expected(PROMPT, 6)
@@ -324,7 +324,7 @@ async def test_who_is_cut_off_is_named_and_forgiven(tmp_path, monkeypatch):
     async with village(tmp_path, "liar", serve=True) as (_, buyer, liar):
         liar.script.cheat = of_a_cheaper_model
         await bought(buyer, liar)
-        refused = await buyer.ask(PROMPT, tokens=2)
+        refused = await buyer.ask(PROMPT, tokens=2, mesh=True)
         assert refused.error.code == "NO_PEER"
         assert "cut off until" in refused.error.message
         named = await buyer.ask(PROMPT, tokens=2, peer=liar.peer)
@@ -374,7 +374,7 @@ async def test_one_that_waits_to_be_trusted_is_found_soon_after(tmp_path):
 
 async def test_wrong_text_never_gets_as_far_as_being_done_again(tmp_path):
     async with village(tmp_path, "liar", "two") as (_, buyer, liar, two):
-        buyer.desk.discovery.record_of(liar.peer).units_per_second = 9_000.0
+        buyer.has_measured(liar.peer, 9_000.0)
         liar.script.cheat = wrong_text
         running = await bought(buyer)
         assert result_of(running) == expected(PROMPT, 6)
