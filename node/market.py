@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections import ChainMap, Counter
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from random import Random
 from typing import Final
 
@@ -60,6 +60,7 @@ REFUSALS: Final = frozenset({"INSUFFICIENT_CREDITS", "OWNER_LIMIT"})
 """Of a seller that is there: to wait for others' offers would only hide what it said."""
 
 
+Excluded = MutableMapping[PeerId, AivillageError]
 Clear = Callable[[PeerId, MicroCredits], Awaitable[MicroCredits]]
 """(creditor, amount) -> how much of it was moved."""
 
@@ -156,15 +157,15 @@ class Market:
         self.cut_off: Callable[[str], Mapping[PeerId, AivillageError]] = lambda _operation: {}
         """Who gets no job of an operation now, and why."""
 
-    async def choose(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> Choice | Here:
+    async def choose(self, need: Need, excluded: Excluded) -> Choice | Here:
         """The best seller for `need`, or this machine where none is better.
 
         Raises:
             RefusedError: NO_PEER, nobody offers it; the message says what was tried.
             AivillageError: everybody refused; the most telling reason.
         """
-        if not need.peer:
-            excluded = {**self.cut_off(need.operation), **excluded}
+        if not need.peer:  # a view: who is back is let in again while we wait
+            excluded = ChainMap(dict(self.cut_off(need.operation)), excluded)
         seen = self._look(need, excluded)
         self._turns[need.work] += 1
         for offer in self._discovery.offers():

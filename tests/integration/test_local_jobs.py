@@ -182,7 +182,7 @@ async def test_a_local_answer_is_bit_for_bit_that_of_a_peer(tmp_path):
         await ann.offers_of("inference.generate")
         local, receipt = await ann.done("inference.generate", **request, local=True)
         streamed = "".join(frame.text for frame in ann.heard if isinstance(frame, Text))
-        bought, bill = await ann.done("inference.generate", **request)
+        bought, bill = await ann.done("inference.generate", **request, mesh=True)
         assert local == bought
         assert streamed == local["text"]
         assert (receipt.price_micro_credits, receipt.identical) == (0, "guaranteed")
