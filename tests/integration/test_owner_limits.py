@@ -143,7 +143,7 @@ def _window_around_now() -> str:
 async def _ask_while_hours_change(folder: pathlib.Path, ann: Daemon, token: str) -> list[Any]:
     """The answers to a call in open hours, in quiet hours, while paused, and in open hours."""
     async with _buyer(folder) as desk:
-        await desk.villagers.join(token)
+        await desk.villagers.joining.join(token)
         link = desk.links.get(ann.peer)  # type: ignore[arg-type]
         assert link is not None
         question = QuoteRequest(id=link.next_id(), operation="mesh.noop", request=NOOP)
