@@ -59,7 +59,6 @@ REASON_MAX: Final = 200
 REFUSALS: Final = frozenset({"INSUFFICIENT_CREDITS", "OWNER_LIMIT"})
 """Of a seller that is there: to wait for others' offers would only hide what it said."""
 
-
 Excluded = MutableMapping[PeerId, AivillageError]
 Clear = Callable[[PeerId, MicroCredits], Awaitable[MicroCredits]]
 """(creditor, amount) -> how much of it was moved."""
@@ -447,7 +446,8 @@ class _Seen:
 
     def rivals(self) -> list[Weighed]:
         """Who offers it and has not refused, by its offer."""
-        out = {*self.excluded, *self.reasons}
+        said_no = {p for p, error in self.reasons.items() if error.code != "PEER_LOST"}
+        out = said_no | {*self.excluded}  # who was not there may be back
         return [one for peer, one in self.offered.items() if peer not in out]
 
     def explores(self) -> bool:
