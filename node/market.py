@@ -446,8 +446,8 @@ class _Seen:
 
     def rivals(self) -> list[Weighed]:
         """Who offers it and has not refused, by its offer."""
-        said_no = {p for p, error in self.reasons.items() if error.code != "PEER_LOST"}
-        out = said_no | {*self.excluded}  # who was not there may be back
+        out = {p for p, e in self.reasons.items() if e.code != "PEER_LOST" or p in self.asked}
+        out |= {*self.excluded}  # who was not there is one again once `asked` begins anew
         return [one for peer, one in self.offered.items() if peer not in out]
 
     def explores(self) -> bool:

@@ -12,10 +12,10 @@ from aivillage.node import choice
 from aivillage.node.choice import Facts, Weighed, in_order, pick, weigh
 from aivillage.protocols.codec import pack
 from aivillage.protocols.errors import AivillageError, RequestError
-from aivillage.protocols.messages import Submit
+from aivillage.protocols.messages import QuoteReply, Submit
 from aivillage.protocols.types import PeerId
 from tests.conftest import make_peer
-from tests.simulation.mesh import NOOP, open_mesh, settled, until
+from tests.simulation.mesh import NOOP, open_mesh, settled, until, without
 
 BUYERS, SELLERS, JOBS = 100, 10, 4000
 UNITS, SLOTS = 20, 8
@@ -239,6 +239,18 @@ async def test_this_machine_helps_itself_where_nobody_else_does_it(tmp_path):
         assert running.pursuit.receipt().why == "here: none of 1 peers said yes"
         outcomes, _ = await laid_open(buyer, running)
         assert outcomes[dear.peer].startswith("refused: PRICE_ABOVE_CEILING it may cost 0.00269")
+
+
+async def test_this_machine_does_what_a_better_peer_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr("aivillage.node.market.QUOTE_SECONDS", 0.2)
+    async with open_mesh(tmp_path) as mesh:
+        buyer, (seller,) = await village(mesh, "x")
+        buyer.has_measured(seller.peer, 100.0)
+        buyer.has_measured(buyer.peer, 5.0)
+        with without(seller, QuoteReply):
+            running = await buyer.ask("abcd", tokens=9)
+        assert running.error is None, running.error
+        assert running.pursuit.receipt().sellers == (buyer.peer,)
 
 
 async def test_one_peer_is_tried_before_this_machine_keeps_a_long_job(tmp_path):
