@@ -111,11 +111,7 @@ class Buyer:
             deadline_seconds=order.deadline_seconds,
             local=order.local,
         )
-        running = await self.submit(submit, _unheard, order)
-        try:
-            await running.ended.wait()
-        finally:
-            self.cancel(running.pursuit.row.id)
+        running = await self._to_its_end(await self.submit(submit, _unheard, order))
         pursuit = running.pursuit
         return Bought(result=pursuit.result, spent=pursuit.spent, error=running.error)
 
@@ -129,11 +125,14 @@ class Buyer:
         if refusal is not None:
             raise refusal
         await self._trade.jobs.add(row)
-        running = self._start(self._pursuit(row, _unheard))
+        return await self._to_its_end(self._start(self._pursuit(row, _unheard)))
+
+    async def _to_its_end(self, running: Running) -> Running:
+        """Whoever stops waiting for it wants it no more."""
         try:
             await running.ended.wait()
         finally:
-            self.cancel(row.id)
+            self.cancel(running.pursuit.row.id)
         return running
 
     async def _record(self, submit: Submit, parent: str) -> JobRow:

@@ -15,9 +15,10 @@ from typing import Final, Generic, TypeVar
 
 import trio
 
+from aivillage.node.links import Link, Links
 from aivillage.protocols.errors import AivillageError, PeerError
 from aivillage.protocols.messages import ADDRESSES_MAX
-from aivillage.protocols.types import Seconds
+from aivillage.protocols.types import PeerId, Seconds
 
 STAGGER_SECONDS: Final = 0.15
 """Longer than a round trip on a LAN, and than most between continents: who is near wins."""
@@ -56,6 +57,24 @@ async def first_to_answer(
         if failure is not None:
             raise failure
     raise PeerError("no address of it is known", code="PEER_LOST", next_step="aivillage-node peers")
+
+
+async def reach_peer(
+    links: Links, peer: PeerId, addresses: Iterable[str], *, seconds: Seconds
+) -> Link:
+    """The link with `peer` at one of `addresses`, which somebody else may have named.
+
+    Raises:
+        AivillageError: it is at none of them; what the first one in line said.
+    """
+
+    async def reach(address: str) -> Link:
+        link = await links.connect(address)
+        if link.peer != peer:
+            raise PeerError(f"{address} is somebody else", code="PEER_LOST")
+        return link
+
+    return await first_to_answer(addresses, reach, seconds=seconds)
 
 
 class _Race(Generic[T]):

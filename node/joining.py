@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.ledger.ledger import NodeBook
 from aivillage.node import invites, village
-from aivillage.node.dialling import first_to_answer
+from aivillage.node.dialling import reach_peer
 from aivillage.node.events import Events
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.guard import Tasks
@@ -133,14 +133,8 @@ class Joining:
         return known.village == wanted and line is not None
 
     async def _reach(self, addresses: tuple[str, ...], inviter: PeerId) -> Link:
-        async def reach(address: str) -> Link:
-            link = await self._links.connect(address)
-            if link.peer != inviter:
-                raise PeerError(f"{address} is somebody else", code="PEER_LOST")
-            return link
-
         try:
-            return await first_to_answer(addresses, reach, seconds=DIAL_SECONDS)
+            return await reach_peer(self._links, inviter, addresses, seconds=DIAL_SECONDS)
         except AivillageError as failure:
             failure.next_step = "is the inviter's node running, and reachable from here?"
             raise

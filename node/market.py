@@ -26,7 +26,7 @@ from aivillage.node.choice import (
     why_not,
     why_of,
 )
-from aivillage.node.dialling import first_to_answer
+from aivillage.node.dialling import reach_peer
 from aivillage.node.discovery import Candidate, Discovery
 from aivillage.node.links import Link, Links
 from aivillage.node.pricelist import quote_hash, read_quote
@@ -354,18 +354,12 @@ class Market:
         link = self._links.get(candidate.peer)
         if link is not None:
             return link
-
-        async def reach(address: str) -> Link:
-            found = await self._links.connect(address)
-            if found.peer != candidate.peer:  # an offer may name somebody else's address
-                raise PeerError(f"{address} is somebody else", code="PEER_LOST")
-            return found
-
+        peer = candidate.peer
         try:
-            return await first_to_answer(candidate.addresses, reach, seconds=CONNECT_SECONDS)
+            return await reach_peer(self._links, peer, candidate.addresses, seconds=CONNECT_SECONDS)
         except AivillageError:
-            self._discovery.unreachable(candidate.peer)
-            raise PeerError(f"{candidate.peer} cannot be reached", code="PEER_LOST") from None
+            self._discovery.unreachable(peer)
+            raise PeerError(f"{peer} cannot be reached", code="PEER_LOST") from None
 
     async def _quote(self, need: Need, link: Link) -> Quoted:
         """Terms are posted, so a quote that is still good saves a round trip."""

@@ -48,15 +48,7 @@ class OneTry(Pursuit):
         return await self._trade.market.terms_of(self.row.peer, need)
 
     async def _give_up_on(self, link: Link, error: AivillageError) -> None:
-        trade = self._trade
-        trade.market.forget_quote(link.peer, self.row.operation)
-        if error.code == "PEER_LOST" and not trade.market.is_back(link):
-            trade.discovery.unreachable(link.peer)
-        trade.events.emit(
-            "attempt_failed",
-            job=self.row.id,
-            peer=link.peer,
-            code=error.code,
-            reason=error.message,
-        )
+        self._note_failure(link.peer, error)
+        if error.code == "PEER_LOST" and not self._trade.market.is_back(link):
+            self._trade.discovery.unreachable(link.peer)
         raise error

@@ -446,6 +446,13 @@ class Pursuit:
             record.measure(work, attempt.kernel[0], made / seconds)
         await self._trade.jobs.rate_peer(attempt.seller, record)
 
+    def _note_failure(self, peer: PeerId, error: AivillageError) -> None:
+        """A quote that did not lead to a result is not used again."""
+        self._trade.market.forget_quote(peer, self.row.operation)
+        self._trade.events.emit(
+            "attempt_failed", job=self.row.id, peer=peer, code=error.code, reason=error.message
+        )
+
     async def _give_up_on(self, link: Link, error: AivillageError) -> None:
         """Excludes a seller from this job, or waits where it is only busy.
 
@@ -453,10 +460,7 @@ class Pursuit:
             AivillageError: `error`, after too many tries.
         """
         trade, peer = self._trade, link.peer
-        trade.market.forget_quote(peer, self.row.operation)
-        trade.events.emit(
-            "attempt_failed", job=self.row.id, peer=peer, code=error.code, reason=error.message
-        )
+        self._note_failure(peer, error)
         if self._attempts >= ATTEMPTS_MAX or self._busy >= BUSY_MAX:
             raise error
         if isinstance(error, DoubtfulError):

@@ -438,3 +438,15 @@ def settled(daemons: list[Daemon], seconds: float) -> float:
         logs = "\n".join(daemon.log_end() for daemon in daemons)
         raise DaemonError(f"the books differ after {seconds:g} s: {wrong}\n{logs}") from None
     return time.monotonic() - began
+
+
+def after_text(buyer: Daemon, request: dict[str, Any]) -> str:
+    """The id of an answer in the making, ten pieces of which have come."""
+    job, pieces = "", 0
+    for frame in buyer.follow("inference.generate", **request):
+        if isinstance(frame, messages.Progress) and frame.note.startswith("job "):
+            job = frame.note.removeprefix("job ")
+        pieces += isinstance(frame, messages.Text)
+        if pieces >= 10:
+            break
+    return job

