@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SEEDS ?= 100
 KILLS ?= 100
+JOBS ?= 2
 PYTEST_ARGS ?=
 
 bin := $(VENV)/bin
@@ -28,11 +29,11 @@ install: $(VENV)/.installed ## everything, for development: .venv with all extra
 demo: $(VENV)/.models ## one machine, three nodes, one paid answer
 	$(bin)/aivillage-node demo
 
-test: install ## every test (the command that README names)
-	$(python) -m pytest $(PYTEST_ARGS)
+test: install ## every test (the command that README names), in JOBS=2 processes
+	$(python) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 quick: install ## the tests that need no real model and no real processes
-	$(python) -m pytest -m "not slow and not interop" $(PYTEST_ARGS)
+	$(python) -m pytest -n $(JOBS) --dist worksteal -m "not slow and not interop" $(PYTEST_ARGS)
 
 check: install ## lint, format, types, layers, style and docs
 	$(bin)/ruff check .

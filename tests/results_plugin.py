@@ -16,7 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if path := config.getoption("--results"):
+    # The workers of pytest-xdist report to the process that started them, which writes.
+    if (path := config.getoption("--results")) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Results(pathlib.Path(path)), "results-file")
 
 
