@@ -103,6 +103,10 @@ class Discovery:
         work = Work(operation, model)
         return sorted(found, key=lambda candidate: _rank(candidate, work))
 
+    def addresses_of(self, seller: PeerId) -> tuple[str, ...]:
+        """Where its newest offer says that it is."""
+        return next((offer.addresses for offer in self.offers() if offer.seller == seller), ())
+
     def next_news(self) -> trio.Event:
         """Set at the next offer."""
         return self._changed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import ChainMap, Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from contextlib import suppress
 from random import Random
 from typing import Final
 
@@ -351,15 +352,19 @@ class Market:
         return max(0, price - self._room(link, quoted)) if price else 0
 
     async def _reach(self, candidate: Candidate) -> Link:
-        link = self._links.get(candidate.peer)
-        if link is not None:
-            return link
-        peer = candidate.peer
-        try:
-            return await reach_peer(self._links, peer, candidate.addresses, seconds=CONNECT_SECONDS)
-        except AivillageError:
-            self._discovery.unreachable(peer)
-            raise PeerError(f"{peer} cannot be reached", code="PEER_LOST") from None
+        peer, addresses, tried = candidate.peer, candidate.addresses, set[str]()
+        while fresh := [address for address in addresses if address not in tried]:
+            link = self._links.get(peer)
+            if link is not None:
+                return link
+            with suppress(AivillageError):
+                return await reach_peer(self._links, peer, fresh, seconds=CONNECT_SECONDS)
+            # Where it says that it is by now: a node behind NAT says first where it is itself,
+            # and a moment later where its relay is.
+            tried.update(fresh)
+            addresses = self._discovery.addresses_of(peer)
+        self._discovery.unreachable(peer)
+        raise PeerError(f"{peer} cannot be reached", code="PEER_LOST")
 
     async def _quote(self, need: Need, link: Link) -> Quoted:
         """Terms are posted, so a quote that is still good saves a round trip."""

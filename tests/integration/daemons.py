@@ -65,8 +65,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(what: Callable[[], T], seconds: float, about: str) -> T:
-    """What `what` gives once it is true.
+def wait_for(what: Callable[[], T], seconds: float, about: str | Callable[[], str]) -> T:
+    """What `what` gives once it is true; `about` may say what happened until it did not.
 
     Raises:
         DaemonError: it did not become true in time.
@@ -74,7 +74,8 @@ def wait_for(what: Callable[[], T], seconds: float, about: str) -> T:
     deadline = time.monotonic() + seconds
     while not (found := what()):
         if time.monotonic() > deadline:
-            raise DaemonError(f"not within {seconds:g} s: {about}; last seen: {found!r}")
+            told = about if isinstance(about, str) else about()
+            raise DaemonError(f"not within {seconds:g} s: {told}; last seen: {found!r}")
         time.sleep(0.05)
     return found
 

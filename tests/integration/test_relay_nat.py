@@ -55,7 +55,7 @@ def through(seller: Daemon) -> list[str]:
 def buys(village: Village, operation: str, **request: object) -> int:
     """The buyer's job at the seller, done and paid; gives the micro-credits it cost."""
     _, relay, buyer, seller = village
-    wait_for(lambda: seller.peer in buyer.sellers_known(operation), 60, buyer.log_end())
+    wait_for(lambda: seller.peer in buyer.sellers_known(operation), 60, buyer.log_end)
     before = buyer.ask("balance")["net"]
     job = buyer.submit(operation, peer=seller.peer, **request)
     found = buyer.job_ended(job, 120)
@@ -74,7 +74,7 @@ def test_nobody_reaches_the_seller_and_the_seller_reaches_only_the_relay(village
 
 def test_a_seller_behind_nat_serves_a_paid_job_through_a_relay(village):
     _, relay, buyer, seller = village
-    wait_for(lambda: through(seller), 30, seller.log_end())
+    wait_for(lambda: through(seller), 30, seller.log_end)
     before = carried(relay)
     assert buys(village, "mesh.noop", note="hello") == 10
     assert carried(relay) > before
@@ -96,21 +96,21 @@ def test_a_seller_behind_nat_generates_text_through_a_relay(village):
 def test_when_the_relay_comes_back_so_does_the_seller(village):
     _, relay, buyer, seller = village
     relay.kill()
-    wait_for(lambda: buyer.ask("status")["peers"] == 0, 40, buyer.log_end())
+    wait_for(lambda: buyer.ask("status")["peers"] == 0, 40, buyer.log_end)
     assert through(seller) == []
     relay.restart()
-    wait_for(lambda: through(seller), 60, seller.log_end())
+    wait_for(lambda: through(seller), 60, seller.log_end)
     assert buys(village, "mesh.noop", note="again") == 10
 
 
 def test_a_relay_that_hangs_is_left_within_35_seconds_by_both_ends(village):
     _, relay, buyer, seller = village
-    wait_for(lambda: through(seller), 60, seller.log_end())
+    wait_for(lambda: through(seller), 60, seller.log_end)
     assert buys(village, "mesh.noop", note="before") == 10
     with paused(relay):
-        wait_for(lambda: buyer.ask("status")["peers"] == 0, 35, buyer.log_end())
+        wait_for(lambda: buyer.ask("status")["peers"] == 0, 35, buyer.log_end)
         wait_for(
-            lambda: not seller.ask("status")["relay"]["reachable_through"], 5, seller.log_end()
+            lambda: not seller.ask("status")["relay"]["reachable_through"], 5, seller.log_end
         )
-    wait_for(lambda: through(seller), 60, seller.log_end())
+    wait_for(lambda: through(seller), 60, seller.log_end)
     assert buys(village, "mesh.noop", note="after") == 10

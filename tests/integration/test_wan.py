@@ -58,7 +58,7 @@ def test_a_partition_heals_by_itself_and_the_books_agree(far):
     with wan.cut():
         time.sleep(PARTITION_SECONDS)
     healed = time.monotonic()
-    wait_for(lambda: is_linked(ann) and is_linked(bob), HEALED_SECONDS_MAX, bob.log_end())
+    wait_for(lambda: is_linked(ann) and is_linked(bob), HEALED_SECONDS_MAX, bob.log_end)
     buys(ann, bob)
     print(f"a job was done {time.monotonic() - healed:.1f} s after the line was back")
     settled([ann, bob], 20)
@@ -66,11 +66,11 @@ def test_a_partition_heals_by_itself_and_the_books_agree(far):
 
 def test_a_hung_peer_is_dropped_within_35_seconds_and_found_again(far):
     _, ann, bob = far
-    wait_for(lambda: is_linked(ann) and is_linked(bob), HEALED_SECONDS_MAX, bob.log_end())
+    wait_for(lambda: is_linked(ann) and is_linked(bob), HEALED_SECONDS_MAX, bob.log_end)
     with paused(bob):
         began = time.monotonic()
-        wait_for(lambda: not is_linked(ann), DROPPED_SECONDS_MAX, ann.log_end())
+        wait_for(lambda: not is_linked(ann), DROPPED_SECONDS_MAX, ann.log_end)
         print(f"dropped after {time.monotonic() - began:.1f} s")
-    wait_for(lambda: is_linked(ann) and is_linked(bob), HEALED_SECONDS_MAX, bob.log_end())
+    wait_for(lambda: is_linked(ann) and is_linked(bob), HEALED_SECONDS_MAX, bob.log_end)
     buys(ann, bob)
     settled([ann, bob], 20)

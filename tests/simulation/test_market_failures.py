@@ -11,9 +11,11 @@ import pytest
 import trio
 
 from aivillage.models.mesh.noop import NoopRequest
+from aivillage.node import market
 from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
+from aivillage.protocols.envelope import unseal
 from aivillage.protocols.errors import AivillageError, JobError, NodeError
 from tests.simulation.mesh import PRICE, open_mesh, price_of, result_of, settled, until, without
 from tests.simulation.test_market import PROMPT, expected
@@ -516,3 +518,38 @@ async def test_a_deadline_of_the_node_begins_anew_at_a_restart_the_owners_does_n
         await mesh.link(buyer, seller)
         await resumed.ended.wait()
         assert result_of(resumed) == expected("patient", 2)
+
+
+async def test_a_seller_that_says_where_it_is_now_is_found_there_while_we_still_dial(
+    tmp_path, monkeypatch
+):
+    """Behind NAT: its first offer names addresses that nobody reaches, the next one its relay."""
+    monkeypatch.setattr(market, "CONNECT_SECONDS", 0.3)
+    async with open_mesh(tmp_path) as mesh:
+        seller = await mesh.add("seller", offer_seconds=60.0)
+        buyer = await mesh.add("buyer", serve=False)
+        links, dead = buyer.desk.links, f"/memory/behind/p2p/{seller.peer}"
+        monkeypatch.setattr(buyer.desk.villagers, "_needs_neighbours", lambda: False)
+        await mesh.knows(buyer, seller)  # who the other is, and what it may owe
+        await links.drop(seller.peer, "a test")
+        connect, dialled = links.connect, []
+
+        async def dial(address):
+            dialled.append(address)
+            if address == dead:
+                says(seller.address)
+                await trio.sleep_forever()
+            return await connect(address)
+
+        def says(address):
+            offer = seller.desk.discovery.make_offer(
+                seller.desk.seller.operations(), (address,), 8, 60.0
+            )
+            signer, news = unseal(offer, "offer", messages.Offer)
+            assert buyer.desk.discovery.accept(signer, news, offer)
+
+        monkeypatch.setattr(links, "connect", dial)
+        says(dead)
+        running = await buyer.ask("hello", tokens=3, peer=seller.peer)
+        assert result_of(running) == expected("hello", 3)
+        assert dialled == [dead, seller.address]
