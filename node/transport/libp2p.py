@@ -168,16 +168,20 @@ class Libp2pTransport:
         return Libp2pStream(await call.run_in(self._nursery, OPEN_SECONDS, reason), self._nursery)
 
     async def hang_up(self, peer: PeerId) -> None:
-        library_peer = _library_peer(peer)
-        connections = list(self._swarm.get_connections(library_peer))
-        call = _Call(self._swarm.close_peer, library_peer)
+        # One by one: the library's `close_peer` forgets every connection of a peer, also that by
+        # which it came back meanwhile.
+        async with trio.open_nursery() as nursery:
+            for connection in list(self._swarm.get_connections(_library_peer(peer))):
+                nursery.start_soon(self._end, peer, connection)
+
+    async def _end(self, peer: PeerId, connection: Any) -> None:
+        call = _Call(connection.close)
         try:
             await call.run_in(self._nursery, CLOSE_SECONDS, "closing took too long")
         except PeerError as error:
             # A peer that does not read blocks the goodbye: close the socket under it.
             log.info("connection_cut", extra={"peer": peer, "reason": str(error)})
-            for connection in connections:
-                await _cut(connection)
+            await _cut(connection)
 
     async def hang_up_all(self) -> None:
         """As `hang_up` for everybody at once: a peer that is stuck delays nobody's end."""

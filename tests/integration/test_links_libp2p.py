@@ -15,7 +15,7 @@ import trio
 from aivillage.node.links import LinkLimits, open_links
 from aivillage.node.transport.libp2p import open_libp2p
 from aivillage.protocols.errors import PeerError
-from aivillage.protocols.messages import Part, Progress
+from aivillage.protocols.messages import JOB_PROTOCOL, Part, Progress
 
 SCENARIOS = Path(__file__).with_name("fault_scenarios.py")
 
@@ -61,6 +61,31 @@ async def test_races_leave_one_link_that_works(key_of, hello_of):
             await until(lambda heard=heard: len(heard) == 2)
             await low.drop(peers[1], "next round")
             await until(lambda: not high.all())
+
+
+async def test_who_comes_back_while_it_is_hung_up_on_can_be_called(key_of, hello_of, monkeypatch):
+    """A relay that had hung closed the old connections and forgot the new one with them."""
+    async with mesh(key_of, hello_of) as (a, b):
+        await b.connect(address(a))
+        library = a.transport._swarm.get_connections()[0]
+        closing, may_close = trio.Event(), trio.Event()
+        close = library.muxed_conn.close
+
+        async def close_slowly():
+            closing.set()
+            await may_close.wait()
+            await close()
+
+        monkeypatch.setattr(library.muxed_conn, "close", close_slowly)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(a.transport.hang_up, b.transport.peer)
+            await closing.wait()
+            await b.transport.hang_up(a.transport.peer)
+            await b.transport.dial(address(a))
+            await until(lambda: set(a.transport._swarm.get_connections()) - {library})
+            may_close.set()
+        stream = await a.transport.open_stream(b.transport.peer, JOB_PROTOCOL)
+        await stream.close()
 
 
 async def test_the_last_frames_before_a_drop_arrive(key_of, hello_of):

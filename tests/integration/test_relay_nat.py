@@ -59,7 +59,9 @@ def buys(village: Village, operation: str, **request: object) -> int:
     before = buyer.ask("balance")["net"]
     job = buyer.submit(operation, peer=seller.peer, **request)
     found = buyer.job_ended(job, 120)
-    assert found["state"] == "done", (found, seller.log_end(), relay.log_end())
+    assert found["state"] == "done", "\n".join(
+        (str(found), buyer.log_end(), seller.log_end(), relay.log_end())
+    )
     settled([relay, buyer, seller], 20)
     return int(before - buyer.ask("balance")["net"])
 
@@ -109,8 +111,6 @@ def test_a_relay_that_hangs_is_left_within_35_seconds_by_both_ends(village):
     assert buys(village, "mesh.noop", note="before") == 10
     with paused(relay):
         wait_for(lambda: buyer.ask("status")["peers"] == 0, 35, buyer.log_end)
-        wait_for(
-            lambda: not seller.ask("status")["relay"]["reachable_through"], 5, seller.log_end
-        )
+        wait_for(lambda: not seller.ask("status")["relay"]["reachable_through"], 5, seller.log_end)
     wait_for(lambda: through(seller), 60, seller.log_end)
     assert buys(village, "mesh.noop", note="after") == 10
