@@ -357,7 +357,7 @@ class Market:
             link = self._links.get(peer)
             if link is not None:
                 return link
-            with suppress(AivillageError):
+            with suppress(AivillageError):  # said below, if there is no newer address
                 return await reach_peer(self._links, peer, fresh, seconds=CONNECT_SECONDS)
             # Where it says that it is by now: a node behind NAT says first where it is itself,
             # and a moment later where its relay is.
