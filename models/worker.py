@@ -230,7 +230,8 @@ def _engine(load: say.Load) -> tuple[Any, type[msgspec.Struct], float]:
     from aivillage.models.inference import catalogue, generate
     from aivillage.models.inference.engine_torch import TorchEngine
 
-    engine = TorchEngine(catalogue.known(load.model), slots=load.slots)
+    threads = int(os.environ["OMP_NUM_THREADS"])  # by the daemon, as its owner set them
+    engine = TorchEngine(catalogue.known(load.model), slots=load.slots, threads=threads)
     return engine, generate.GenerateRequest, engine.load_seconds
 
 

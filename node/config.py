@@ -90,6 +90,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     worker_cores: Annotated[
         int, Meta(ge=0, le=4096), _doc("processor cores that all workers share; 0: all")
     ] = 0
+    worker_threads: Annotated[
+        int,
+        Meta(ge=1, le=256),
+        _doc("threads that an engine computes with; another number is another kernel class"),
+    ] = 1
     worker_nice: Annotated[
         int, Meta(ge=0, le=19), _doc("how far workers step back behind other programs")
     ] = 10

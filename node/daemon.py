@@ -230,6 +230,7 @@ def worker_settings(settings: Settings) -> WorkerSettings:
             memory_bytes_max=settings.worker_memory_mb << 20,
             nice=settings.worker_nice,
             cores=settings.worker_cores,
+            threads=settings.worker_threads,
         ),
     )
 

@@ -24,6 +24,7 @@ _AT_START: Final = (
     "price_percent",
     "worker_memory_mb",
     "worker_cores",
+    "worker_threads",
     "worker_nice",
     "blob_bytes_max",
 )

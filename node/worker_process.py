@@ -25,7 +25,10 @@ LAST_WORDS_SECONDS_MAX: Final = 0.5
 START_SECONDS_MAX: Final = 30.0
 REAP_SECONDS_MAX: Final = 2.0
 _THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_KEPT_VARIABLES: Final = (
+    "PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "ATEN_CPU_CAPABILITY",
+)  # fmt: skip
+"""The last one is torch's: an owner may say which instructions it is to use."""
 
 
 class WorkerLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -220,6 +223,7 @@ def _environment(scratch: Path, limits: WorkerLimits) -> dict[str, str]:
     return {
         **kept,
         **dict.fromkeys(_THREAD_VARIABLES, str(limits.threads)),
+        "OMP_WAIT_POLICY": "passive",  # a thread that waits for the others takes no core from them
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "HOME": str(scratch),
