@@ -109,6 +109,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     relay_bytes_a_day: Annotated[
         int, Meta(ge=0), _doc("most that is carried in a day (UTC), all circuits together")
     ] = 2 << 30
+    relay_price_micro_credits_per_gib: Annotated[
+        Amount, _doc("what whoever is reached through me pays for what I carry; 0: nothing")
+    ] = 100_000
+    relay_price_max_micro_credits_per_gib: Annotated[
+        Amount, _doc("most that I pay a relay; a dearer one is not used")
+    ] = 200_000
     through_relay: Annotated[
         str,
         Meta(pattern="^(auto|always|never)$"),

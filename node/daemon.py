@@ -137,7 +137,7 @@ async def open_node(
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.buy, seller.acquainted = buyer.buy, villagers.acquainted
         market.home = Home(workers, discovery, buyer, seller).facts
-        detours.join(links, villagers, herald, seller, jobs, tasks)
+        detours.join(links, villagers, herald, seller, jobs, ledger, tasks)
         _close_and_open(gate, monitor, ledger, buyer, seller, herald, tasks)
         replicator = await open_replicator(settings, trade, buyer, villagers, tasks)
         pairs = Pairs(ledger, tasks)
