@@ -41,6 +41,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     module_workers: Annotated[
         int, Meta(ge=1, le=256), _doc("modules that run at once, each in a process; others wait")
     ] = 2
+    executor: Annotated[
+        str, Meta(pattern="^(local|ray)$"), _doc("where modules run: here, or on a Ray cluster")
+    ] = "local"
+    ray_address: Annotated[
+        str,
+        Meta(min_length=1),
+        _doc("of the Ray cluster that this machine is part of"),
+    ] = "auto"
     price_percent: Annotated[
         int, Meta(ge=0, le=1_000_000), _doc("my prices as a percentage of the default ones")
     ] = 100

@@ -226,6 +226,7 @@ def worker_settings(settings: Settings) -> WorkerSettings:
         idle_exit_seconds=settings.worker_idle_seconds,
         module_workers_max=settings.module_workers,
         engine_slots=min(settings.slots, ENGINE_SLOTS_MAX),
+        ray_address=settings.ray_address if settings.executor == "ray" else "",
         limits=WorkerLimits(
             memory_bytes_max=settings.worker_memory_mb << 20,
             nice=settings.worker_nice,

@@ -132,6 +132,8 @@ class LimitsDesk:
             "enabled": self._settings.relay,
             "default_micro_credits": {"gib": Settings().relay_price_micro_credits_per_gib},
             "price_micro_credits": {"gib": price},
+            "percent": 100,
+            "floor_percent": 0,
             "setting": "relay_price_micro_credits_per_gib",
         }
 
