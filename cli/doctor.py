@@ -249,6 +249,14 @@ def _sandbox(_patient: Patient) -> Findings:
 # --------------------------------------------------------------------------- what is on the disk
 
 
+def _ray(patient: Patient) -> Findings:
+    if patient.settings.executor == "ray":
+        from aivillage.cli.doctor_ray import cluster
+
+        detail, next_step = cluster(patient.settings)
+        yield Finding("FAIL" if next_step else "ok", "ray", detail, next_step)
+
+
 def _data_folder(patient: Patient) -> Findings:
     folder = patient.where.data_dir
     if not folder.exists():
@@ -429,6 +437,7 @@ CHECKS: Final[tuple[tuple[str, Check], ...]] = (
     ("model packages", _models),
     ("packaged model", _weights),
     ("sandbox", _sandbox),
+    ("ray", _ray),
     ("clock", _clock),
     ("data folder", _data_folder),
     ("identity", _key),

@@ -144,6 +144,8 @@ def _units(row: dict[str, Any]) -> list[tuple[str, int, int]]:
 
 
 def _why(row: dict[str, Any]) -> str:
+    if "setting" in row:
+        return str(row["setting"]) + ("" if row["enabled"] else "; switched off")
     percent, floor = row["percent"], row["floor_percent"]
     which = f"price_percent = {percent}" if percent >= floor else f"a floor of {floor} %"
     return which + ("" if row["enabled"] else "; not enabled")

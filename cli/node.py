@@ -112,10 +112,18 @@ def stop(args: argparse.Namespace) -> int:
 def _relays(relay: dict[str, Any]) -> str:
     carried, through = relay["carried"], relay["reachable_through"]
     reached = f"I am reached through {len(through)}; " if through else ""
+    pay = "; ".join(_fare(*fare) for fare in relay["paying"].items())
     return (
         f"{reached}{carried['circuits']} circuits carried for others, "
-        f"{carried['bytes_today'] / 1e6:.1f} of {carried['bytes_a_day'] / 1e6:.0f} MB today"
+        f"{carried['bytes_today'] / 1e6:.1f} of {carried['bytes_a_day'] / 1e6:.0f} MB today, "
+        f"takes {as_credits(carried['price_micro_credits_per_gib'])} credits a GiB, earned "
+        f"{as_credits(carried['earned_micro_credits'])} since the start{pay and '; '}{pay}"
     )
+
+
+def _fare(peer: str, fare: dict[str, Any]) -> str:
+    cost = as_credits(fare["micro_credits"])
+    return f"{show.short(peer)} gets {cost} of mine for {fare['counted_bytes'] / 1e6:.1f} MB"
 
 
 def status(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import os
 import queue
 import sys
 import threading
+from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import msgspec
@@ -81,7 +82,7 @@ class RunContext:
         self.delivered = run.delivered
         self.deadline_seconds = run.deadline_seconds
         self.seed = run.seed
-        self.scratch = run.scratch
+        self.scratch = run.scratch or str(Path.cwd())
 
     def cancelled(self) -> bool:
         return self._pipes.is_cancelled(self._run.id)
@@ -130,10 +131,11 @@ def _restrict(pipes: Pipes) -> None:
     if not isinstance(start, say.Start):
         sys.exit("the first command says the limits")
     sandbox.limit(memory_bytes_max=start.memory_bytes_max, nice=start.nice)
-    os.chdir(start.scratch)
+    scratch = start.scratch or str(Path.cwd())
+    os.chdir(scratch)
     no_fence = no_filter = "switched off in the settings"
     if start.sandbox:
-        no_fence = fence_files(readable=start.readable, writable=[start.scratch])
+        no_fence = fence_files(readable=start.readable, writable=[scratch])
         no_filter = sandbox.deny_network()
     pipes.write(
         say.Started(
@@ -230,7 +232,8 @@ def _engine(load: say.Load) -> tuple[Any, type[msgspec.Struct], float]:
     from aivillage.models.inference import catalogue, generate
     from aivillage.models.inference.engine_torch import TorchEngine
 
-    engine = TorchEngine(catalogue.known(load.model), slots=load.slots)
+    threads = int(os.environ["OMP_NUM_THREADS"])  # by the daemon, as its owner set them
+    engine = TorchEngine(catalogue.known(load.model), slots=load.slots, threads=threads)
     return engine, generate.GenerateRequest, engine.load_seconds
 
 

@@ -20,7 +20,10 @@ LENGTH_BYTES: Final = 4
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
-    """The first command: the limits that the worker puts on itself."""
+    """The first command: the limits that the worker puts on itself.
+
+    `scratch` is its folder; empty: the one that it was started in.
+    """
 
     scratch: str
     memory_bytes_max: int

@@ -16,17 +16,24 @@ import trio
 
 from aivillage.node.addresses import is_public
 from aivillage.node.events import Events
+from aivillage.node.fares import Fare, Fares, LeftError
 from aivillage.node.guard import Tasks
 from aivillage.node.links import Link, Links
 from aivillage.node.relay import TALK_SECONDS
-from aivillage.node.relay_talk import ask, refusal, say
-from aivillage.protocols.errors import AivillageError, PeerError, RefusedError, RequestError
+from aivillage.node.relay_talk import ask, hear, refusal, say
+from aivillage.protocols.errors import (
+    AivillageError,
+    LedgerError,
+    PeerError,
+    RefusedError,
+    RequestError,
+)
 from aivillage.protocols.ports import Stream, Transport
 from aivillage.protocols.relaying import (
     RELAY_PROTOCOL,
+    Bill,
     Granted,
     Reach,
-    Reserve,
     circuit_address,
     is_circuit,
     split_circuit,
@@ -42,6 +49,10 @@ AUTO_SECONDS: Final = 60.0
 LOOK_SECONDS: Final = 1.0
 AGAIN_SECONDS: Final = 30.0
 """Before a relay that refused is asked again."""
+LEFT_SECONDS: Final = 86_400.0
+"""Before a relay is asked again that billed what is not to be paid."""
+SETTLE_SECONDS: Final = 2.0
+"""For the last voucher of a reservation; the disk may be slow, and the node may be stopping."""
 DIRECT_SECONDS: Final = (5.0, 600.0)
 """Between attempts to do without the relay: the first, and the longest."""
 DIAL_SECONDS: Final = 10.0
@@ -50,8 +61,10 @@ DIAL_SECONDS: Final = 10.0
 class Carrier:
     """A stream of a relay that carries a connection. The transport closes it with that."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, count: Callable[[int], None] = lambda size: None) -> None:
+        """`count` hears of every byte that passes, either direction."""
         self.relay = stream.peer
+        self._count = count
         self.closed = trio.Event()
         self.direct_at = trio.current_time() + DIRECT_SECONDS[0]
         self.direct_wait: Seconds = DIRECT_SECONDS[0]
@@ -62,9 +75,12 @@ class Carrier:
         return self.relay
 
     async def read(self, size_bytes_max: int) -> bytes:
-        return await self._stream.read(size_bytes_max)
+        data = await self._stream.read(size_bytes_max)
+        self._count(len(data))
+        return data
 
     async def write(self, data: bytes) -> None:
+        self._count(len(data))
         await self._stream.write(data)
 
     async def close(self) -> None:
@@ -84,6 +100,7 @@ class Circuits:
         self._mode = mode
         self._wanted = wanted
         self._held: dict[PeerId, trio.CancelScope] = {}
+        self._fares: dict[PeerId, Fare] = {}
         self._asking: set[PeerId] = set()
         self._not_before: dict[PeerId, float] = {}
         self._dialled: dict[PeerId, str] = {}
@@ -97,9 +114,12 @@ class Circuits:
         """Whether a link may not move to another connection now."""
         self.services = (self.keep_reservations, self.seek_direct_ways)
 
-    def join(self, links: Links, is_member: Callable[[PeerId], bool], tasks: Tasks) -> None:
-        """From now on `links` dials through here."""
+    def join(
+        self, links: Links, is_member: Callable[[PeerId], bool], tasks: Tasks, fares: Fares
+    ) -> None:
+        """From now on `links` dials through here, and relays are paid by `fares`."""
         self._links, self._is_member, self._tasks = links, is_member, tasks
+        self._pay = fares
         links.dial = self.dial
 
     def addresses(self) -> tuple[str, ...]:
@@ -119,6 +139,10 @@ class Circuits:
     def relays(self) -> list[PeerId]:
         """With whom we have reservations."""
         return list(self._held)
+
+    def fares(self) -> list[Fare]:
+        """What the relays of our reservations are paid."""
+        return list(self._fares.values())
 
     # ------------------------------------------------------------------ dialling
     async def dial(self, address: str) -> PeerId:
@@ -158,12 +182,14 @@ class Circuits:
 
     async def incoming(self, stream: Stream) -> None:
         """Somebody dials us through a relay: lives as long as the connection."""
-        if stream.peer not in self._held:
+        fare = self._fares.get(stream.peer)
+        if fare is None:
             error = RefusedError("no reservation with you", code="NOT_OFFERED")
             await say(stream, refusal(error))
             return
         await say(stream, Granted())
-        carrier = Carrier(stream)
+        fare.circuits += 1
+        carrier = Carrier(stream, fare.count)
         # Who it is, Noise proves; what the relay said of it is not even looked at.
         peer = await self._transport.adopt(carrier, None)
         self._carriers[peer] = carrier
@@ -180,9 +206,14 @@ class Circuits:
                     self._asking.add(relay)
                     self._tasks.start_soon(self._hold, relay)
             else:
-                for scope in self._held.values():
-                    scope.cancel()
+                for relay, scope in self._held.items():
+                    if relay not in self._carrying():  # its circuits would end with it
+                        scope.cancel()
             await trio.sleep(LOOK_SECONDS)
+
+    def _carrying(self) -> set[PeerId]:
+        """Relays that carry a connection of ours now."""
+        return {c.relay for c in self._carriers.values() if not c.closed.is_set()}
 
     def _needs_relay(self) -> bool:
         now = trio.current_time()
@@ -216,12 +247,18 @@ class Circuits:
         try:
             stream = await self._transport.open_stream(relay, RELAY_PROTOCOL)
             try:
+                asked = self._pay.ask()
                 with _in_time():
-                    await ask(stream, Reserve())
-                await self._until_it_ends(relay, stream)
+                    fare = self._pay.begin(relay, asked, await ask(stream, asked))
+                await self._until_it_ends(stream, fare)
             finally:
                 with trio.CancelScope(shield=True):
                     await stream.close()
+        except LeftError as error:
+            pause = LEFT_SECONDS
+            self._events.emit("relay_left", level=30, peer=relay, reason=error.message)
+            for carrier in [c for c in self._carriers.values() if c.relay == relay]:
+                await carrier.close()
         except AivillageError as error:
             pause = AGAIN_SECONDS
             self._events.emit("reservation_refused", peer=relay, reason=error.message)
@@ -229,20 +266,24 @@ class Circuits:
             self._asking.discard(relay)
             self._not_before[relay] = trio.current_time() + pause
 
-    async def _until_it_ends(self, relay: PeerId, stream: Stream) -> None:
+    async def _until_it_ends(self, stream: Stream, fare: Fare) -> None:
+        """Raises: LeftError: it billed what is not to be paid, or all that it may cost."""
+        relay = stream.peer
         self._asking.discard(relay)
         with trio.CancelScope() as scope:
-            self._held[relay] = scope
-            self._events.emit("reservation_made", peer=relay)
+            self._held[relay], self._fares[relay] = scope, fare
+            self._events.emit("reservation_made", peer=relay, price=fare.price)
             self.on_changed()
             try:
-                with suppress(PeerError):  # the relay is gone, which is an end
-                    while await stream.read(1024):
-                        continue  # it has nothing to say here
+                await _pay_bills(stream, fare)
             finally:
-                del self._held[relay]
-                self._events.emit("reservation_ended", peer=relay)
+                del self._held[relay], self._fares[relay]
+                self._events.emit("reservation_ended", peer=relay, micro_credits=fare.amount)
+                limit = trio.current_time() + SETTLE_SECONDS
+                with trio.CancelScope(deadline=limit, shield=True), suppress(LedgerError):
+                    await fare.close()  # what fails stays due, and the relay claims it
         self.on_changed()
+        fare.require_more()
 
     # ------------------------------------------------------------------ doing without
     async def seek_direct_ways(self) -> None:
@@ -287,6 +328,21 @@ class Circuits:
                 except AivillageError as error:
                     log.debug("no_direct_way", extra={"peer": link.peer, "reason": str(error)})
         return None
+
+
+async def _pay_bills(stream: Stream, fare: Fare) -> None:
+    """Until the relay is gone, or says what is no bill, which is an end too.
+
+    Raises:
+        LeftError: a bill is not to be paid.
+    """
+    try:
+        while isinstance(bill := await hear(stream), Bill):
+            fare.take(bill)
+    except LeftError:
+        raise
+    except PeerError as error:
+        log.debug("reservation_over", extra={"peer": fare.relay, "reason": str(error)})
 
 
 @contextmanager

@@ -41,6 +41,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     module_workers: Annotated[
         int, Meta(ge=1, le=256), _doc("modules that run at once, each in a process; others wait")
     ] = 2
+    executor: Annotated[
+        str, Meta(pattern="^(local|ray)$"), _doc("where modules run: here, or on a Ray cluster")
+    ] = "local"
+    ray_address: Annotated[
+        str,
+        Meta(min_length=1),
+        _doc("of the Ray cluster that this machine is part of"),
+    ] = "auto"
     price_percent: Annotated[
         int, Meta(ge=0, le=1_000_000), _doc("my prices as a percentage of the default ones")
     ] = 100
@@ -90,6 +98,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     worker_cores: Annotated[
         int, Meta(ge=0, le=4096), _doc("processor cores that all workers share; 0: all")
     ] = 0
+    worker_threads: Annotated[
+        int,
+        Meta(ge=1, le=256),
+        _doc("threads that an engine computes with; another number is another kernel class"),
+    ] = 1
     worker_nice: Annotated[
         int, Meta(ge=0, le=19), _doc("how far workers step back behind other programs")
     ] = 10
@@ -104,6 +117,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     relay_bytes_a_day: Annotated[
         int, Meta(ge=0), _doc("most that is carried in a day (UTC), all circuits together")
     ] = 2 << 30
+    relay_price_micro_credits_per_gib: Annotated[
+        Amount, _doc("what whoever is reached through me pays for what I carry; 0: nothing")
+    ] = 100_000
+    relay_price_max_micro_credits_per_gib: Annotated[
+        Amount, _doc("most that I pay a relay; a dearer one is not used")
+    ] = 200_000
     through_relay: Annotated[
         str,
         Meta(pattern="^(auto|always|never)$"),

@@ -137,7 +137,7 @@ async def open_node(
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.buy, seller.acquainted = buyer.buy, villagers.acquainted
         market.home = Home(workers, discovery, buyer, seller).facts
-        detours.join(links, villagers, herald, seller, jobs, tasks)
+        detours.join(links, villagers, herald, seller, jobs, ledger, tasks)
         _close_and_open(gate, monitor, ledger, buyer, seller, herald, tasks)
         replicator = await open_replicator(settings, trade, buyer, villagers, tasks)
         pairs = Pairs(ledger, tasks)
@@ -226,10 +226,12 @@ def worker_settings(settings: Settings) -> WorkerSettings:
         idle_exit_seconds=settings.worker_idle_seconds,
         module_workers_max=settings.module_workers,
         engine_slots=min(settings.slots, ENGINE_SLOTS_MAX),
+        ray_address=settings.ray_address if settings.executor == "ray" else "",
         limits=WorkerLimits(
             memory_bytes_max=settings.worker_memory_mb << 20,
             nice=settings.worker_nice,
             cores=settings.worker_cores,
+            threads=settings.worker_threads,
         ),
     )
 

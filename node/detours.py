@@ -8,14 +8,16 @@ from aivillage.node.addresses import addresses_of
 from aivillage.node.circuits import Circuits
 from aivillage.node.config import Settings
 from aivillage.node.events import Events
+from aivillage.node.fares import Fares
 from aivillage.node.guard import Tasks
 from aivillage.node.herald import Herald
 from aivillage.node.jobs import Jobs
 from aivillage.node.links import Link, Links
 from aivillage.node.relay import Relay, RelayLimits
+from aivillage.node.relay_tab import Till
 from aivillage.node.seller import Seller
 from aivillage.node.villagers import Villagers
-from aivillage.protocols.ports import Transport
+from aivillage.protocols.ports import Book, Transport
 
 
 class Detours:
@@ -25,7 +27,7 @@ class Detours:
         self.circuits = Circuits(transport, events, mode=settings.through_relay)
         self.addresses = addresses_of(transport, settings.announce, self.circuits.addresses)
         self._transport = transport
-        self._limits = _limits(settings)
+        self._settings = settings
         self._events = events
 
     def join(
@@ -35,25 +37,42 @@ class Detours:
         herald: Herald,
         seller: Seller,
         jobs: Jobs,
+        book: Book,
         tasks: Tasks,
     ) -> None:
         """Everything is there: relays, and dials for the links, from now on."""
+        me, settings = self._transport.peer, self._settings
+        till = Till(me, book, settings.relay_price_micro_credits_per_gib)
+        fares = Fares(
+            me, book, settings.relay_price_max_micro_credits_per_gib, settings.ceiling_micro_credits
+        )
 
         def is_busy(link: Link) -> bool:
             return link.waiting or any(sale.link is link for sale in seller.running())
 
         self._relay = Relay(
-            transport=self._transport, is_member=villagers.is_member, limits=self._limits,
-            shelf=jobs, events=self._events, incoming=self.circuits.incoming,
+            transport=self._transport, is_member=villagers.is_member, limits=_limits(settings),
+            shelf=jobs, events=self._events, incoming=self.circuits.incoming, till=till,
         )  # fmt: skip
-        self.circuits.join(links, villagers.is_member, tasks)
+        self.circuits.join(links, villagers.is_member, tasks, fares)
         self.circuits.is_busy, self.circuits.on_changed = is_busy, herald.hurry
         for service in (self._relay.run, *self.circuits.services):
             tasks.serve(service)
 
     def status(self) -> dict[str, Any]:
         """What this node relays for others, and who relays for it."""
-        return {"carried": self._relay.status(), "reachable_through": self.circuits.relays()}
+        return {
+            "carried": self._relay.status(),
+            "reachable_through": self.circuits.relays(),
+            "paying": {
+                fare.relay: {
+                    "price_micro_credits_per_gib": fare.price,
+                    "counted_bytes": fare.counted_bytes,
+                    "micro_credits": fare.amount,
+                }
+                for fare in self.circuits.fares()
+            },
+        }
 
 
 def _limits(settings: Settings) -> RelayLimits | None:

@@ -24,6 +24,7 @@ _AT_START: Final = (
     "price_percent",
     "worker_memory_mb",
     "worker_cores",
+    "worker_threads",
     "worker_nice",
     "blob_bytes_max",
 )
@@ -107,18 +108,34 @@ class LimitsDesk:
         return await self.on_limits({})
 
     async def on_price(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
-        """What each operation costs here, by unit, and why."""
+        """What each operation costs here, by unit, and why; and what is carried as a relay."""
         return [
-            {
-                "operation": operation.name,
-                "enabled": operation.enabled,
-                "default_micro_credits": dict(listed(operation).prices_micro_credits),
-                "price_micro_credits": dict(self._prices.terms(operation).prices_micro_credits),
-                "percent": self._settings.price_percent,
-                "floor_percent": self._gate.floor_percent(operation.name),
-            }
-            for operation in self._workers.operations()
+            *(
+                {
+                    "operation": operation.name,
+                    "enabled": operation.enabled,
+                    "default_micro_credits": dict(listed(operation).prices_micro_credits),
+                    "price_micro_credits": dict(self._prices.terms(operation).prices_micro_credits),
+                    "percent": self._settings.price_percent,
+                    "floor_percent": self._gate.floor_percent(operation.name),
+                }
+                for operation in self._workers.operations()
+            ),
+            self._relaying(),
         ]
+
+    def _relaying(self) -> dict[str, Any]:
+        """It is no operation: its price is a setting of its own."""
+        price = self._settings.relay_price_micro_credits_per_gib
+        return {
+            "operation": "relaying",
+            "enabled": self._settings.relay,
+            "default_micro_credits": {"gib": Settings().relay_price_micro_credits_per_gib},
+            "price_micro_credits": {"gib": price},
+            "percent": 100,
+            "floor_percent": 0,
+            "setting": "relay_price_micro_credits_per_gib",
+        }
 
     async def on_price_set(self, args: dict[str, Any]) -> list[dict[str, Any]]:
         """Never cheaper than so many per cent of the default price, from the next call on."""

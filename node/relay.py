@@ -1,7 +1,8 @@
 """The relay: joins the streams of two villagers who cannot reach each other.
 
-It sees who talks to whom and how much, and Noise's ciphertext. It works for nothing, up to the
-limits of its owner; docs/decisions/0004-relay.md says why it is not paid.
+It sees who talks to whom and how much, and Noise's ciphertext. Whoever holds a reservation pays for
+what is carried to and from it, and all is within the limits of the owner; see relay_tab.py and
+docs/decisions/0004-relay.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import trio
 
 from aivillage.node.events import Events
 from aivillage.node.framing import RateLimit
+from aivillage.node.relay_tab import Tab, Till
 from aivillage.node.relay_talk import ask, hear, refusal, say
 from aivillage.protocols.errors import AivillageError, PeerError, RefusedError
 from aivillage.protocols.ports import Stream, StreamHandler, Transport
@@ -87,7 +89,8 @@ class Day(msgspec.Struct):
 class Circuit:
     """Two streams that are one."""
 
-    def __init__(self) -> None:
+    def __init__(self, tab: Tab) -> None:
+        self.tab = tab
         self.scope = trio.CancelScope()
         self.carried_bytes = 0
 
@@ -104,6 +107,7 @@ class Relay:
         shelf: Shelf,
         events: Events,
         incoming: StreamHandler,
+        till: Till,
         unix_seconds: Callable[[], float] = time.time,
     ) -> None:
         """`limits`: None where the owner does not relay. `incoming` gets what is for this node."""
@@ -115,7 +119,8 @@ class Relay:
         self._now = unix_seconds
         self._day = Day(limits.bytes_a_day if limits else 0)
         self._rate = RateLimit(limits.bytes_per_second if limits else 1)
-        self._reservations: dict[PeerId, Stream] = {}
+        self._reservations: dict[PeerId, Tab] = {}
+        self._till = till
         self._circuits: Counter[PeerId] = Counter()
         self._incoming = incoming
         transport.serve(RELAY_PROTOCOL, self.accept)
@@ -128,6 +133,8 @@ class Relay:
             "circuits": self._circuits.total(),
             "bytes_today": self._day.spent_bytes,
             "bytes_a_day": self._day.bytes_max,
+            "price_micro_credits_per_gib": self._till.price,
+            "earned_micro_credits": self._till.earned,
         }
 
     async def run(self) -> None:
@@ -150,23 +157,26 @@ class Relay:
         """The handler of inbound streams: lives as long as the reservation or circuit."""
         try:
             with trio.fail_after(TALK_SECONDS):
-                question = await hear(stream)
-                far = await self._admit(stream, question)
+                admitted = await self._admit(stream, await hear(stream))
         except trio.TooSlowError:
             error = PeerError("the other side did not answer", code="PEER_LOST")
             await self._refuse(stream, error)
         except AivillageError as error:
             await self._refuse(stream, error)
         else:
-            if far is not None:
-                await self._circuit(stream, far)
-            elif isinstance(question, Reserve):
-                await self._reservation(stream)
-            else:
+            if admitted is None:
                 await self._incoming(stream)
+            elif isinstance(admitted, Tab):
+                await self._reservation(admitted)
+            else:
+                await self._circuit(stream, admitted)
 
-    async def _admit(self, stream: Stream, question: object) -> Stream | None:
-        """Raises: AivillageError: why not. The far stream of a circuit, granted by its end."""
+    async def _admit(self, stream: Stream, question: object) -> Tab | Stream | None:
+        """A reservation's tab; the far stream of a circuit, granted by its end; None: it is for us.
+
+        Raises:
+            AivillageError: why not.
+        """
         if isinstance(question, Incoming):
             return None
         if not isinstance(question, Reserve | Reach):
@@ -178,7 +188,7 @@ class Relay:
                 and stream.peer not in self._reservations
             ):
                 raise _busy("this relay has all the reservations that it takes")
-            return None
+            return self._till.open(stream, question)
         return await self._reach(stream.peer, question)
 
     def _check(self, peer: PeerId) -> None:
@@ -219,23 +229,43 @@ class Relay:
         self._circuits += Counter()  # forgets who has none
 
     # ------------------------------------------------------------------ living
-    async def _reservation(self, stream: Stream) -> None:
+    async def _reservation(self, tab: Tab) -> None:
         """Lives as long as its stream; a newer one of the same peer takes its place."""
-        peer = stream.peer
-        self._reservations[peer] = stream
+        peer = tab.holder
+        self._reservations[peer] = tab
         self._events.emit("relay_reserved", peer=peer)
         try:
-            await say(stream, Granted())
-            with suppress(PeerError):  # it is gone, which is the end
-                while await stream.read(PIECE_BYTES):
-                    continue  # nothing is said here; whoever talks is not answered
+            await say(tab.stream, tab.granted)
+            with tab.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(tab.bill_now_and_then)
+                    with suppress(PeerError):  # it is gone, which is the end
+                        while await tab.stream.read(PIECE_BYTES):
+                            continue  # nothing is said here; whoever talks is not answered
+                    nursery.cancel_scope.cancel()
         finally:
-            if self._reservations.get(peer) is stream:
+            if self._reservations.get(peer) is tab:
                 del self._reservations[peer]
+            tab.close()
+            if tab.unpaid:
+                self._events.emit("relay_unpaid", peer=peer, micro_credits=tab.amount)
 
     async def _circuit(self, near: Stream, far: Stream) -> None:
-        circuit = Circuit()
         self._events.emit("circuit_opened", peer=near.peer, target=far.peer)
+        carried = 0
+        try:
+            tab = self._reservations.get(far.peer)  # it may have left while its end was asked
+            if tab is not None:
+                carried = await self._join(near, far, Circuit(tab))
+        finally:
+            self._end(near.peer)
+            with trio.CancelScope(shield=True):
+                await far.close()
+            self._events.emit("circuit_closed", peer=near.peer, target=far.peer, bytes=carried)
+
+    async def _join(self, near: Stream, far: Stream, circuit: Circuit) -> int:
+        """Both directions until one ends; the bytes that it carried."""
+        circuit.tab.circuits.add(circuit)
         try:
             await say(near, Granted())
             with circuit.scope:
@@ -243,20 +273,19 @@ class Relay:
                     nursery.start_soon(self._carry, near, far, circuit)
                     nursery.start_soon(self._carry, far, near, circuit)
         finally:
-            self._end(near.peer)
-            with trio.CancelScope(shield=True):
-                await far.close()
-            carried = circuit.carried_bytes
-            self._events.emit("circuit_closed", peer=near.peer, target=far.peer, bytes=carried)
+            circuit.tab.circuits.discard(circuit)
+        return circuit.carried_bytes
 
     async def _carry(self, source: Stream, sink: Stream, circuit: Circuit) -> None:
-        """One direction until either end is gone, or the day is over."""
+        """One direction until either end is gone, or the day is over, or nobody pays."""
         with suppress(PeerError):  # an end is gone: so is the circuit
             while piece := await source.read(PIECE_BYTES):
                 if not self._day.spend(len(piece), self._now()):
                     await self._stop_for_today()
                     break
                 circuit.carried_bytes += len(piece)
+                if not await circuit.tab.take(len(piece)):
+                    break
                 await self._rate.spend(len(piece))
                 await sink.write(piece)
         circuit.scope.cancel()
@@ -264,8 +293,8 @@ class Relay:
     async def _stop_for_today(self) -> None:
         """Whoever has a reservation hears it by its end, and makes one elsewhere."""
         self._events.emit("relay_day_spent", bytes=self._day.spent_bytes)
-        for stream in list(self._reservations.values()):
-            await stream.close()
+        for tab in list(self._reservations.values()):
+            await tab.stream.close()
 
     async def _refuse(self, stream: Stream, error: AivillageError) -> None:
         self._events.emit("relay_refused", peer=stream.peer, reason=error.message)

@@ -12,14 +12,15 @@ from aivillage.protocols.ports import Stream
 from aivillage.protocols.relaying import (
     TALK_BYTES_MAX,
     Answer,
+    Bill,
     Granted,
     Question,
     Refused,
     Talk,
 )
 
-_talk: Final[msgspec.msgpack.Decoder[Question | Answer]] = msgspec.msgpack.Decoder(
-    Question | Answer
+_talk: Final[msgspec.msgpack.Decoder[Question | Answer | Bill]] = msgspec.msgpack.Decoder(
+    Question | Answer | Bill
 )
 
 
@@ -29,8 +30,8 @@ async def say(stream: Stream, talk: Talk) -> None:
     await stream.write(len(payload).to_bytes(LENGTH_BYTES, "big") + payload)
 
 
-async def hear(stream: Stream) -> Question | Answer:
-    """The next question or answer, and not a byte of what follows it.
+async def hear(stream: Stream) -> Question | Answer | Bill:
+    """The next question, answer or bill, and not a byte of what follows it.
 
     Raises:
         PeerError: PEER_LOST, BAD_REQUEST or TOO_LARGE.
@@ -47,8 +48,8 @@ async def hear(stream: Stream) -> Question | Answer:
         raise PeerError(f"no talk with a relay: {error}", code="BAD_REQUEST") from None
 
 
-async def ask(stream: Stream, question: Question) -> None:
-    """Returns when it was granted.
+async def ask(stream: Stream, question: Question) -> Granted:
+    """How it was granted.
 
     Raises:
         AivillageError: the other side's refusal, typed by its code; PEER_LOST, BAD_REQUEST.
@@ -59,6 +60,7 @@ async def ask(stream: Stream, question: Question) -> None:
         raise from_code(answer.code, answer.message, answer.next_step)
     if not isinstance(answer, Granted):
         raise PeerError(f"{type(answer).__name__} is no answer", code="BAD_REQUEST")
+    return answer
 
 
 def refusal(error: AivillageError) -> Refused:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final
@@ -14,8 +15,8 @@ from typing import IO, Final
 import msgspec
 import trio
 
-import aivillage
 from aivillage.models import worker_messages as say
+from aivillage.models import worker_start
 from aivillage.protocols.errors import JobError, NodeError
 
 COMMANDS_QUEUED_MAX: Final = 4_096
@@ -24,8 +25,6 @@ LAST_WORDS_BYTES: Final = 4_096
 LAST_WORDS_SECONDS_MAX: Final = 0.5
 START_SECONDS_MAX: Final = 30.0
 REAP_SECONDS_MAX: Final = 2.0
-_THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 
 
 class WorkerLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +45,8 @@ class WorkerProcess:
 
     def __init__(self, process: subprocess.Popen[bytes], scratch: Path) -> None:
         self.scratch = scratch
+        self.work_folder = str(scratch)
+        """Where it works; empty where it makes a folder itself."""
         self.fences = say.Started(sandboxed=False, fenced=False, why_not="not started yet")
         self.idle_since = trio.current_time()
         self._process = process
@@ -156,15 +157,19 @@ class WorkerProcess:
 
 
 async def start_worker(
-    nursery: trio.Nursery, limits: WorkerLimits, scratch_folder: Path
+    nursery: trio.Nursery, limits: WorkerLimits, scratch_folder: Path, *, far: Sequence[str] = ()
 ) -> WorkerProcess:
     """A worker that has put its limits on. Its tasks run in `nursery`; the caller stops it.
+
+    `far`: the command of a process whose pipes lead to a worker on another machine, in a folder of
+    its own there.
 
     Raises:
         JobError: it did not come up.
     """
     scratch = Path(tempfile.mkdtemp(prefix="worker-", dir=scratch_folder))
-    worker = WorkerProcess(_spawn(scratch, limits), scratch)
+    worker = WorkerProcess(_spawn(scratch, limits, far), scratch)
+    worker.work_folder = "" if far else str(scratch)
     nursery.start_soon(worker.write_all)
     nursery.start_soon(worker.keep_last_words)
     try:
@@ -182,7 +187,7 @@ async def start_worker(
 async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
     worker.send(
         say.Start(
-            scratch=str(worker.scratch),
+            scratch=worker.work_folder,
             memory_bytes_max=limits.memory_bytes_max,
             nice=limits.nice,
             sandbox=limits.sandbox,
@@ -195,37 +200,21 @@ async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
     worker.fences = started
 
 
-def _spawn(scratch: Path, limits: WorkerLimits) -> subprocess.Popen[bytes]:
+def _spawn(scratch: Path, limits: WorkerLimits, far: Sequence[str]) -> subprocess.Popen[bytes]:
     """From this very thread: a worker ends with the thread that started it, not only the daemon."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "aivillage.models.worker", str(os.getpid())],
+        far or worker_start.command(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=_environment(scratch, limits),
+        env=worker_start.environment(scratch, limits.threads),
         start_new_session=True,  # a Ctrl-C at the terminal is the daemon's to handle
     )
-    if limits.cores and sys.platform == "linux":
+    if limits.cores and not far and sys.platform == "linux":
         cores = sorted(os.sched_getaffinity(0))[-limits.cores :]  # the first is the busiest
         with suppress(ProcessLookupError):  # it ended at once: whoever greets it will say so
             os.sched_setaffinity(process.pid, cores)
     return process
-
-
-def _environment(scratch: Path, limits: WorkerLimits) -> dict[str, str]:
-    """Only what a worker needs: the owner's variables may hold secrets."""
-    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    source = str(Path(aivillage.__file__).parent.parent)
-    paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {
-        **kept,
-        **dict.fromkeys(_THREAD_VARIABLES, str(limits.threads)),
-        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths)),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HOME": str(scratch),
-        "TMPDIR": str(scratch),
-        "THP_MEM_ALLOC_ENABLE": "1",  # torch waits mostly for fresh pages while it loads weights
-    }
 
 
 def _taken(pipe: IO[bytes] | None) -> trio.lowlevel.FdStream:

@@ -24,6 +24,7 @@ from aivillage.models.description import described
 from aivillage.models.inference import catalogue
 from aivillage.node.engines import EngineClient, load_engine
 from aivillage.node.module_runs import ModuleRun, OnCall, WorkerPool, ask
+from aivillage.node.ray_executor import RayExecutor
 from aivillage.node.worker_process import WorkerLimits, WorkerProcess, start_worker
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import AivillageError, JobError, RequestError
@@ -50,6 +51,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     idle_exit_seconds: float = 600.0
     module_workers_max: int = 2
     engine_slots: int = 8
+    ray_address: str = ""
+    """Of the cluster on which modules run; empty: here."""
     limits: WorkerLimits = WorkerLimits()
 
 
@@ -63,7 +66,12 @@ class Workers:
         self._settings = settings
         self._scratch_folder = scratch_folder
         self._ids = itertools.count(1)
-        self._pool = WorkerPool(self._start, settings.module_workers_max)
+        self._cluster: RayExecutor | None = None
+        if settings.ray_address:
+            self._cluster = RayExecutor(
+                nursery, settings.ray_address, settings.limits, scratch_folder
+            )
+        self._pool = WorkerPool(self._start_for_run, settings.module_workers_max)
         self._short = WorkerPool(self._start, SHORT_CALLS_AT_ONCE)
         self._engines: dict[str, EngineClient] = {}
         self._loading = trio.Lock()
@@ -178,7 +186,7 @@ class Workers:
                 delivered=tuple(delivered),
                 deadline_seconds=deadline_seconds,
                 seed=seed,
-                scratch=str(worker.scratch),
+                scratch=worker.work_folder,
             )
 
             async def away(operation: str, request: bytes, budget: int) -> bytes:
@@ -231,6 +239,9 @@ class Workers:
         worker = await start_worker(self._nursery, self._settings.limits, self._scratch_folder)
         self.fences = worker.fences
         return worker
+
+    async def _start_for_run(self) -> WorkerProcess:
+        return await (self._cluster.start_worker() if self._cluster else self._start())
 
     @asynccontextmanager
     async def _worker(self, pool: WorkerPool, operation: str) -> AsyncIterator[WorkerProcess]:
@@ -300,6 +311,8 @@ class Workers:
             await pool.stop_idle()
         for client in list(self._engines.values()):
             await client.stop()
+        if self._cluster is not None:
+            await self._cluster.stop()
 
 
 def _vetted(info: OperationInfo, entry: registry.Entry) -> OperationInfo:

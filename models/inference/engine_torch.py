@@ -33,8 +33,10 @@ SLICE_ROWS: Final = ROW_SIZES[-1] - SLOTS
 class TorchEngine:
     """Serves one Llama model from a GGUF file."""
 
-    def __init__(self, model: catalogue.KnownModel, *, slots: int = SLOTS) -> None:
-        """Loads and tests itself: seconds.
+    def __init__(
+        self, model: catalogue.KnownModel, *, slots: int = SLOTS, threads: int = 1
+    ) -> None:
+        """Loads and tests itself: seconds. `threads` are the whole process's.
 
         Raises:
             ConfigError: the weights are not on this machine.
@@ -42,7 +44,7 @@ class TorchEngine:
         """
         if not 1 <= slots <= SLOTS:
             raise ValueError(f"a step has rows for at most {SLOTS} sessions")
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         begun = time.monotonic()
         path = catalogue.weights_path(model)
         self.tokenizer = ChatTokenizer(GgufFile(path))

@@ -11,9 +11,11 @@ import trio
 
 from aivillage.node.circuits import Circuits
 from aivillage.node.events import Events
+from aivillage.node.fares import Fares
 from aivillage.node.guard import Tasks
 from aivillage.node.links import LinkLimits, Links, open_links
 from aivillage.node.relay import Relay, RelayLimits
+from aivillage.node.relay_tab import Till
 from aivillage.node.transport.libp2p import open_libp2p
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.ports import Transport
@@ -22,6 +24,8 @@ from aivillage.protocols.types import PeerId
 from tests.conftest import make_hello, make_key
 
 ECHO = "/test/echo/1"
+NO_BOOK: Any = None
+"""Whoever pays nothing needs none."""
 PLENTY = RelayLimits(circuits=8, bytes_per_second=1 << 30, bytes_a_day=1 << 40)
 
 
@@ -46,10 +50,11 @@ class Node:
         self.transport, self.links, self.events, self.shelf = transport, links, Events(), Shelf()
         self.village = village
         self.circuits = Circuits(transport, self.events, mode=mode, wanted=wanted)
-        self.circuits.join(links, self.is_member, tasks)
+        self.circuits.join(links, self.is_member, tasks, Fares(transport.peer, NO_BOOK, 0, 0))
         self.relay = Relay(
             transport=transport, is_member=self.is_member, limits=limits, shelf=self.shelf,
             events=self.events, incoming=self.circuits.incoming,
+            till=Till(transport.peer, None, 0),
         )  # fmt: skip
         for service in (self.relay.run, *self.circuits.services):
             tasks.serve(service)

@@ -14,6 +14,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missi
 
 RELAY, BUYER, ROUTER, SELLER = "10.77.0.1", "10.77.0.2", "10.77.0.9", "192.168.77.2"
 
+PER_GIB = 4096 << 10
+PRICE = ("--set", f"relay_price_micro_credits_per_gib={PER_GIB}")
+PAYS = ("--set", f"relay_price_max_micro_credits_per_gib={PER_GIB}")
+"""256 bytes are a micro-credit: a village's small talk is enough to see."""
+
 
 class Village(NamedTuple):
     wires: Wires
@@ -29,11 +34,11 @@ def village(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Village]:
         wires.place("relay", RELAY)
         wires.place("buyer", BUYER)
         wires.hide("seller", SELLER, router=ROUTER, reaches=[RELAY])
-        relay = wires.move(yard.daemon("relay"), RELAY).start()
+        relay = wires.move(yard.daemon("relay"), RELAY).start(*PRICE)
         buyer = wires.move(yard.daemon("buyer"), BUYER).start("--join", token_of(relay))
         always = "--set", "through_relay=always"
         seller = wires.move(yard.daemon("seller"), SELLER)
-        seller.start("--join", token_of(relay), *always)
+        seller.start("--join", token_of(relay), *always, *PAYS)
         yield Village(wires, relay, buyer, seller)
         for daemon in yard.daemons:
             assert "Traceback" not in daemon.log.read_text(), daemon.log_end(200)
@@ -83,10 +88,29 @@ def test_a_seller_behind_nat_serves_a_paid_job_through_a_relay(village):
     there = f"/p2p/{relay.peer}/p2p-circuit/p2p/{seller.peer}"
     assert any(address.endswith(there) for address in seller.ask("status")["addresses"])
     assert buyer.ask("balance")["spent"] == seller.ask("balance")["earned"] == 10
-    assert relay.ask("balance")["net"] == 0
     ways = {row["peer"]: row["through"] for row in buyer.ask("peers")}
     assert ways == {relay.peer: None, seller.peer: relay.peer}
     assert relay.ask("status")["relay"]["carried"]["circuits"] == 1
+
+
+def relay_pay(village: Village) -> int:
+    """What the relay's book and the seller's say that it earned by relaying."""
+    settled([village.relay, village.buyer, village.seller], 20)
+    owed = {row["peer"]: row["net"] for row in village.relay.ask("balance")["peers"]}
+    return int(owed[village.seller.peer])
+
+
+def test_the_relay_is_paid_for_what_it_carried_and_no_more(village):
+    _, relay, buyer, seller = village
+    wait_for(lambda: relay.ask("balance")["earned"], 20, "the first bill")
+    earned = relay_pay(village)
+    assert 0 < earned <= carried(relay) // 256
+    assert relay.ask("balance")["spent"] == 0
+    assert [row["peer"] for row in buyer.ask("balance")["peers"] if row["net"]] == [seller.peer]
+    (paying,) = seller.ask("status")["relay"]["paying"].values()
+    assert paying["price_micro_credits_per_gib"] == PER_GIB
+    assert f"takes {PER_GIB / 1e6} credits a GiB" in relay.run("status").out
+    assert "relay_price_micro_credits_per_gib" in relay.run("price").out
 
 
 def test_a_seller_behind_nat_generates_text_through_a_relay(village):
@@ -97,12 +121,26 @@ def test_a_seller_behind_nat_generates_text_through_a_relay(village):
 
 def test_when_the_relay_comes_back_so_does_the_seller(village):
     _, relay, buyer, seller = village
+    earned = relay_pay(village)
     relay.kill()
     wait_for(lambda: buyer.ask("status")["peers"] == 0, 40, buyer.log_end)
     assert through(seller) == []
     relay.restart()
     wait_for(lambda: through(seller), 60, seller.log_end)
     assert buys(village, "mesh.noop", note="again") == 10
+    wait_for(lambda: relay_pay(village) > earned, 20, "the relay is paid again")
+
+
+def test_when_the_seller_was_killed_the_relays_pay_is_in_both_books(village):
+    _, _, buyer, seller = village
+    earned = relay_pay(village)
+    seller.kill()
+    wait_for(lambda: buyer.ask("status")["peers"] == 1, 40, buyer.log_end())
+    seller.restart()
+    wait_for(lambda: through(seller), 60, seller.log_end())
+    assert relay_pay(village) >= earned
+    assert buys(village, "mesh.noop", note="and again") == 10
+    wait_for(lambda: relay_pay(village) > earned, 20, "the relay is paid again")
 
 
 def test_a_relay_that_hangs_is_left_within_35_seconds_by_both_ends(village):

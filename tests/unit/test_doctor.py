@@ -352,3 +352,12 @@ def test_a_data_folder_that_cannot_be_read_fails(examined, folder):
         assert examined()[0] == 3
     finally:
         folder.chmod(0o700)
+
+
+def test_a_cluster_that_is_not_there_is_told_and_nobody_asks_without_the_setting(examined, folder):
+    assert "ray" not in examined()[1]
+    (folder / "config.toml").write_text('executor = "ray"\nray_address = "127.0.0.1:1"\n')
+    code, found = examined()
+    assert (code, found["ray"]["level"]) == (3, "FAIL")
+    assert found["ray"]["detail"].startswith("127.0.0.1:1: ")
+    assert "ray" in found["ray"]["next_step"]

@@ -193,6 +193,7 @@ def test_more_slots_than_an_engine_holds_are_for_other_work():
     assert daemon.worker_settings(Settings(slots=3)).engine_slots == 3
 
 
-def test_the_owners_cores_and_niceness_reach_the_workers():
-    limits = daemon.worker_settings(Settings(worker_cores=3, worker_nice=19)).limits
-    assert (limits.cores, limits.nice) == (3, 19)
+def test_the_owners_cores_threads_and_niceness_reach_the_workers():
+    settings = Settings(worker_cores=3, worker_threads=2, worker_nice=19)
+    limits = daemon.worker_settings(settings).limits
+    assert (limits.cores, limits.threads, limits.nice) == (3, 2, 19)
