@@ -42,10 +42,10 @@ async def test_a_round_is_all_portions_and_their_sum(tmp_path):
 
 async def test_it_is_done_once_a_day_over_restarts_and_not_while_somebody_works(tmp_path):
     async with open_jobs(tmp_path / "jobs.db") as jobs:
-        work, book = ["a job"], Book()
+        work, book, events = ["a job"], Book(), Events()
 
         async def live(seconds, until=lambda: False):
-            keeper = Caretaker(book, jobs, Events(), (list, lambda: work))
+            keeper = Caretaker(book, jobs, events, (list, lambda: work))
             with trio.move_on_after(seconds):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(keeper.run)
@@ -56,12 +56,12 @@ async def test_it_is_done_once_a_day_over_restarts_and_not_while_somebody_works(
         await live(0.1)
         assert book.asked == []
         work.clear()
-        await live(5, lambda: len(book.asked) == 3)
+        await live(5, lambda: events.counts["book_compacted"] == 1)
         await live(0.1)
         assert book.asked == [0, 1, 2]
         yesterday = time.time() - caretaker.DAY_SECONDS - 1
         await jobs.set_setting(caretaker._SETTING, str(yesterday).encode())
-        await live(5, lambda: len(book.asked) == 6)
+        await live(5, lambda: events.counts["book_compacted"] == 2)
         assert len(book.asked) == 6
 
 
