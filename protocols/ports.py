@@ -61,6 +61,13 @@ class Transport(Protocol):
     @property
     def peer(self) -> PeerId: ...
 
+    village_key: bytes | None
+    """What whoever connects from now on must have too; None: nobody needs any."""
+
+    def refused(self) -> tuple[int, str]:
+        """How many connections of others it kept out, and `HOST: why` of the last."""
+        ...
+
     def addresses(self) -> tuple[str, ...]:
         """Where others can dial this node, each ending in `/p2p/<peer id>`."""
         ...
