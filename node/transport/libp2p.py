@@ -12,16 +12,16 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aivillage.node.transport import circuit
+from aivillage.node.transport import circuit, rendezvous
 from aivillage.node.transport.host import run_host
 from aivillage.node.transport.psk import KEY_STEP, Guard, WrongKeyError
 from aivillage.protocols.errors import PeerError, RequestError
-from aivillage.protocols.ports import SomebodyElseError, Stream, StreamHandler
+from aivillage.protocols.ports import Seen, SomebodyElseError, Stream, StreamHandler
 from aivillage.protocols.types import PeerId, peer_id
 
 log = logging.getLogger("aivillage.transport")
@@ -71,6 +71,8 @@ class Libp2pTransport:
         self._peer = peer
         self._nursery = nursery
         self._dials: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+        self._met: WeakSet[Any] = WeakSet()
+        self._meeting: set[Any] = set()
         self._made: WeakValueDictionary[PeerId, Any] = WeakValueDictionary()
 
     @property
@@ -240,8 +242,56 @@ class Libp2pTransport:
             PeerId(str(library_peer))
             for library_peer in list(self._swarm.connections)
             for connection in self._open_connections(library_peer)
-            if circuit.is_direct(connection) and circuit.is_inbound(connection)
+            if circuit.is_direct(connection)
+            and circuit.is_inbound(connection)
+            # Both dialled: that does not say that anybody else could.
+            and connection.muxed_conn not in self._met
+            and library_peer not in self._meeting
         )
+
+    def met(self) -> tuple[PeerId, ...]:
+        return tuple(
+            PeerId(str(muxed.peer_id))
+            for muxed in list(self._met)
+            if not muxed.event_closed.is_set()
+        )
+
+    async def seen_by(self, peer: PeerId) -> Seen | None:
+        known = self._open_connections(_library_peer(peer))
+        direct = [connection for connection in known if circuit.is_direct(connection)]
+        if not direct:
+            raise _lost(f"not connected to {peer}")
+        source = rendezvous.local_end(direct[0])
+        if len(known) > 1 or source is None:
+            return None  # the answer could be about another connection than this one
+        stream = await self.open_stream(peer, rendezvous.IDENTIFY)
+        try:
+            address = await rendezvous.observed(stream)
+        finally:
+            with trio.CancelScope(shield=True):
+                await stream.close()
+        return Seen(address=address, source=source) if address else None
+
+    async def meet(self, source: tuple[str, int], address: str, *, begins: bool) -> None:
+        maddr, peer = _parsed(address)
+        target = maddr.value_for_protocol("ip4"), int(maddr.value_for_protocol("tcp"))
+        call = _Call(self._meet, source, target, peer, begins)
+        seconds = rendezvous.OPEN_SECONDS + rendezvous.MEET_SECONDS
+        try:
+            await call.run_in(self._nursery, seconds, f"nobody met at {address}")
+        except PeerError as error:
+            _tell_who_is_there(error, address)
+            raise
+
+    async def _meet(
+        self, source: tuple[str, int], target: tuple[str, int], peer: Any, begins: bool
+    ) -> None:
+        self._meeting.add(peer)
+        try:
+            muxed = await rendezvous.met(self._swarm, source, target, peer, begins=begins)
+            self._met.add(muxed)
+        finally:
+            self._meeting.discard(peer)
 
     def _open_connections(self, library_peer: Any) -> list[Any]:
         known = self._swarm.get_connections(library_peer)

@@ -218,6 +218,18 @@ class LoopbackTransport:
         await stream.write(b"!")
         return connection
 
+    async def seen_by(self, peer: PeerId) -> None:
+        """There are no routers here to be met at."""
+        await trio.lowlevel.checkpoint()
+        self._connection(peer)
+
+    def met(self) -> tuple[PeerId, ...]:
+        return ()
+
+    async def meet(self, source: tuple[str, int], address: str, *, begins: bool) -> None:
+        await trio.lowlevel.checkpoint()
+        raise lost(f"nobody met at {address}")
+
     def callers(self) -> tuple[PeerId, ...]:
         return tuple(peer for peer, known in self.connections.items() if known.accepted_by(self))
 
