@@ -38,10 +38,10 @@ def key_of(number: int) -> Ed25519PrivateKey:
 async def one_host(kind: str, number: int):
     if kind == "patched":
         from aivillage.node.transport.host import run_host
+        from aivillage.node.transport.psk import Guard
 
-        async with run_host(
-            Ed25519PrivateKey.from_private_bytes(seed_of(number)), "127.0.0.1:0"
-        ) as h:
+        key = Ed25519PrivateKey.from_private_bytes(seed_of(number))
+        async with run_host(key, "127.0.0.1:0", Guard(None)) as h:
             yield h
         return
     import multiaddr

@@ -101,14 +101,19 @@ class Wires:
             "add table ip home",
             "add chain ip home behind { type nat hook postrouting priority 100 ; }",
             f"add rule ip home behind oifname eth0 {nat}",
-            # As home routers do: what nobody asked for gets no answer, not even a refusal.
-            "add chain ip home door { type filter hook input priority 0 ; }",
-            "add rule ip home door iifname eth0 ct state new drop",
             "add chain ip home through { type filter hook forward priority 0 ; policy drop ; }",
             "add rule ip home through ct state established,related accept",
             f"add rule ip home through iifname lan0 ip daddr {{ {allowed} }} accept",
         ):
             run_in(box, "nft", rule)
+
+    def silence(self, name: str) -> None:
+        """The router before `name` answers nobody who was not asked, not even with a refusal."""
+        for rule in (
+            "add chain ip home door { type filter hook input priority 0 ; }",
+            "add rule ip home door iifname eth0 ct state new drop",
+        ):
+            run_in(self._name(f"{name}box"), "nft", rule)
 
     def can_connect(self, name: str, address: str, port: int) -> bool:
         """Whether a TCP connection from the machine `name` is accepted within two seconds."""

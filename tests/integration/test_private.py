@@ -156,10 +156,10 @@ def test_an_invite_is_all_that_a_newcomer_needs_and_nobody_else_gets_in(tmp_path
         bob.restart()
         why = wait_for(
             lambda: (w := bob.run("peers", "--why", ann.peer[-8:]).out) and "lacks" in w and w,
-            30, f"bob is refused\n{yard.logs()}",
+            30, yard.logs,
         )  # fmt: skip
         assert "its village has a key that this node lacks" in " ".join(why.split())
-        kept_out = wait_for(lambda: ann.ask("status")["private"]["refused"], 20, "ann counts it")
+        kept_out = wait_for(lambda: ann.ask("status")["private"]["refused"], 20, ann.log_end)
         assert kept_out >= 1
         told = next(
             c for c in ann.run("doctor", "--json").json["checks"] if "refused" in c["detail"]
