@@ -298,8 +298,10 @@ async def a_dial_waits_a_quarter_second_after_success(kind):
         if kind == "patched":
             from aivillage.node.transport.libp2p import Libp2pTransport
 
+            from aivillage.node.transport.psk import Guard
+
             async with trio.open_nursery() as nursery:
-                transport = Libp2pTransport(client, str(client.get_id()), nursery)
+                transport = Libp2pTransport(client, str(client.get_id()), nursery, Guard(None))
                 await transport.dial(f"{address_of(server)}/p2p/{server.get_id()}")
         else:
             await client.connect(PeerInfo(server.get_id(), [address_of(server)]))
