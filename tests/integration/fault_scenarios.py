@@ -297,7 +297,6 @@ async def a_dial_waits_a_quarter_second_after_success(kind):
         began = time.perf_counter()
         if kind == "patched":
             from aivillage.node.transport.libp2p import Libp2pTransport
-
             from aivillage.node.transport.psk import Guard
 
             async with trio.open_nursery() as nursery:
