@@ -6,7 +6,7 @@ Loopback, one connection: TCP, Noise and Yamux through node/transport/libp2p.py.
 of a round; the best round is the figure and the worst is `_worst`, since a busy machine only ever
 adds. CPU is that of both processes. `churn_*` is what connecting and disconnecting so often leaves
 behind at the side that was dialled; `hang_noticed_s` (not with --quick) is a link whose peer stands
-still.
+still. `private_*` is the same in a village with a pre-shared key.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ BULK_BYTES: Final = 64_000_000
 CHUNK: Final = bytes(1 << 20)
 SMALL: Final = bytes(64)
 READ_BYTES: Final = 1 << 20
+VILLAGE_KEY: Final = bytes(range(32))
 ROUNDS: Final = 5
 CLIENTS: Final = 10
 """Hanging up takes the library 0.2 s, so they take turns at it."""
@@ -58,9 +59,9 @@ async def sink(read: Callable[[], Awaitable[bytes]], write: Callable[[bytes], An
     await write(b"!")
 
 
-async def serve_libp2p() -> None:
+async def serve_libp2p(village_key: bytes | None = None) -> None:
     async with (
-        open_libp2p(key_of(2), "127.0.0.1:0") as transport,
+        open_libp2p(key_of(2), "127.0.0.1:0", village_key) as transport,
         open_links(transport, hello, limits=LinkLimits()),
     ):
         for protocol, answer in ((ECHO, echo), (SINK, sink)):
@@ -117,11 +118,12 @@ class Server(Other):
 class Rounds:
     """Figures of several rounds; the best of each is claimed, the worst told."""
 
-    def __init__(self) -> None:
-        self.found: dict[str, list[float]] = {}
+    def __init__(self, prefix: str = "", found: dict[str, list[float]] | None = None) -> None:
+        self.prefix = prefix
+        self.found: dict[str, list[float]] = {} if found is None else found
 
     def add(self, key: str, value: float) -> None:
-        self.found.setdefault(key, []).append(value)
+        self.found.setdefault(self.prefix + key, []).append(value)
 
     def tell(self, claims: Claims, key: str, **bar: float) -> float:
         best, worst = min(self.found[key]), max(self.found[key])
@@ -258,10 +260,15 @@ async def hang_noticed(transport: Libp2pTransport) -> float:
 
 async def measured(claims: Claims, *, quick: bool) -> None:
     rounds, ours, tcp = Rounds(), Server("libp2p"), Server("tcp")
+    private, village = Rounds("private_", rounds.found), Server("private")
     try:
-        async with open_libp2p(key_of(1), "127.0.0.1:0") as transport:
+        async with (
+            open_libp2p(key_of(1), "127.0.0.1:0") as transport,
+            open_libp2p(key_of(1), "127.0.0.1:0", VILLAGE_KEY) as villager,
+        ):
             for _ in range(3 if quick else ROUNDS):
                 await round_of_ours(rounds, transport, ours, 500 if quick else 2000)
+                await round_of_ours(private, villager, village, 500 if quick else 2000)
                 await round_of_tcp(rounds, tcp, 500 if quick else 2000)
             tell(claims, rounds)
             await churn(claims, ours, 200 if quick else 1000)
@@ -269,8 +276,8 @@ async def measured(claims: Claims, *, quick: bool) -> None:
             if not quick:
                 claims.add("hang_noticed_s", await hang_noticed(transport), at_most=35)
     finally:
-        ours.stop()
-        tcp.stop()
+        for other in (ours, village, tcp):
+            other.stop()
 
 
 def tell(claims: Claims, rounds: Rounds) -> None:
@@ -283,6 +290,9 @@ def tell(claims: Claims, rounds: Rounds) -> None:
     tcp_bulk = rounds.tell(claims, "tcp_mb_per_s")
     claims.add("echo_over_tcp", echo_ms / tcp_echo_ms, at_most=9)
     claims.add("bulk_over_tcp", bulk / tcp_bulk, at_least=0.075)
+    for key in ("connect_ms", "echo_ms", "bulk_mb_per_cpu_s"):
+        rounds.tell(claims, f"private_{key}")
+    claims.add("private_bulk_over_open", rounds.tell(claims, "private_bulk_mb_per_s") / bulk)
 
 
 def measure(claims: Claims, args: argparse.Namespace) -> None:
@@ -291,6 +301,7 @@ def measure(claims: Claims, args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        trio.run({"libp2p": serve_libp2p, "tcp": serve_tcp}[sys.argv[2]])
+        private = functools.partial(serve_libp2p, VILLAGE_KEY)
+        trio.run({"libp2p": serve_libp2p, "private": private, "tcp": serve_tcp}[sys.argv[2]])
     else:
         sys.exit(main(measure, __doc__ or ""))

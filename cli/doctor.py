@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from aivillage import __version__
 from aivillage.cli import show
-from aivillage.cli.packages import MODEL_PACKAGES, PACKAGES
+from aivillage.cli.packages import MODEL_PACKAGES, PACKAGES, fits, installed, numbers
 from aivillage.protocols.errors import EXIT_CONFIG, EXIT_OK, AivillageError
 
 if TYPE_CHECKING:
@@ -179,7 +178,7 @@ def _sqlite(_patient: Patient) -> Findings:
     import apsw
 
     writer = apsw.sqlite_lib_version()
-    if _numbers(writer) < SQLITE_LEAST:
+    if numbers(writer) < SQLITE_LEAST:
         least = ".".join(map(str, SQLITE_LEAST))
         step = _install(f"--upgrade 'apsw>={least}'")
         yield Finding("FAIL", "sqlite writer", f"{writer}, at least {least} is needed", step)
@@ -420,6 +419,28 @@ def _reachable(patient: Patient) -> Findings:
         )
 
 
+def _village_key(patient: Patient) -> Findings:
+    from aivillage.node import village_key
+
+    key = village_key.load(patient.where.data_dir)
+    mine = village_key.fingerprint(key) if key else ""
+    running = (patient.status or {}).get("private", {"fingerprint": mine, "refused": 0})
+    if running["fingerprint"] != mine:
+        detail = f"the running node has the key {running['fingerprint'][:8] or 'none'}, the file "
+        step = "aivillage-node stop, then start"
+        yield Finding("warn", "village key", f"{detail}{mine[:8] or 'none'}", step)
+    elif key is None:
+        yield Finding("ok", "village key", "none: whoever reaches this node can connect")
+    else:
+        yield Finding("ok", "village key", f"only who has it can connect: {mine}")
+    if running["refused"]:
+        detail = (
+            f"{running['refused']} connections refused, the last from {running['last_refused']}"
+        )
+        step = "if that is a villager: aivillage-node invite, and join there"
+        yield Finding("warn", "village key", detail, step)
+
+
 def _clock(_patient: Patient) -> Findings:
     now = dt.datetime.now(dt.UTC)
     if YEARS[0] <= now.year < YEARS[1]:
@@ -441,6 +462,7 @@ CHECKS: Final[tuple[tuple[str, Check], ...]] = (
     ("clock", _clock),
     ("data folder", _data_folder),
     ("identity", _key),
+    ("village key", _village_key),
     ("disk", _disk),
     ("node", _daemon),
     ("control socket", _control_socket),
@@ -449,29 +471,6 @@ CHECKS: Final[tuple[tuple[str, Check], ...]] = (
     ("ledger", _ledger),
 )
 """What does not need a node first, then the node."""
-
-
-# --------------------------------------------------------------------------- versions
-
-
-def installed(package: str) -> str | None:
-    """The version that pip knows; None: it is not there."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def fits(version: str, wish: str) -> bool:
-    """Whether `version` satisfies one `==` or `>=`; a local part such as `+cpu` does not count."""
-    have = _numbers(version.partition("+")[0])
-    if wish.startswith("=="):
-        return version.partition("+")[0] == wish[2:]
-    return have >= _numbers(wish[2:])
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:4])
 
 
 def _install(what: str) -> str:

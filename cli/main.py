@@ -92,6 +92,7 @@ def _node_commands(command: Command, common: argparse.ArgumentParser) -> None:
         "aivillage.cli.keys:rotate_key",
         "a new key for this node, which must stand still; balances go on",
     )
+    _key_commands(command, common)
     _owner_commands(command, common)
     _grant_commands(command, common)
     command("paths", "aivillage.cli.node:show_paths", "where everything of this node lives")
@@ -139,6 +140,16 @@ def _grant_commands(command: Command, common: argparse.ArgumentParser) -> None:
     actions = grants.add_subparsers(metavar="import", dest="action")
     take = actions.add_parser("import", parents=[common], help="take a grant that came as a token")
     take.add_argument("token")
+
+
+def _key_commands(command: Command, common: argparse.ArgumentParser) -> None:
+    key = command("village-key", "aivillage.cli.keys:village_key", "only who has it can connect")
+    actions = key.add_subparsers(metavar="new|show|import|remove", required=True, dest="action")
+    actions.add_parser("new", parents=[common], help="make the village private; invites carry it")
+    actions.add_parser("show", parents=[common], help="its fingerprint; the key is in the file")
+    take = actions.add_parser("import", parents=[common], help="take the key from a file")
+    take.add_argument("file", help="a village.key or swarm.key; - is standard input")
+    actions.add_parser("remove", parents=[common], help="open the village; the file is kept aside")
 
 
 def _owner_commands(command: Command, common: argparse.ArgumentParser) -> None:

@@ -109,6 +109,13 @@ def stop(args: argparse.Namespace) -> int:
     return 0
 
 
+def _village(found: dict[str, Any]) -> str:
+    name, private = str(found["village"][:16]), found["private"]
+    if not private["fingerprint"]:
+        return name
+    return f"{name}, private (key {private['fingerprint'][:8]}, {private['refused']} kept out)"
+
+
 def _relays(relay: dict[str, Any]) -> str:
     carried, through = relay["carried"], relay["reachable_through"]
     reached = f"I am reached through {len(through)}; " if through else ""
@@ -141,7 +148,7 @@ def status(args: argparse.Namespace) -> int:
             "reached at": ", ".join(found["addresses"]) or "nowhere",
             "from outside": _reachable(found["reachable"]),
             "relays": _relays(found["relay"]),
-            "village": found["village"][:16],
+            "village": _village(found),
             "peers": f"{found['peers']} connected, {found['members']} of my village",
             "balance": f"{as_credits(found['balance_micro_credits'])} credits",
             "my jobs": f"{found['jobs_running']} running",

@@ -1,7 +1,9 @@
-"""Which packages a node needs, and from which version on."""
+"""Which packages a node needs, from which version on, and which are here."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from typing import Final
 
 PACKAGES: Final = {
@@ -11,6 +13,7 @@ PACKAGES: Final = {
     "libp2p": "==0.8.1",
     "msgspec": ">=0.22",
     "platformdirs": ">=4",
+    "pycryptodome": ">=3.20",
     "pynacl": ">=1.6",
     "segno": ">=1.6",
     "trio": ">=0.35",
@@ -23,3 +26,23 @@ MODEL_PACKAGES: Final = {
     "torch": ">=2.13",
 }
 """Both as in pyproject.toml; a test compares them."""
+
+
+def installed(package: str) -> str | None:
+    """The version that pip knows; None: it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def fits(version: str, wish: str) -> bool:
+    """Whether `version` satisfies one `==` or `>=`; a local part such as `+cpu` does not count."""
+    have = numbers(version.partition("+")[0])
+    if wish.startswith("=="):
+        return version.partition("+")[0] == wish[2:]
+    return have >= numbers(wish[2:])
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:4])

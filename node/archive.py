@@ -23,7 +23,8 @@ MANIFEST: Final = "manifest.json"
 MANIFEST_BYTES_MAX: Final = 64 * 1024
 """Some 300 members: more keys than anybody has."""
 MEMBERS: Final = re.compile(
-    r"ledger\.db|jobs\.db|config\.toml|owner\.key|identity\.key|identity-[A-Za-z0-9]{8}\.old"
+    r"ledger\.db|jobs\.db|config\.toml|owner\.key|village\.key|identity\.key"
+    r"|identity-[A-Za-z0-9]{8}\.old"
 )
 """All that a backup may hold: no name of a folder, so none that leads out of one."""
 PRIVATE: Final = 0o600

@@ -7,7 +7,7 @@ relay, its own addresses are tried ever more rarely, and a link that is idle mov
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 from weakref import WeakValueDictionary
@@ -110,6 +110,8 @@ class Circuits:
         self._moving: set[PeerId] = set()
         self.on_changed: Callable[[], None] = lambda: None
         """Our addresses are others now."""
+        self.meet: Callable[[PeerId], Awaitable[str | None]] = _never
+        """Connects with a peer directly although neither can be dialled; the address, or None."""
         self.is_busy: Callable[[Link], bool] = lambda link: link.waiting
         """Whether a link may not move to another connection now."""
         self.services = (self.keep_reservations, self.seek_direct_ways)
@@ -227,7 +229,8 @@ class Circuits:
 
         Those at public addresses first: who is in our own house may be behind the same router.
         """
-        now, callers = trio.current_time(), set(self._transport.callers())
+        now = trio.current_time()
+        callers = {*self._transport.callers(), *self._transport.met()}
         found = [
             link.peer
             for link in self._links.all()
@@ -302,6 +305,8 @@ class Circuits:
         try:
             link = self._links.get(peer)
             address = await self._direct_way(link) if link else None
+            if link is not None and address is None:
+                address = await self.meet(peer)
             if link is None or address is None:
                 return
             if self.is_busy(link):
@@ -343,6 +348,9 @@ async def _pay_bills(stream: Stream, fare: Fare) -> None:
         raise
     except PeerError as error:
         log.debug("reservation_over", extra={"peer": fare.relay, "reason": str(error)})
+
+
+async def _never(_peer: PeerId) -> None: ...
 
 
 @contextmanager

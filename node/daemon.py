@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Final, Protocol
 
 import trio
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aivillage import __version__
 from aivillage.ledger.desk import Settings as LedgerSettings
 from aivillage.ledger.ledger import NodeBook, open_ledger
-from aivillage.node import identity, lock, rotation
+from aivillage.node import identity, lock, rotation, village_key
 from aivillage.node.addresses import Addresses
 from aivillage.node.buyer import Buyer
 from aivillage.node.caretaker import Caretaker
@@ -88,10 +89,12 @@ async def run(
                 worker_settings(settings), cache_folder=paths.cache, scratch_folder=paths.scratch
             )
         )
-        transport = await stack.enter_async_context(open_libp2p(key, settings.listen))
+        shared_key = village_key.load(paths.data_dir)
+        transport = await stack.enter_async_context(open_libp2p(key, settings.listen, shared_key))
         desk = await stack.enter_async_context(
             open_node(key, settings, origins, paths, jobs, ledger, workers, transport)
         )
+        desk.villagers.joining.keep_key = partial(village_key.store, paths.data_dir)
         if join is not None:
             await desk.villagers.joining.join(join)
         ready(desk)

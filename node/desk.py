@@ -11,7 +11,7 @@ import trio
 
 from aivillage import __version__
 from aivillage.ledger.ledger import NodeBook
-from aivillage.node import results, who
+from aivillage.node import results, village_key, who
 from aivillage.node.addresses import Addresses
 from aivillage.node.buyer import Buyer
 from aivillage.node.clearing import Clearing
@@ -112,6 +112,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "addresses": list(self.addresses()),
             "reachable": msgspec.to_builtins(self.villagers.reachability.verdict),
             "village": self.villagers.membership.village.hex(),
+            "private": self._private(),
             "peers": len(self.links.all()),
             "members": len(self.villagers.members()),
             "jobs_running": len(self.buyer.running()),
@@ -123,6 +124,17 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "rss_mb": round(self.monitor.rss_mb(), 1),
             "loop_lag_ms": self.monitor.loop_lag_ms(),
             "relay": self.detours.status(),
+        }
+
+    def _private(self) -> dict[str, Any]:
+        """Of the village's pre-shared key, and whom it kept out; empty where there is none."""
+        transport = self.links.transport
+        count, last = transport.refused()
+        key = transport.village_key
+        return {
+            "fingerprint": village_key.fingerprint(key) if key else "",
+            "refused": count,
+            "last_refused": last,
         }
 
     async def on_peers(self, _args: dict[str, Any]) -> list[dict[str, Any]]:

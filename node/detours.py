@@ -13,6 +13,7 @@ from aivillage.node.guard import Tasks
 from aivillage.node.herald import Herald
 from aivillage.node.jobs import Jobs
 from aivillage.node.links import Link, Links
+from aivillage.node.punching import Punching
 from aivillage.node.relay import Relay, RelayLimits
 from aivillage.node.relay_tab import Till
 from aivillage.node.seller import Seller
@@ -55,6 +56,10 @@ class Detours:
             shelf=jobs, events=self._events, incoming=self.circuits.incoming, till=till,
         )  # fmt: skip
         self.circuits.join(links, villagers.is_member, tasks, fares)
+        self.circuits.meet = Punching(
+            self._transport, self._events,
+            relay_of=self.circuits.relay_of, is_member=villagers.is_member,
+        ).ask  # fmt: skip
         self.circuits.is_busy, self.circuits.on_changed = is_busy, herald.hurry
         for service in (self._relay.run, *self.circuits.services):
             tasks.serve(service)

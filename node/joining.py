@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.ledger.ledger import NodeBook
@@ -52,6 +53,8 @@ class Joining:
         self._tasks = tasks
         self._usual_line = usual_line
         self._on_joined = on_joined
+        self.keep_key: Callable[[bytes | None], None] = lambda key: None
+        """Writes down the key of the village that was joined; may block."""
 
     # ------------------------------------------------------------------ as the inviter
     async def invite(
@@ -78,8 +81,9 @@ class Joining:
         invites.check(uses, days, note)
         promised = self._usual_line if line is None else line
         token = village.make_invite(
-            self._key, self._membership.village, addresses, promised, _now_ms(), days
-        )
+            self._key, self._membership.village, addresses, promised, _now_ms(), days,
+            self._links.transport.village_key,
+        )  # fmt: skip
         await self.invites.add(village.read_invite(token), uses, note)
         return token
 
@@ -109,8 +113,25 @@ class Joining:
             AivillageError: the token is bad, used, revoked or expired, or nobody is there.
         """
         invite = village.read_invite(token)
-        if self._belongs_to(invite.village):
+        transport, key = self._links.transport, invite.village_key or None
+        former = transport.village_key
+        if self._belongs_to(invite.village) and key == former:
             return invite.inviter  # `start --join` is a command that people repeat
+        transport.village_key = key
+        try:
+            await self._become_member(invite, token)
+            await trio.to_thread.run_sync(self.keep_key, key)
+        except BaseException:
+            transport.village_key = former
+            raise
+        if key != former:  # whoever is linked from before may not have this one
+            for link in self._links.all():
+                if link.peer != invite.inviter:
+                    await self._links.drop(link.peer, "the village has another key")
+        self._events.emit("village_joined", village=invite.village.hex(), inviter=invite.inviter)
+        return invite.inviter
+
+    async def _become_member(self, invite: messages.Invite, token: str) -> None:
         link = await self._reach(invite.addresses, invite.inviter)
         reply = await link.ask(
             messages.Join(id=link.next_id(), token=token), timeout_seconds=JOIN_SECONDS
@@ -124,8 +145,6 @@ class Joining:
         await self._links.drop(link.peer, "joined a village")
         self._on_joined()
         await self._reach(invite.addresses, invite.inviter)
-        self._events.emit("village_joined", village=invite.village.hex(), inviter=invite.inviter)
-        return invite.inviter
 
     def _belongs_to(self, wanted: bytes) -> bool:
         known = self._membership

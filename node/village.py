@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.node import token
 from aivillage.node.identity import peer_of
+from aivillage.node.village_key import KEY_BYTES
 from aivillage.protocols.envelope import seal, unseal
 from aivillage.protocols.errors import PeerError, RefusedError
 from aivillage.protocols.messages import CERTIFICATES_MAX, Certificate, Invite
@@ -40,8 +41,9 @@ def make_invite(
     line: MicroCredits,
     now_unix_ms: int,
     days: int = INVITE_DAYS,
+    village_key: bytes | None = None,
 ) -> str:
-    """A token to hand on; whoever holds it can join."""
+    """A token to hand on; whoever holds it can join. `village_key`: of a private village."""
     invite = Invite(
         village=village,
         inviter=peer_of(key),
@@ -49,6 +51,7 @@ def make_invite(
         nonce=secrets.token_bytes(16),
         not_after_unix_ms=now_unix_ms + days * DAY_MS,
         line_micro_credits=line,
+        village_key=village_key or b"",
     )
     return token.to_text(TOKEN_PREFIX, seal(key, "invite", invite))
 
@@ -66,6 +69,8 @@ def read_invite(text: str) -> Invite:
         raise token.bad("invite", error.message) from None
     if signer != invite.inviter:
         raise token.bad("invite", "it is signed by somebody else")
+    if len(invite.village_key) not in {0, KEY_BYTES}:
+        raise token.bad("invite", "its village key is cut")
     return invite
 
 

@@ -434,6 +434,8 @@ class Invite(msgspec.Struct, frozen=True, kw_only=True):
     nonce: bytes
     not_after_unix_ms: Count
     line_micro_credits: Amount
+    village_key: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
+    """What connections into a private village need; empty where it is open."""
 
 
 class Certificate(msgspec.Struct, frozen=True, kw_only=True):

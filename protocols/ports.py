@@ -55,11 +55,28 @@ class SomebodyElseError(PeerError):
         self.found = found
 
 
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """Where another node sees a connection of ours come from, and where it leaves this machine.
+
+    `address`: `/ip4/<ip>/tcp/<port>`; `source`: the number and port here.
+    """
+
+    address: str
+    source: tuple[str, int]
+
+
 class Transport(Protocol):
     """Carries streams between peers that are who they say they are."""
 
     @property
     def peer(self) -> PeerId: ...
+
+    village_key: bytes | None
+    """What whoever connects from now on must have too; None: nobody needs any."""
+
+    def refused(self) -> tuple[int, str]:
+        """How many connections of others it kept out, and `HOST: why` of the last."""
+        ...
 
     def addresses(self) -> tuple[str, ...]:
         """Where others can dial this node, each ending in `/p2p/<peer id>`."""
@@ -116,8 +133,30 @@ class Transport(Protocol):
         """
         ...
 
+    async def seen_by(self, peer: PeerId) -> Seen | None:
+        """Where `peer` sees this node; None: it does not say, or there is no telling here.
+
+        Raises:
+            PeerError: PEER_LOST, it is not connected directly.
+        """
+        ...
+
+    async def meet(self, source: tuple[str, int], address: str, *, begins: bool) -> None:
+        """Connects from `source` with the node at `address`, which dials us at this moment.
+
+        One of the two `begins`. The other proves who it is, as on every connection.
+
+        Raises:
+            PeerError: PEER_LOST, they did not meet, or it is somebody else.
+        """
+        ...
+
+    def met(self) -> tuple[PeerId, ...]:
+        """With whom this node met: that they are connected does not say that others can dial."""
+        ...
+
     def callers(self) -> tuple[PeerId, ...]:
-        """Who is connected because it dialled an address of this node directly."""
+        """Who is connected because it dialled an address of this node directly, alone."""
         ...
 
 

@@ -15,7 +15,7 @@ from aivillage.node.limits_desk import LimitsDesk
 from aivillage.node.maps import Maps
 from aivillage.node.people_desk import PeopleDesk
 from aivillage.node.reputation_desk import ReputationDesk
-from aivillage.protocols import messages
+from aivillage.protocols import meeting, messages
 from tests.house import ROOT
 
 PAGE = "docs/zero_trust.md"
@@ -63,13 +63,14 @@ def requests() -> dict[str, str]:
 
 
 def kinds() -> set[str]:
-    """Every message of protocols/messages.py, and every paper that is signed there."""
+    """Every message between peers, but a relay's, and every paper that is signed."""
     return {
         name
-        for name, kind in vars(messages).items()
+        for module in (messages, meeting)
+        for name, kind in vars(module).items()
         if isinstance(kind, type)
         and issubclass(kind, msgspec.Struct)
-        and kind.__module__ == messages.__name__
+        and kind.__module__ == module.__name__
         and name not in PARTS
     }
 

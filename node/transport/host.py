@@ -13,6 +13,7 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.node.transport import lean, patches
+from aivillage.node.transport.psk import Guard
 from aivillage.protocols.errors import ConfigError
 
 log = logging.getLogger("aivillage.transport")
@@ -25,14 +26,15 @@ SHUTDOWN_SECONDS: Final = 10
 
 
 @asynccontextmanager
-async def run_host(key: Ed25519PrivateKey, listen: str) -> AsyncIterator[Any]:
-    """A running, patched host that listens on `listen` ("ip:port").
+async def run_host(key: Ed25519PrivateKey, listen: str, guard: Guard) -> AsyncIterator[Any]:
+    """A running, patched host that listens on `listen` ("ip:port"), with `guard` at its doors.
 
     Raises:
         ConfigError: `listen` is malformed or taken, or another libp2p is installed.
     """
     address = listen_address(listen)
     host = build_host(key, address)
+    guard.stand_before(host.get_network().upgrader)
     stop = trio.Event()
     # A shutdown that is cancelled leaves its listening socket open, so it is only bounded.
     shutdown = trio.CancelScope(shield=True)

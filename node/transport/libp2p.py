@@ -12,15 +12,16 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aivillage.node.transport import circuit
+from aivillage.node.transport import circuit, rendezvous
 from aivillage.node.transport.host import run_host
+from aivillage.node.transport.psk import KEY_STEP, Guard, WrongKeyError
 from aivillage.protocols.errors import PeerError, RequestError
-from aivillage.protocols.ports import SomebodyElseError, Stream, StreamHandler
+from aivillage.protocols.ports import Seen, SomebodyElseError, Stream, StreamHandler
 from aivillage.protocols.types import PeerId, peer_id
 
 log = logging.getLogger("aivillage.transport")
@@ -37,14 +38,20 @@ _SOMEBODY_ELSE: Final = re.compile(r"remote_peer_id_from_pubkey=(\w+)")
 
 
 @asynccontextmanager
-async def open_libp2p(key: Ed25519PrivateKey, listen: str) -> AsyncIterator[Libp2pTransport]:
+async def open_libp2p(
+    key: Ed25519PrivateKey, listen: str, village_key: bytes | None = None
+) -> AsyncIterator[Libp2pTransport]:
     """A node on the network under the identity `key`, listening on `listen` ("ip:port").
+
+    `village_key`: 32 bytes that whoever connects must have too; None: nobody needs any.
 
     Raises:
         ConfigError: `listen` is malformed or taken.
     """
-    async with run_host(key, listen) as host, trio.open_nursery() as nursery:
-        transport = Libp2pTransport(host, peer_id(key.public_key().public_bytes_raw()), nursery)
+    guard = Guard(village_key)
+    async with run_host(key, listen, guard) as host, trio.open_nursery() as nursery:
+        peer = peer_id(key.public_key().public_bytes_raw())
+        transport = Libp2pTransport(host, peer, nursery, guard)
         log.info("transport_opened", extra={"addresses": transport.addresses()})
         try:
             yield transport
@@ -57,17 +64,31 @@ async def open_libp2p(key: Ed25519PrivateKey, listen: str) -> AsyncIterator[Libp
 class Libp2pTransport:
     """A `Transport` over TCP, Noise and Yamux."""
 
-    def __init__(self, host: Any, peer: PeerId, nursery: trio.Nursery) -> None:
+    def __init__(self, host: Any, peer: PeerId, nursery: trio.Nursery, guard: Guard) -> None:
         self._host = host
+        self._guard = guard
         self._swarm = host.get_network()
         self._peer = peer
         self._nursery = nursery
         self._dials: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+        self._met: WeakSet[Any] = WeakSet()
+        self._meeting: set[Any] = set()
         self._made: WeakValueDictionary[PeerId, Any] = WeakValueDictionary()
 
     @property
     def peer(self) -> PeerId:
         return self._peer
+
+    @property
+    def village_key(self) -> bytes | None:
+        return self._guard.key
+
+    @village_key.setter
+    def village_key(self, key: bytes | None) -> None:
+        self._guard.key = key
+
+    def refused(self) -> tuple[int, str]:
+        return self._guard.refused, self._guard.last_refused
 
     def addresses(self) -> tuple[str, ...]:
         from libp2p.utils.address_validation import expand_wildcard_address
@@ -114,7 +135,7 @@ class Libp2pTransport:
                         self._nursery, DIAL_SECONDS, f"nobody answers at {address}"
                     )
                 except PeerError as error:
-                    _tell_somebody_else(error, address)
+                    _tell_who_is_there(error, address)
                     raise
                 await self._keep_one(name, made)
         return name
@@ -133,7 +154,7 @@ class Libp2pTransport:
         try:
             await call.run_in(self._nursery, PROBE_SECONDS, f"nobody answers at {address}")
         except PeerError as error:
-            _tell_somebody_else(error, address)
+            _tell_who_is_there(error, address)
             raise
 
     async def _prove(self, address: str, peer: Any) -> None:
@@ -199,7 +220,7 @@ class Libp2pTransport:
             with trio.CancelScope(shield=True):
                 await stream.close()
             if isinstance(error, PeerError):
-                _tell_somebody_else(error, "the other end of a circuit")
+                _tell_who_is_there(error, "the other end of a circuit")
             raise
         return PeerId(str(muxed.peer_id))
 
@@ -221,8 +242,56 @@ class Libp2pTransport:
             PeerId(str(library_peer))
             for library_peer in list(self._swarm.connections)
             for connection in self._open_connections(library_peer)
-            if circuit.is_direct(connection) and circuit.is_inbound(connection)
+            if circuit.is_direct(connection)
+            and circuit.is_inbound(connection)
+            # Both dialled: that does not say that anybody else could.
+            and connection.muxed_conn not in self._met
+            and library_peer not in self._meeting
         )
+
+    def met(self) -> tuple[PeerId, ...]:
+        return tuple(
+            PeerId(str(muxed.peer_id))
+            for muxed in list(self._met)
+            if not muxed.event_closed.is_set()
+        )
+
+    async def seen_by(self, peer: PeerId) -> Seen | None:
+        known = self._open_connections(_library_peer(peer))
+        direct = [connection for connection in known if circuit.is_direct(connection)]
+        if not direct:
+            raise _lost(f"not connected to {peer}")
+        source = rendezvous.local_end(direct[0])
+        if len(known) > 1 or source is None:
+            return None  # the answer could be about another connection than this one
+        stream = await self.open_stream(peer, rendezvous.IDENTIFY)
+        try:
+            address = await rendezvous.observed(stream)
+        finally:
+            with trio.CancelScope(shield=True):
+                await stream.close()
+        return Seen(address=address, source=source) if address else None
+
+    async def meet(self, source: tuple[str, int], address: str, *, begins: bool) -> None:
+        maddr, peer = _parsed(address)
+        target = maddr.value_for_protocol("ip4"), int(maddr.value_for_protocol("tcp"))
+        call = _Call(self._meet, source, target, peer, begins)
+        seconds = rendezvous.OPEN_SECONDS + rendezvous.MEET_SECONDS
+        try:
+            await call.run_in(self._nursery, seconds, f"nobody met at {address}")
+        except PeerError as error:
+            _tell_who_is_there(error, address)
+            raise
+
+    async def _meet(
+        self, source: tuple[str, int], target: tuple[str, int], peer: Any, begins: bool
+    ) -> None:
+        self._meeting.add(peer)
+        try:
+            muxed = await rendezvous.met(self._swarm, source, target, peer, begins=begins)
+            self._met.add(muxed)
+        finally:
+            self._meeting.discard(peer)
 
     def _open_connections(self, library_peer: Any) -> list[Any]:
         known = self._swarm.get_connections(library_peer)
@@ -362,15 +431,30 @@ async def _cut(connection: Any) -> None:
         log.debug("library_call_failed", extra={"reason": repr(error)})
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause: the library wraps what happened three times."""
+def _cause(error: BaseException) -> BaseException:
+    """The innermost one: the library wraps what happened three times."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error) or repr(error)
+    return error
 
 
-def _tell_somebody_else(error: PeerError, address: str) -> None:
-    """Raises: SomebodyElseError: whoever is at the address proved to be another peer."""
+def _reason(error: BaseException) -> str:
+    cause = _cause(error)
+    return str(cause) or repr(cause)
+
+
+def _tell_who_is_there(error: PeerError, address: str) -> None:
+    """Says it of whoever answered and is not whom we wanted.
+
+    Raises:
+        SomebodyElseError: whoever is at the address proved to be another peer.
+        PeerError: PEER_LOST, it is outside of the village's private network, or we are.
+    """
+    cause = _cause(error)
+    if isinstance(cause, WrongKeyError):
+        raise PeerError(
+            f"{address} answers, but {cause}", code="PEER_LOST", next_step=KEY_STEP
+        ) from error
     found = _SOMEBODY_ELSE.search(error.message)
     if found:
         peer = PeerId(found[1])

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import trio
 
+from aivillage.node.transport.pipes import BUFFER_BYTES, LoopbackStream, Pipe, first, lost
 from aivillage.protocols.errors import ConfigError, PeerError, RequestError
 from aivillage.protocols.ports import SomebodyElseError, Stream, StreamHandler
 from aivillage.protocols.types import PeerId
 
 log = logging.getLogger("aivillage.transport")
 
-BUFFER_BYTES: Final = 256 * 1024
-"""In flight per direction, as a Yamux window: beyond it a writer waits for the reader."""
 CONNECT_SECONDS_MAX: Final = 10.0
 """How long a dial or a new stream waits for a partition to heal; libp2p's own limit."""
 NAME_BYTES: Final = 64
@@ -114,6 +112,8 @@ class LoopbackTransport:
         self.circuits: dict[PeerId, _Connection] = {}
         """Those through a relay; the direct ones are preferred."""
         self.nursery = nursery
+        self.village_key: bytes | None = None
+        self._refused = (0, "")
         self._peer = peer
         self._handlers: dict[str, StreamHandler] = {}
 
@@ -147,10 +147,19 @@ class LoopbackTransport:
         await self._round_trip(name, peer)
         other = self.network.nodes.get(name)
         if other is None or name in self.network.hidden:
-            raise _lost(f"nobody answers at {address}")
+            raise lost(f"nobody answers at {address}")
+        if other.village_key != self.village_key:
+            other.refuse(f"{self.name}: it has another village key, or none")
+            raise lost(f"{address} has another village key than this node, or none")
         if other.peer != peer:
             raise SomebodyElseError(f"{other.peer} answered at {address}", other.peer)
         return other
+
+    def refuse(self, reason: str) -> None:
+        self._refused = self._refused[0] + 1, reason
+
+    def refused(self) -> tuple[int, str]:
+        return self._refused
 
     def host_of(self, peer: PeerId) -> str:
         connection = self.connections.get(peer)
@@ -161,10 +170,10 @@ class LoopbackTransport:
         other = connection.other(self)
         await self._round_trip(other.name, peer)
         if connection.broken(self).is_set():
-            raise _lost(f"the connection to {peer} broke")
+            raise lost(f"the connection to {peer} broke")
         handler = other.handler(protocol)
         if handler is None:
-            raise _lost(f"{peer} does not speak {protocol}")
+            raise lost(f"{peer} does not speak {protocol}")
         near, far = connection.new_streams(self)
         other.nursery.start_soon(_handle, handler, far, protocol)
         return near
@@ -190,24 +199,36 @@ class LoopbackTransport:
                 raise
             self.nursery.start_soon(connection.ride, self, stream)
             return connection.other(self).peer
-        raise _lost("nobody at the other end")
+        raise lost("nobody at the other end")
 
     async def _introduced(self, stream: Stream, peer: PeerId | None) -> _Connection:
         await stream.write(self.name.encode().ljust(NAME_BYTES))
         other = self.network.nodes.get((await _exactly(stream, NAME_BYTES)).decode().strip())
         if other is None:
-            raise _lost("nobody at the other end")
+            raise lost("nobody at the other end")
         if peer is None:
             await _exactly(stream, 1)  # it knows us by now, and made the connection
             made = self.circuits.get(other.peer)
             if made is None:
-                raise _lost("the other end left")
+                raise lost("the other end left")
             return made
         if other.peer != peer:
             raise SomebodyElseError(f"{other.peer} is at the other end", other.peer)
         connection = _Connection(self, other, relayed=True)
         await stream.write(b"!")
         return connection
+
+    async def seen_by(self, peer: PeerId) -> None:
+        """There are no routers here to be met at."""
+        await trio.lowlevel.checkpoint()
+        self._connection(peer)
+
+    def met(self) -> tuple[PeerId, ...]:
+        return ()
+
+    async def meet(self, source: tuple[str, int], address: str, *, begins: bool) -> None:
+        await trio.lowlevel.checkpoint()
+        raise lost(f"nobody met at {address}")
 
     def callers(self) -> tuple[PeerId, ...]:
         return tuple(peer for peer, known in self.connections.items() if known.accepted_by(self))
@@ -218,7 +239,7 @@ class LoopbackTransport:
     def _connection(self, peer: PeerId) -> _Connection:
         connection = self.connections.get(peer) or self.circuits.get(peer)
         if connection is None:
-            raise _lost(f"not connected to {peer}")
+            raise lost(f"not connected to {peer}")
         return connection
 
     async def _round_trip(self, name: str, peer: PeerId) -> None:
@@ -227,7 +248,7 @@ class LoopbackTransport:
             await trio.sleep(self.network.delay_seconds() + self.network.delay_seconds())
             await self.network.joined(self.name, name)
         if scope.cancelled_caught:
-            raise _lost(f"{peer} did not answer within {CONNECT_SECONDS_MAX:.0f} s")
+            raise lost(f"{peer} did not answer within {CONNECT_SECONDS_MAX:.0f} s")
 
 
 class _Connection:
@@ -256,7 +277,7 @@ class _Connection:
     async def ride(self, end: LoopbackTransport, stream: Stream) -> None:
         """Breaks with `stream`, which a relay carries, and takes it along."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_first, self._broken[end].wait, nursery.cancel_scope)
+            nursery.start_soon(first, self._broken[end].wait, nursery.cancel_scope)
             with suppress(PeerError):  # that is an end, too
                 while await stream.read(BUFFER_BYTES):
                     continue
@@ -273,7 +294,8 @@ class _Connection:
 
     def new_streams(self, opener: LoopbackTransport) -> tuple[LoopbackStream, LoopbackStream]:
         other = self.other(opener)
-        there, back = _Pipe(opener, other), _Pipe(other, opener)
+        here, away = opener.name, other.name
+        there, back = (Pipe(opener.network, *way) for way in ((here, away), (away, here)))
         near = LoopbackStream(other.peer, back, there)
         far = LoopbackStream(opener.peer, there, back)
         for end, stream in ((opener, near), (other, far)):
@@ -309,167 +331,14 @@ class _Connection:
         self._streams[end] = []
 
 
-class LoopbackStream:
-    """One end of a stream: the pipe it reads and the pipe it writes."""
-
-    def __init__(self, peer: PeerId, inward: _Pipe, outward: _Pipe) -> None:
-        self._peer = peer
-        self._inward = inward
-        self._outward = outward
-        self._broken = trio.Event()
-        self._writing = trio.Lock()
-
-    @property
-    def peer(self) -> PeerId:
-        return self._peer
-
-    @property
-    def ended(self) -> bool:
-        return self._broken.is_set() or (self._inward.discards and self._outward.finished)
-
-    @property
-    def last_arrival(self) -> float:
-        return self._inward.last_arrival
-
-    async def read(self, size_bytes_max: int) -> bytes:
-        await trio.lowlevel.checkpoint()
-        # What arrived before the connection broke is still there to be read.
-        while (data := self._inward.take(size_bytes_max)) is None and not self._broken.is_set():
-            await self._inward.wait_readable()
-        if data is not None:
-            return data
-        raise _lost(f"the stream with {self._peer} broke")
-
-    async def write(self, data: bytes) -> None:
-        await trio.lowlevel.checkpoint()
-        async with self._writing:
-            # Room is waited for before the first byte, so that a cancelled write wrote nothing.
-            while not self._broken.is_set() and self._outward.full:
-                await self._outward.wait_writable()
-            if self._broken.is_set() or self._outward.finished:
-                raise _lost(f"the stream with {self._peer} broke")
-            self._outward.put(data)
-
-    async def close(self) -> None:
-        await trio.lowlevel.checkpoint()
-        self._outward.finish()
-        self._inward.discard()
-
-    def break_(self, *, at_once: bool) -> None:
-        """`at_once`: what has arrived and was not read is gone too."""
-        self._broken.set()
-        if at_once:
-            self._inward.lose()
-        self._inward.wake()
-        self._outward.wake()
-
-
-class _Pipe:
-    """One direction: chunks with the time at which they arrive. `None` is the end."""
-
-    def __init__(self, source: LoopbackTransport, sink: LoopbackTransport) -> None:
-        self.finished = False
-        self.discards = False
-        self._names = source.name, sink.name
-        self._network = source.network
-        self._chunks: deque[tuple[float, bytes | None]] = deque()
-        self._size_bytes = 0
-        self.last_arrival = 0.0
-        self._changed = trio.Event()
-
-    @property
-    def full(self) -> bool:
-        return self._size_bytes >= BUFFER_BYTES and not self.discards
-
-    def put(self, data: bytes | None) -> None:
-        if self.discards or data == b"":
-            return
-        # Later chunks never overtake earlier ones, whatever the jitter says.
-        arrival = max(self.last_arrival, trio.current_time() + self._network.delay_seconds())
-        self.last_arrival = arrival
-        self._chunks.append((arrival, data))
-        self._size_bytes += len(data or b"")
-        self.wake()
-
-    def finish(self) -> None:
-        if not self.finished:
-            self.finished = True
-            self.put(None)
-
-    def discard(self) -> None:
-        """Nobody reads any more: writers must not wait for it."""
-        self.discards = True
-        self._chunks.clear()
-        self._size_bytes = 0
-        self.wake()
-
-    def lose(self) -> None:
-        """The connection is gone, with all that was under way."""
-        self.finished = True
-        self._chunks.clear()
-        self._size_bytes = 0
-        self.wake()
-
-    def take(self, size_bytes_max: int) -> bytes | None:
-        """What has arrived, `b""` at the end, or None if that is nothing yet."""
-        taken, now = bytearray(), trio.current_time()
-        while self._arrived(now) and len(taken) < size_bytes_max:
-            arrival, chunk = self._chunks.popleft()
-            if chunk is None:
-                self._chunks.appendleft((arrival, chunk))
-                break
-            room = size_bytes_max - len(taken)
-            taken += chunk[:room]
-            if len(chunk) > room:
-                self._chunks.appendleft((arrival, chunk[room:]))
-        if taken:
-            self._size_bytes -= len(taken)
-            self.wake()
-            return bytes(taken)
-        return b"" if self._arrived(now) or self.discards else None
-
-    async def wait_readable(self) -> None:
-        """Returns when something may have arrived, or the stream broke."""
-        changed = self._changed
-        if not self._chunks:
-            await changed.wait()
-        elif self._network.separated(*self._names):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_first, changed.wait, nursery.cancel_scope)
-                await self._network.joined(*self._names)
-                nursery.cancel_scope.cancel()
-        else:
-            with trio.move_on_at(self._chunks[0][0]):
-                await changed.wait()
-
-    async def wait_writable(self) -> None:
-        await self._changed.wait()
-
-    def wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
-
-    def _arrived(self, now: float) -> bool:
-        return (
-            bool(self._chunks)
-            and self._chunks[0][0] <= now
-            and not self._network.separated(*self._names)
-        )
-
-
 async def _exactly(stream: Stream, size_bytes: int) -> bytes:
     found = b""
     while len(found) < size_bytes:
         chunk = await stream.read(size_bytes - len(found))
         if not chunk:
-            raise _lost("the other end left")
+            raise lost("the other end left")
         found += chunk
     return found
-
-
-async def _first(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
-    await wait()
-    scope.cancel()
 
 
 async def _handle(handler: StreamHandler, stream: LoopbackStream, protocol: str) -> None:
@@ -493,7 +362,3 @@ def _parsed(address: str) -> tuple[str, PeerId]:
             next_step="write /memory/<name>/p2p/<peer id>",
         )
     return parts[2], PeerId(parts[4])
-
-
-def _lost(message: str) -> PeerError:
-    return PeerError(message, code="PEER_LOST", next_step="dial the peer again")

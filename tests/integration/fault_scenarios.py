@@ -38,10 +38,10 @@ def key_of(number: int) -> Ed25519PrivateKey:
 async def one_host(kind: str, number: int):
     if kind == "patched":
         from aivillage.node.transport.host import run_host
+        from aivillage.node.transport.psk import Guard
 
-        async with run_host(
-            Ed25519PrivateKey.from_private_bytes(seed_of(number)), "127.0.0.1:0"
-        ) as h:
+        key = Ed25519PrivateKey.from_private_bytes(seed_of(number))
+        async with run_host(key, "127.0.0.1:0", Guard(None)) as h:
             yield h
         return
     import multiaddr
@@ -297,9 +297,10 @@ async def a_dial_waits_a_quarter_second_after_success(kind):
         began = time.perf_counter()
         if kind == "patched":
             from aivillage.node.transport.libp2p import Libp2pTransport
+            from aivillage.node.transport.psk import Guard
 
             async with trio.open_nursery() as nursery:
-                transport = Libp2pTransport(client, str(client.get_id()), nursery)
+                transport = Libp2pTransport(client, str(client.get_id()), nursery, Guard(None))
                 await transport.dial(f"{address_of(server)}/p2p/{server.get_id()}")
         else:
             await client.connect(PeerInfo(server.get_id(), [address_of(server)]))

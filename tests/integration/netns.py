@@ -82,8 +82,14 @@ class Wires:
         """A machine on the bridge."""
         self._plug(self._space(name), address)
 
-    def hide(self, name: str, address: str, *, router: str, reaches: list[str]) -> None:
-        """A machine behind a router with NAT, which lets it out to `reaches` and nobody in."""
+    def hide(
+        self, name: str, address: str, *, router: str, reaches: list[str], nat: str = "masquerade"
+    ) -> None:
+        """A machine behind a router with NAT, which lets it out to `reaches` and nobody in.
+
+        `nat`: `masquerade` keeps a port outside as it is inside, where it can; `masquerade
+        fully-random` draws another one for each connection.
+        """
         box, home = self._space(f"{name}box"), self._space(name)
         self._plug(box, router)
         gateway = address.rpartition(".")[0] + ".1"
@@ -94,12 +100,20 @@ class Wires:
         for rule in (
             "add table ip home",
             "add chain ip home behind { type nat hook postrouting priority 100 ; }",
-            "add rule ip home behind oifname eth0 masquerade",
+            f"add rule ip home behind oifname eth0 {nat}",
             "add chain ip home through { type filter hook forward priority 0 ; policy drop ; }",
             "add rule ip home through ct state established,related accept",
             f"add rule ip home through iifname lan0 ip daddr {{ {allowed} }} accept",
         ):
             run_in(box, "nft", rule)
+
+    def silence(self, name: str) -> None:
+        """The router before `name` answers nobody who was not asked, not even with a refusal."""
+        for rule in (
+            "add chain ip home door { type filter hook input priority 0 ; }",
+            "add rule ip home door iifname eth0 ct state new drop",
+        ):
+            run_in(self._name(f"{name}box"), "nft", rule)
 
     def can_connect(self, name: str, address: str, port: int) -> bool:
         """Whether a TCP connection from the machine `name` is accepted within two seconds."""

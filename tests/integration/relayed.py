@@ -119,10 +119,11 @@ class World:
         wanted: int = 1,
         member: bool = True,
         ping_seconds: float = 10.0,
+        village_key: bytes | None = None,
     ) -> Node:
         self._number += 1
         node: Node = await self._nursery.start(
-            self._live, self._number, limits, mode, wanted, ping_seconds
+            self._live, self._number, limits, mode, wanted, ping_seconds, village_key
         )
         if member:
             self.village.add(node.peer)
@@ -132,12 +133,12 @@ class World:
         self._ends[node.peer].cancel()
         await trio.sleep(0.05)
 
-    async def _live(self, number, limits, mode, wanted, ping_seconds, task_status) -> None:
+    async def _live(self, number, limits, mode, wanted, ping_seconds, key, task_status) -> None:
         pings = LinkLimits(ping_seconds=ping_seconds)
         with trio.CancelScope() as scope:
             async with AsyncExitStack() as stack:
                 enter = stack.enter_async_context
-                transport = await enter(open_libp2p(make_key(number), "127.0.0.1:0"))
+                transport = await enter(open_libp2p(make_key(number), "127.0.0.1:0", key))
                 hello = functools.partial(make_hello, addresses=transport.addresses())
                 links = await enter(open_links(transport, hello, limits=pings))
                 nursery = await enter(trio.open_nursery())

@@ -99,6 +99,8 @@ def test_villagers_whose_addresses_all_changed_find_each_other_on_the_network(tm
         bob = housed(yard, "bob", tmp_path, spaces[1])
         cat = housed(yard, "cat", tmp_path, spaces[0])
         address(spaces, "10.77.0")
+        assert ann.run("init").code == 0
+        assert ann.run("village-key", "new").code == 0  # all of this in a private village
         ann.begin(*OFF)
         bob.begin("--join", ann.ask("invite")["token"], *OFF)
         for daemon in (ann, bob):

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import trio
 
+from aivillage.node import village_key
 from aivillage.node.framing import FrameReader
 from aivillage.node.links import LinkLimits, open_links
 from aivillage.node.transport.libp2p import Libp2pTransport, open_libp2p
@@ -45,12 +46,12 @@ def js_script() -> Path:
 
 
 @contextlib.asynccontextmanager
-async def our_node() -> AsyncIterator[Libp2pTransport]:
+async def our_node(village_key: bytes | None = None) -> AsyncIterator[Libp2pTransport]:
     async def echo(stream: Any) -> None:
         while data := await stream.read(65_536):
             await stream.write(data)
 
-    async with open_libp2p(make_key(1), "127.0.0.1:0") as transport:
+    async with open_libp2p(make_key(1), "127.0.0.1:0", village_key) as transport:
         transport.serve(ECHO, echo)
         with trio.fail_after(60):
             yield transport
@@ -189,10 +190,16 @@ class _AsStream:
         return await self._socket.receive_some(size_bytes_max)
 
 
-async def test_javascript_dials_us_pings_identifies_and_streams(js_script):
-    async with our_node() as ours, open_links(ours, make_hello, limits=LinkLimits()):
+@pytest.mark.parametrize("private", [False, True])
+async def test_javascript_dials_us_pings_identifies_and_streams(js_script, tmp_path, private):
+    key, words = None, []
+    if private:
+        key = village_key.new()
+        village_key.store(tmp_path, key)
+        words = [str(tmp_path / village_key.KEY_FILE)]
+    async with our_node(key) as ours, open_links(ours, make_hello, limits=LinkLimits()):
         done = await trio.run_process(
-            ["node", js_script.name, ours.addresses()[0], str(len(BULK))],
+            ["node", js_script.name, ours.addresses()[0], str(len(BULK)), *words],
             cwd=js_script.parent,
             capture_stdout=True,
             capture_stderr=True,

@@ -1,4 +1,5 @@
 // Dials the node at argv[2], pings it, reads what it says of itself, and has argv[3] bytes echoed.
+// argv[4], where given, is the key file of a private network.
 // Prints one JSON object.
 
 // Node 20 lacks these; the library counts on them.
@@ -9,6 +10,7 @@ Promise.withResolvers ??= function () {
 }
 globalThis.WebSocket ??= class {}
 
+const { readFileSync } = await import('node:fs')
 const { createLibp2p } = await import('libp2p')
 const { tcp } = await import('@libp2p/tcp')
 const { noise } = await import('@chainsafe/libp2p-noise')
@@ -17,8 +19,14 @@ const { identify } = await import('@libp2p/identify')
 const { ping } = await import('@libp2p/ping')
 const { multiaddr } = await import('@multiformats/multiaddr')
 
-const [, , address, size] = process.argv
+const [, , address, size, keyFile] = process.argv
+const protector = {}
+if (keyFile) {
+  const { preSharedKey } = await import('@libp2p/pnet')
+  protector.connectionProtector = preSharedKey({ psk: readFileSync(keyFile) })
+}
 const node = await createLibp2p({
+  ...protector,
   transports: [tcp()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],

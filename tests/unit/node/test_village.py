@@ -167,8 +167,20 @@ def test_no_more_certificates_are_looked_at_than_a_hello_may_carry():
     assert line_of(*junk, certificate(FOUNDER, GUEST)) is None
 
 
-def test_an_invite_names_no_secret():
+def test_an_invite_names_no_secret_but_the_key_of_a_private_village():
     assert set(Invite.__struct_fields__) == {
-        "village", "inviter", "addresses", "nonce", "not_after_unix_ms", "line_micro_credits"
+        "village", "inviter", "addresses", "nonce", "not_after_unix_ms", "line_micro_credits",
+        "village_key",
     }  # fmt: skip
     assert msgspec.structs.asdict(village.read_invite(token()))["line_micro_credits"] == 500
+
+
+@pytest.mark.parametrize(("size", "whole"), [(0, True), (31, False), (32, True)])
+def test_an_invite_carries_a_whole_village_key_or_none(size, whole):
+    key = bytes(range(size))
+    text = village.make_invite(make_key(1), VILLAGE, (), 7, NOW, village_key=key)
+    if whole:
+        assert village.read_invite(text).village_key == key
+    else:
+        with pytest.raises(RequestError, match="cut"):
+            village.read_invite(text)
