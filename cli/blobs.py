@@ -10,7 +10,7 @@ from pathlib import Path
 from aivillage.cli import show
 from aivillage.cli.node import places
 from aivillage.node import config as settings_file
-from aivillage.node.blobs import Blobs
+from aivillage.node.blobs import Blobs, open_blobs
 from aivillage.protocols.errors import RequestError
 from aivillage.protocols.types import Cid
 
@@ -18,7 +18,7 @@ from aivillage.protocols.types import Cid
 def blobs(args: argparse.Namespace) -> int:
     where = places(args)
     settings, _ = settings_file.load(where.data_dir, {})
-    store = Blobs(where.blobs, bytes_max=settings.blob_bytes_max)
+    store = open_blobs(where.blobs, settings)
     actions = {"add": _add, "get": _get, "list": _list, "remove": _remove}
     return actions[args.action](args, store)
 

@@ -202,7 +202,9 @@ class Member:
         self.buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.acquainted = villagers.acquainted
         pairs = Pairs(book, tasks)
-        self.switch = Switch(links, book, villagers, exchange, self.buyer, seller, herald, pairs)
+        self.switch = Switch(
+            links, book, villagers, exchange, self.buyer, seller, herald, pairs, self
+        )
         self._count()
         for service in (*villagers.services, *herald.services, self._tick):
             tasks.serve(service)
