@@ -19,7 +19,7 @@ from aivillage.models.mesh.fetch import NAME, UNIT, FetchRequest, FetchResult
 from aivillage.node.attempt import Output
 from aivillage.node.blob_draft import open_draft
 from aivillage.node.blob_sources import Sources
-from aivillage.node.blob_swarm import Accuse, Swarm, Tab, nobody
+from aivillage.node.blob_swarm import Accuse, Swarm, Tab, require_patience
 from aivillage.node.blobs import Blobs
 from aivillage.node.jobs import JobRow
 from aivillage.node.pursuit import Receipt, Say, Trade
@@ -91,7 +91,7 @@ class BlobFetch:
             AivillageError: why there is none; what came is paid and kept.
         """
         self.move("seek")
-        while other := self._under_way.get(self._cid):
+        while (other := self._under_way.get(self._cid)) is not None:
             self.say(messages.Progress(id=0, done=0, note="another fetch of it is under way"))
             await other.wait()
         ended = self._under_way[self._cid] = trio.Event()
@@ -137,7 +137,7 @@ class BlobFetch:
         Raises:
             AivillageError: nobody has it.
         """
-        end = trio.current_time() + SEEK_SECONDS
+        began = trio.current_time()
         while True:
             held = await self._sources.ask(self._cid, self._names, self.excluded)
             for group in self._groups(held):
@@ -148,8 +148,7 @@ class BlobFetch:
                         await self._note(peer, error)
                     except AivillageError as error:
                         self.excluded[peer] = error
-            if trio.current_time() >= end:
-                raise nobody(self._cid, self.excluded)
+            require_patience(self._cid, self.excluded, trio.current_time() - began, SEEK_SECONDS)
             await trio.sleep(LOOK_SECONDS)
 
     def _groups(self, held: dict[PeerId, Held]) -> list[list[PeerId]]:

@@ -129,7 +129,9 @@ class Swarm:
             if self._working:
                 alone_since = trio.current_time()
             else:
-                self._require_patience(trio.current_time() - alone_since)
+                alone_seconds = trio.current_time() - alone_since
+                cid = self._draft.manifest.cid
+                require_patience(cid, self._excluded, alone_seconds, ALONE_SECONDS)
             await self._pause(LOOK_SECONDS[bool(self._working)], until_done=True)
 
     async def _look(self, nursery: trio.Nursery) -> None:
@@ -154,14 +156,6 @@ class Swarm:
                 if len(self._working) < SOURCES_MAX:
                     self._working.add(peer)
                     nursery.start_soon(self._work, peer)
-
-    def _require_patience(self, alone_seconds: Seconds) -> None:
-        """Raises: AivillageError: nobody is there for too long."""
-        refusals = [error for error in self._excluded.values() if error.code != "PEER_LOST"]
-        if refusals and alone_seconds > REFUSED_SECONDS:
-            raise refusals[0]
-        if alone_seconds > ALONE_SECONDS:
-            raise nobody(self._draft.manifest.cid, self._excluded)
 
     # ------------------------------------------------------------------ one source
     async def _work(self, peer: PeerId) -> None:
@@ -288,11 +282,21 @@ class Swarm:
                 await self._changed.wait()
 
 
-def nobody(cid: bytes, excluded: dict[PeerId, AivillageError]) -> RefusedError:
-    """Why a fetch ends without its blob."""
-    tried = "; ".join(f"{peer[-8:]}: {error.message}" for peer, error in [*excluded.items()][:4])
-    return RefusedError(
-        f"no member here has blob {cid.hex()[:12]} now" + (f" ({tried})" if tried else ""),
-        code="NO_PEER",
-        next_step="fetch it again when one is back: what came is kept",
-    )
+def require_patience(
+    cid: bytes, excluded: dict[PeerId, AivillageError], alone: Seconds, most: Seconds
+) -> None:
+    """Returns while it makes sense to wait for a source, which nobody was for `alone` seconds.
+
+    Raises:
+        AivillageError: what those who are there said; NO_PEER, nobody came.
+    """
+    refusals = [error for error in excluded.values() if error.code != "PEER_LOST"]
+    if refusals and alone > REFUSED_SECONDS:
+        raise refusals[0]
+    if alone > most:
+        tried = "; ".join(f"{peer[-8:]}: {e.message}" for peer, e in [*excluded.items()][:4])
+        raise RefusedError(
+            f"no member here has blob {cid.hex()[:12]} now" + (f" ({tried})" if tried else ""),
+            code="NO_PEER",
+            next_step="fetch it again when one is back: what came is kept",
+        )
