@@ -193,6 +193,9 @@ def test_add_list_get_and_remove_work_without_a_daemon(command, tmp_path):
     cid = hashlib.sha256(TEXT).hexdigest()
     assert command("add", str(tmp_path / "file")) == (0, cid.encode() + b"\n")
     assert cid.encode() in command("list")[1]
+    assert command("pin", cid[:8]) == (0, b"pinned " + cid.encode() + b"\n")
+    assert b"pinned" in command("list")[1]
+    assert command("unpin", cid[:8]) == (0, b"unpinned " + cid.encode() + b"\n")
     assert command("get", cid[:8]) == (0, TEXT)
     out = tmp_path / "copy"
     assert command("get", cid[:8], "--output", str(out)) == (0, b"")
@@ -205,14 +208,20 @@ def test_every_action_gives_json(command, tmp_path):
     (tmp_path / "file").write_bytes(TEXT)
     cid = hashlib.sha256(TEXT).hexdigest()
     found = json.loads(command("add", str(tmp_path / "file"), "--json")[1])
-    assert found == {"cid": cid, "size_bytes": len(TEXT)}
-    path = json.loads(command("get", cid, "--json")[1])["path"]
-    assert Path(path).read_bytes() == TEXT
+    assert found == {"cid": cid, "size_bytes": len(TEXT), "root": found["root"]}
+    got = json.loads(command("get", cid, "--json")[1])
+    assert Path(got.pop("path")).read_bytes() == TEXT
+    assert got == found
+    assert json.loads(command("pin", cid, "--json")[1]) == {"cid": cid, "pinned": True}
+    assert [blob["pinned"] for blob in json.loads(command("list", "--json")[1])] == [True]
+    assert command("remove", cid)[0] == 2, "pinned"
+    assert json.loads(command("unpin", cid, "--json")[1]) == {"cid": cid, "pinned": False}
     assert json.loads(command("remove", cid, "--json")[1]) == {"removed": cid}
 
 
 def test_what_cannot_be_done_has_its_exit_code(command, tmp_path):
     assert command("get", "00")[0] == 2
+    assert command("get", "00" * 32)[0] == 4, "to fetch one takes a node"
     assert command("add", str(tmp_path / "missing"))[0] == 2
     (tmp_path / "file").write_bytes(TEXT)
     cid = command("add", str(tmp_path / "file"))[1].decode().strip()
