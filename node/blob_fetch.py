@@ -118,7 +118,7 @@ class BlobFetch:
             price_micro_credits=self.spent,
             attempts=self._tab.attempts,
             identical="guaranteed",
-            why=f"from {len(sellers)} members" if sellers else "it was here",
+            why=f"from {len(sellers)} of the village" if sellers else "it was here",
         )
 
     def seconds_left(self) -> Seconds:
