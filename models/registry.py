@@ -52,7 +52,7 @@ BUILT_IN: Final = {
         Entry(
             operation="mesh.fetch",
             target="aivillage.models.mesh.fetch:MODULE",
-            source="docs/decisions/0006-blobs.md",
+            source="docs/decisions/0008-blobs.md",
             by_node=True,
         ),
     )

@@ -2,7 +2,7 @@
 
 A blob's name, its cid, is the sha-256 of its bytes: it says nothing until all of them are there.
 A manifest is somebody's word about the chunks. Its `root` is one hash over cid, size and chunk
-hashes: who knows the root can check every chunk, whoever brings it. docs/decisions/0006-blobs.md
+hashes: who knows the root can check every chunk, whoever brings it. docs/decisions/0008-blobs.md
 says what follows for who does not.
 """
 
