@@ -99,7 +99,7 @@ class Meter:
         if self._begun is None:
             self._begun = now, frame.done  # what an earlier fetch brought is no speed
         if not frame.note.startswith("from "):
-            show.note(f"\r[{show.one_line(frame.note)}]" if self._is_terminal else frame.note)
+            show.note(("\n" if self._is_terminal else "") + f"[{show.one_line(frame.note)}]")
         is_last = frame.done >= frame.total
         if self._is_terminal and (is_last or now - self._shown_at > SHOWN_SECONDS):
             self._shown_at = now

@@ -55,7 +55,16 @@ class Library:
                 return RefusedError("this node gives no blobs to others", code="NOT_OFFERED")
             return seller.refusal()
 
-        shop = BlobShop(self.store, villagers.is_member, refusal, trade.events, tasks)
+        def require_welcome(peer: PeerId) -> None:
+            seller.allowances.require_welcome(peer)
+            if not villagers.is_member(peer):
+                raise RefusedError(
+                    "this node gives blobs to its own village",
+                    code="OWNER_LIMIT",
+                    next_step="join the village",
+                )
+
+        shop = BlobShop(self.store, require_welcome, refusal, trade.events, tasks)
         self.on_fetch = shop.on_fetch
         seller.by_node[NAME] = shop.serve
         buyer.by_node[NAME] = self._job

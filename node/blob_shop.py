@@ -43,14 +43,14 @@ class BlobShop:
     def __init__(
         self,
         store: Blobs,
-        is_member: Callable[[PeerId], bool],
+        require_welcome: Callable[[PeerId], None],
         refusal: Callable[[], AivillageError | None],
         events: Events,
         tasks: Tasks,
     ) -> None:
-        """`refusal`: why nothing is served to others now."""
+        """`require_welcome` raises for whom nothing is served, `refusal` says why to nobody now."""
         self._store = store
-        self._is_member = is_member
+        self._require_welcome = require_welcome
         self._refusal = refusal
         self._events = events
         self._tasks = tasks
@@ -72,7 +72,7 @@ class BlobShop:
             await link.drained(WAITING_BYTES)
             if refusal := self._refusal():
                 raise refusal
-            self._require_member(link.peer)
+            self._require_welcome(link.peer)
             if link.hello.minor < HELD_MINOR:
                 raise _not_here()
             manifest = await self._manifest(Cid(fetch.cid))
@@ -97,14 +97,6 @@ class BlobShop:
             )
         return manifest
 
-    def _require_member(self, peer: PeerId) -> None:
-        if not self._is_member(peer):
-            raise RefusedError(
-                "this node gives blobs to its own village",
-                code="OWNER_LIMIT",
-                next_step="join the village",
-            )
-
     # ------------------------------------------------------------------ serving
     async def serve(self, sale: Sale, till: Till) -> None:
         """The chunks that a call names, one after the other, as far as pay and owner allow.
@@ -112,7 +104,7 @@ class BlobShop:
         Raises:
             AivillageError: why it ended before the last one.
         """
-        self._require_member(sale.peer)
+        self._require_welcome(sale.peer)
         request = unpack(FetchRequest, sale.call.request)
         cid = Cid(bytes.fromhex(request.cid))
         if not self._store.has(cid):

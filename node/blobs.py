@@ -91,7 +91,7 @@ class Blobs:
             os.fsync(file.fileno())
             path = self._path(manifest.cid)
             path.parent.mkdir(exist_ok=True, mode=0o700)
-            beside(path, HASHES_SUFFIX).write_bytes(manifest.hashes)
+            self._keep_hashes(path, manifest.hashes)
             draft.replace(path)
             _sync_folder(path.parent)
             _sync_folder(self.folder)
@@ -113,10 +113,7 @@ class Blobs:
             if not path.is_file():
                 raise _nothing(cid)
             if verify and hash_of(path) != cid:
-                raise NodeError(
-                    f"the file of blob {cid.hex()} was damaged",
-                    next_step=f"aivillage-node blobs remove {cid.hex()[:12]}, then add it again",
-                )
+                raise _damaged(cid)
             touch(path)
         return path
 
@@ -221,18 +218,34 @@ class Blobs:
                     draft.unlink()
 
     def _manifest(self, cid: Cid, path: Path, file: BinaryIO) -> Manifest:
-        """As stored beside the blob; counted anew where an older version put it there."""
+        """As stored beside the blob; counted anew where an older version put it there.
+
+        Raises:
+            NodeError: INTERNAL, the file is not what its name says.
+        """
         size_bytes, kept = path.stat().st_size, beside(path, HASHES_SUFFIX)
         with contextlib.suppress(FileNotFoundError):  # it is made below
             manifest = Manifest(cid, size_bytes, kept.read_bytes())
             if len(manifest.hashes) == chunks_of(size_bytes) * HASH_BYTES:
                 return manifest
-        hashes = bytearray()
+        hashes, whole = bytearray(), hashlib.sha256()
         file.seek(0)
         while chunk := file.read(CHUNK_BYTES):
             hashes += hashlib.sha256(chunk).digest()
-        kept.write_bytes(hashes)
+            whole.update(chunk)
+        if whole.digest() != cid:  # to vouch for damaged bytes would be a lie
+            raise _damaged(cid)
+        self._keep_hashes(path, bytes(hashes))
         return Manifest(cid, size_bytes, bytes(hashes))
+
+    def _keep_hashes(self, path: Path, hashes: bytes) -> None:
+        """Beside the blob at `path`: all of them, or none."""
+        descriptor, name = tempfile.mkstemp(prefix=DRAFT_PREFIX, dir=self.folder)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(hashes)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(beside(path, HASHES_SUFFIX))
 
     def _copy(self, reader: Callable[[], bytes], file: BinaryIO) -> Manifest:
         """The bytes of a source into `file`, and what they are."""
@@ -294,6 +307,13 @@ def _reading(source: Path | bytes | BinaryIO) -> Iterator[Callable[[], bytes]]:
 
 def _nothing(cid: Cid) -> RequestError:
     return RequestError(f"there is no blob {cid.hex()} here", next_step="aivillage-node blobs list")
+
+
+def _damaged(cid: Cid) -> NodeError:
+    return NodeError(
+        f"the file of blob {cid.hex()} was damaged",
+        next_step=f"aivillage-node blobs remove {cid.hex()[:12]}, then add it again",
+    )
 
 
 def _unreadable(source: object, error: OSError) -> AivillageError:

@@ -8,7 +8,9 @@ import msgspec
 import pytest
 import trio
 
+from aivillage.ledger.folds import Word
 from aivillage.node import attempts, blob_fetch, blob_shop, explain
+from aivillage.node.blob_room import beside
 from aivillage.protocols.errors import RefusedError, RequestError
 from aivillage.protocols.manifest import CHUNK_BYTES
 from aivillage.protocols.messages import Fetch, Submit
@@ -54,6 +56,10 @@ async def test_who_has_a_blob_is_told_to_members_only(tmp_path):
         other = Fetch(id=link.next_id(), cid=bytes(32))
         with pytest.raises(RefusedError, match="no such blob"):
             await link.ask(other, timeout_seconds=5)
+        await ann.ledger.decree(bob.peer, Word(blocked=True))
+        with pytest.raises(RefusedError, match="no work for you"):
+            await link.ask(Fetch(id=link.next_id(), cid=cid), timeout_seconds=5)
+        await ann.ledger.decree(bob.peer, Word(blocked=False))
         ann.desk.villagers._members.clear()
         with pytest.raises(RefusedError, match="its own village"):
             await link.ask(Fetch(id=link.next_id(), cid=cid), timeout_seconds=5)
@@ -162,7 +168,9 @@ async def test_a_false_manifest_costs_what_it_brought_and_its_friends_are_left_o
         wrong = bob.desk.blobs.store.put(body_of(3))
         place = bob.desk.blobs.store._path(cid)
         place.parent.mkdir(exist_ok=True)
-        bob.desk.blobs.store.get(wrong).rename(place)
+        there = bob.desk.blobs.store.get(wrong)
+        beside(there, ".hashes").rename(beside(place, ".hashes"))
+        there.rename(place)
         await bob.lends_to(cyd)
         await cyd.offers_of("mesh.fetch")
         root = ann.desk.blobs.store.manifest(cid).root.hex()

@@ -96,6 +96,13 @@ def test_a_blob_of_an_older_version_gets_its_hashes_when_it_is_asked_for(tmp_pat
         damage()
         assert store.manifest(cid) == wanted
         assert kept.read_bytes() == wanted.hashes
+    path = store.get(cid)
+    path.chmod(0o600)
+    path.write_bytes(body[:-1] + b"?" if body[-1:] != b"?" else b"!")
+    assert store.manifest(cid) == wanted
+    kept.unlink()
+    with pytest.raises(NodeError, match="damaged"):
+        store.manifest(cid)
     assert all(
         wanted.is_chunk(at, body[at * CHUNK_BYTES : (at + 1) * CHUNK_BYTES]) for at in (0, 1)
     )
