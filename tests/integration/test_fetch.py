@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import trio
 
-from aivillage.ledger.folds import Word
+from aivillage.ledger.exposure import Word
 from aivillage.node import attempts, blob_fetch, blob_shop, explain
 from aivillage.node.blob_room import beside
 from aivillage.protocols.errors import RefusedError, RequestError
