@@ -10,6 +10,7 @@ import pytest
 
 from aivillage.node.paths import paths
 from aivillage.protocols import messages
+from aivillage.protocols.errors import RequestError
 from aivillage.protocols.manifest import CHUNK_BYTES
 from tests.integration.daemons import Daemon, Yard, settled, wait_for
 
@@ -63,6 +64,8 @@ def test_the_command_pays_members_and_says_so_and_a_limit_holds(village, tmp_pat
     there = added(ann, tmp_path / "model")
     assert added(bob, tmp_path / "model") == there
     met(cyd, ann, bob)
+    with pytest.raises(RequestError, match="no work for a map"):
+        cyd.ask("map_new", operation="mesh.fetch")
     before = ann.ask("balance")["net"]
     dear = cyd.run("blobs", "get", there["cid"], "--max-price", "0.000499", "--json")
     assert dear.code == 5
