@@ -94,6 +94,8 @@ class Meter:
 
     def __call__(self, frame: Progress) -> None:
         if not frame.total:
+            if not frame.note.startswith("job "):
+                show.note(f"[{show.one_line(frame.note)}]")
             return
         now = time.monotonic()
         if self._begun is None:

@@ -17,6 +17,7 @@ from aivillage.node.blob_room import FETCH_PREFIX
 from aivillage.node.blobs import Blobs, hash_of
 from aivillage.protocols.errors import RefusedError, RequestError
 from aivillage.protocols.manifest import CHUNK_BYTES, Manifest
+from aivillage.protocols.types import Cid
 
 
 class Draft:
@@ -90,3 +91,8 @@ def open_draft(store: Blobs, manifest: Manifest) -> Iterator[Draft]:
             store.require_disk(max(0, manifest.size_bytes - had.st_blocks * 512))
             os.ftruncate(file.fileno(), manifest.size_bytes)
         yield Draft(store, manifest, path, file)
+
+
+def is_drafted(store: Blobs, cid: Cid) -> bool:
+    """Whether a fetch of it was begun before."""
+    return (store.folder / f"{FETCH_PREFIX}{cid.hex()}").exists()

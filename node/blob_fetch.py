@@ -17,9 +17,9 @@ import trio
 
 from aivillage.models.mesh.fetch import NAME, UNIT, FetchRequest, FetchResult
 from aivillage.node.attempt import Output
-from aivillage.node.blob_draft import open_draft
+from aivillage.node.blob_draft import is_drafted, open_draft
 from aivillage.node.blob_sources import Sources
-from aivillage.node.blob_swarm import Accuse, Swarm, Tab, require_patience
+from aivillage.node.blob_swarm import ALONE_SECONDS, Accuse, Swarm, Tab, require_patience, terms
 from aivillage.node.blobs import Blobs
 from aivillage.node.jobs import JobRow
 from aivillage.node.pursuit import Receipt, Say, Trade
@@ -97,7 +97,8 @@ class BlobFetch:
         ended = self._under_way[self._cid] = trio.Event()
         try:
             while not self._store.has(self._cid):
-                manifest = await self._agree()
+                manifest, group = await self._agree()
+                await self._require_affordable(manifest, group)
                 self.move("call")
                 self.move("acknowledged")
                 if await self._bring(manifest) is None:
@@ -131,8 +132,8 @@ class BlobFetch:
         self.state = step(self.state, event)
 
     # ------------------------------------------------------------------ stages
-    async def _agree(self) -> Manifest:
-        """The manifest that most sources vouch for, or the one that the owner named.
+    async def _agree(self) -> tuple[Manifest, list[PeerId]]:
+        """The manifest that most sources vouch for, or the one that the owner named; and they.
 
         Raises:
             AivillageError: nobody has it.
@@ -143,22 +144,51 @@ class BlobFetch:
             for group in self._groups(held):
                 for peer in group:
                     try:
-                        return await self._sources.manifest(peer, self._cid, held[peer])
+                        manifest = await self._sources.manifest(peer, self._cid, held[peer])
                     except PeerError as error:
                         await self._note(peer, error)
                     except AivillageError as error:
                         self.excluded[peer] = error
-            require_patience(self._cid, self.excluded, trio.current_time() - began, SEEK_SECONDS)
+                    else:
+                        return manifest, group
+            patience = ALONE_SECONDS if self._tab.attempts else SEEK_SECONDS
+            require_patience(self._cid, self.excluded, trio.current_time() - began, patience)
             await trio.sleep(LOOK_SECONDS)
 
     def _groups(self, held: dict[PeerId, Held]) -> list[list[PeerId]]:
-        """Peers by the manifest that they vouch for, the largest group first."""
+        """Peers by the manifest that they vouch for, the largest group first.
+
+        What is too large here comes last: it may be a lie.
+        """
         groups: dict[bytes, list[PeerId]] = defaultdict(list)
         for peer, answer in held.items():
             is_wanted = self._request.root in {"", answer.root.hex()}
             if is_wanted and answer.root not in self._false_roots:
                 groups[answer.root].append(peer)
-        return sorted(groups.values(), key=len, reverse=True)
+
+        def rank(group: list[PeerId]) -> tuple[bool, int]:
+            return held[group[0]].size_bytes <= self._store.bytes_max, len(group)
+
+        return sorted(groups.values(), key=rank, reverse=True)
+
+    async def _require_affordable(self, manifest: Manifest, group: list[PeerId]) -> None:
+        """Before other blobs make room for it. What has come before may make it cheaper.
+
+        Raises:
+            RequestError: PRICE_ABOVE_CEILING, whoever says a price says a higher one.
+        """
+        if self._tab.attempts or is_drafted(self._store, self._cid):
+            return
+        dear: AivillageError | None = None
+        for peer in group:
+            try:
+                await terms(self._trade, self._tab, manifest, peer, manifest.count)
+            except AivillageError as error:
+                dear = error if error.code == "PRICE_ABOVE_CEILING" else dear
+            else:
+                return
+        if dear is not None:
+            raise dear
 
     async def _note(self, peer: PeerId, error: PeerError) -> None:
         """A source whose manifest is none falls out, and is told of."""

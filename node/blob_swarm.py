@@ -22,7 +22,7 @@ from aivillage.node.pursuit import Say, Trade
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
 from aivillage.protocols.errors import AivillageError, RefusedError, RequestError
-from aivillage.protocols.manifest import CHUNK_BYTES
+from aivillage.protocols.manifest import CHUNK_BYTES, Manifest
 from aivillage.protocols.types import JobId, MicroCredits, PeerId, Seconds, as_credits
 
 SOURCES_MAX: Final = 8
@@ -195,7 +195,10 @@ class Swarm:
 
     async def _bring(self, peer: PeerId, run: Run) -> None:
         """Raises: AivillageError: the run did not come to its end; what came is kept and paid."""
-        choice = await self._terms(peer, run)
+        count, missing = run.end - run.first, self.plan.missing
+        choice = await terms(self._trade, self._tab, self._draft.manifest, peer, missing, count)
+        if choice.price_at_most > self._tab.left:
+            raise RefusedError("what the ceiling leaves is reserved for others", code="BUSY")
         self._tab.reserved += choice.price_at_most
         call = self._calls[peer] = ChunkCall(
             job=self._job, trade=self._trade, choice=choice, draft=self._draft, run=run,
@@ -213,30 +216,6 @@ class Swarm:
                 self._tab.sellers.append(peer)
                 seconds = max(time.monotonic() - call.started, 1e-3) / call.number
                 self._chunk_seconds[peer] = (self._chunk_seconds.get(peer, seconds) + seconds) / 2
-
-    async def _terms(self, peer: PeerId, run: Run) -> Choice:
-        """Raises: AivillageError: it refuses, is gone, or would cost more than there is."""
-        tab = self._tab
-        need = Need(
-            operation=NAME,
-            request=pack(FetchRequest(cid=self._draft.manifest.cid.hex(), count=1)),
-            usage={UNIT: run.end - run.first},
-            done={},
-            budget=tab.ceiling - tab.spent,
-            peer=peer,
-        )
-        choice = await self._trade.market.terms_of(peer, need)
-        all_of_it = choice.quote.terms.prices_micro_credits.get(UNIT, 0) * self.plan.missing
-        if all_of_it > tab.ceiling - tab.spent:
-            raise RequestError(
-                f"{self.plan.missing} MiB cost {as_credits(all_of_it)} credits there, your ceiling "
-                f"leaves {as_credits(tab.ceiling - tab.spent)}",
-                code="PRICE_ABOVE_CEILING",
-                next_step="allow more with --max-price",
-            )
-        if choice.price_at_most > tab.left:
-            raise RefusedError("what the ceiling leaves is reserved for others", code="BUSY")
-        return choice
 
     async def _failed(self, peer: PeerId, error: AivillageError, tries: int) -> None:
         """Waits where waiting helps; else the source is out, and only this one."""
@@ -280,6 +259,35 @@ class Swarm:
             await self._changed.wait()
             while until_done and self.plan.missing and self._working:
                 await self._changed.wait()
+
+
+async def terms(
+    trade: Trade, tab: Tab, manifest: Manifest, peer: PeerId, missing: int, count: int = 1
+) -> Choice:
+    """What a source asks for `count` chunks, where the ceiling leaves enough for all `missing`.
+
+    Raises:
+        AivillageError: it refuses or is gone; PRICE_ABOVE_CEILING.
+    """
+    left = tab.ceiling - tab.spent
+    need = Need(
+        operation=NAME,
+        request=pack(FetchRequest(cid=manifest.cid.hex(), count=1)),
+        usage={UNIT: count},
+        done={},
+        budget=left,
+        peer=peer,
+    )
+    choice = await trade.market.terms_of(peer, need)
+    all_of_it = choice.quote.terms.prices_micro_credits.get(UNIT, 0) * missing
+    if all_of_it > left:
+        raise RequestError(
+            f"{missing} MiB cost {as_credits(all_of_it)} credits there, your ceiling leaves "
+            f"{as_credits(left)}",
+            code="PRICE_ABOVE_CEILING",
+            next_step="allow more with --max-price",
+        )
+    return choice
 
 
 def require_patience(

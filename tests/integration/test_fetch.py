@@ -241,9 +241,16 @@ async def test_what_costs_more_than_the_ceiling_is_not_begun(tmp_path):
     async with villagers(tmp_path, "ann", "bob") as (ann, bob):
         cid = ann.desk.blobs.store.put(body_of(3))
         await bob.offers_of("mesh.fetch")
+        kept = bob.desk.blobs.store.put(b"it need not make room for what is too dear")
+        bob.desk.blobs.store._store_bytes_max = 3 * MIB
         running = await bob.submit("mesh.fetch", cid=cid.hex(), ceiling_micro_credits=299)
+        assert bob.desk.blobs.store.has(kept)
         assert running.error.code == "PRICE_ABOVE_CEILING"
         assert running.pursuit.spent == 0
+        bob.desk.blobs.store.pin(kept, keep=True)
+        running = await bob.submit("mesh.fetch", cid=cid.hex())
+        assert running.error.code == "TOO_LARGE"
+        bob.desk.blobs.store.pin(kept, keep=False)
         _, receipt = await fetched(bob, cid, ceiling_micro_credits=300)
         assert receipt.price_micro_credits == 300
 
