@@ -13,7 +13,7 @@ from aivillage.cli.node import amount, places
 from aivillage.models.mesh.fetch import FetchRequest
 from aivillage.node import config as settings_file
 from aivillage.node.blob_room import HEX
-from aivillage.node.blobs import Blobs, open_blobs
+from aivillage.node.blobs import BlobInfo, Blobs, open_blobs
 from aivillage.protocols.errors import RequestError
 from aivillage.protocols.types import Cid
 
@@ -83,9 +83,9 @@ def _cid_here(args: argparse.Namespace, store: Blobs) -> tuple[Cid, dict[str, An
 
 
 def _list(args: argparse.Namespace, store: Blobs) -> int:
-    found = store.all()
+    found = [*store.on_their_way(), *store.all()]
     if args.json:
-        fields = ("cid", "size_bytes", "added_unix", "used_unix", "pinned")
+        fields = ("cid", "size_bytes", "added_unix", "used_unix", "pinned", "missing_bytes")
         show.as_json([{name: getattr(blob, name) for name in fields} for blob in found])
         return 0
     show.table(
@@ -95,13 +95,19 @@ def _list(args: argparse.Namespace, store: Blobs) -> int:
                 f"{blob.size_bytes:,}",
                 show.ago(blob.added_unix),
                 show.ago(blob.used_unix),
-                "pinned" if blob.pinned else "",
+                _state(blob),
             )
             for blob in found
         ],
         ("cid", "bytes", "added", "used", ""),
     )
     return 0
+
+
+def _state(blob: BlobInfo) -> str:
+    if blob.missing_bytes:
+        return f"{blob.missing_bytes:,} bytes have not come"
+    return "pinned" if blob.pinned else ""
 
 
 def _pin(args: argparse.Namespace, store: Blobs) -> int:
@@ -115,7 +121,7 @@ def _pin(args: argparse.Namespace, store: Blobs) -> int:
 
 
 def _remove(args: argparse.Namespace, store: Blobs) -> int:
-    cid: Cid = store.find(args.cid)
+    cid = store.find(args.cid, begun=True)
     store.remove(cid)
     if args.json:
         show.as_json({"removed": cid})

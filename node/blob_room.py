@@ -59,7 +59,7 @@ class Room:
             for item in sorted(_unpinned(self._folder)):
                 if sum(one.size_bytes for one in chosen) >= wanted:
                     break
-                if locks.enter_context(_locked_alone(item.path)):
+                if locks.enter_context(locked_alone(item.path)):
                     chosen.append(item)
             freed = sum(one.size_bytes for one in chosen)
             if freed < wanted:
@@ -77,7 +77,7 @@ class Room:
 def used_bytes(folder: Path) -> int:
     """What blobs, drafts and fetches take; a fetch counts as what it will be."""
     found = 0
-    for path in (*_blobs(folder), *folder.glob(f"{DRAFT_PREFIX}*"), *_fetches(folder)):
+    for path in (*_blobs(folder), *folder.glob(f"{DRAFT_PREFIX}*"), *fetches(folder)):
         with contextlib.suppress(FileNotFoundError):  # gone while we looked
             found += path.stat().st_size
     return found
@@ -124,7 +124,7 @@ def in_use(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _locked_alone(path: Path) -> Iterator[bool]:
+def locked_alone(path: Path) -> Iterator[bool]:
     """Whether nobody uses the file at `path`; nobody begins to while the block runs."""
     try:
         file = path.open("rb")
@@ -141,7 +141,7 @@ def _locked_alone(path: Path) -> Iterator[bool]:
 
 
 def _unpinned(folder: Path) -> Iterator[_Item]:
-    for path in (*_blobs(folder), *_fetches(folder)):
+    for path in (*_blobs(folder), *fetches(folder)):
         with contextlib.suppress(FileNotFoundError):  # gone while we looked
             stat = path.stat()
             if not is_pinned(path):
@@ -152,5 +152,6 @@ def _blobs(folder: Path) -> Iterator[Path]:
     return (path for path in folder.glob("??/*") if is_blob(path))
 
 
-def _fetches(folder: Path) -> Iterator[Path]:
+def fetches(folder: Path) -> Iterator[Path]:
+    """The files of blobs on their way."""
     return (path for path in folder.glob(f"{FETCH_PREFIX}*") if not path.suffix)

@@ -23,19 +23,28 @@ import msgspec
 
 from aivillage.node.blob_room import (
     DRAFT_PREFIX,
+    FETCH_PREFIX,
     HASHES_SUFFIX,
     HEX,
     PIN_SUFFIX,
     Room,
     beside,
+    fetches,
     forget,
     in_use,
     is_blob,
     is_pinned,
+    locked_alone,
     touch,
 )
 from aivillage.node.config import Settings
-from aivillage.protocols.errors import AivillageError, ConfigError, NodeError, RequestError
+from aivillage.protocols.errors import (
+    AivillageError,
+    ConfigError,
+    NodeError,
+    RefusedError,
+    RequestError,
+)
 from aivillage.protocols.manifest import CHUNK_BYTES, HASH_BYTES, Manifest, chunks_of
 from aivillage.protocols.types import Cid
 
@@ -53,6 +62,8 @@ class BlobInfo(msgspec.Struct, frozen=True, kw_only=True):
     added_unix: float
     used_unix: float
     pinned: bool
+    missing_bytes: int = 0
+    """Of a blob on its way from others."""
 
 
 class Blobs:
@@ -176,8 +187,35 @@ class Blobs:
                     )
         return sorted(found, key=lambda blob: (-blob.added_unix, blob.cid))
 
+    def on_their_way(self) -> list[BlobInfo]:
+        """What fetches have brought so far, those under way and those that ended early."""
+        found = []
+        for path in fetches(self.folder):
+            with contextlib.suppress(FileNotFoundError):  # whole by now
+                stat = path.stat()
+                found.append(
+                    BlobInfo(
+                        cid=Cid(bytes.fromhex(path.name.removeprefix(FETCH_PREFIX))),
+                        size_bytes=stat.st_size,
+                        added_unix=stat.st_mtime,
+                        used_unix=stat.st_mtime,
+                        pinned=False,
+                        missing_bytes=max(0, stat.st_size - stat.st_blocks * 512),
+                    )
+                )
+        return found
+
     def remove(self, cid: Cid) -> None:
-        """Raises: RequestError: BAD_REQUEST, no such blob here, or it is pinned."""
+        """A blob, or what came of one.
+
+        Raises:
+            RequestError: BAD_REQUEST, no such blob here, or it is pinned.
+            RefusedError: BUSY, it is being fetched.
+        """
+        begun = self.folder / f"{FETCH_PREFIX}{cid.hex()}"
+        if not self.has(cid) and begun.exists():
+            self._remove_begun(begun)
+            return
         path = self.get(cid)
         if is_pinned(path):
             raise RequestError(
@@ -188,16 +226,27 @@ class Blobs:
             forget(path)
             _sync_folder(path.parent)
 
-    def find(self, text: str) -> Cid:
-        """The blob whose name is, or begins with, `text`.
+    def _remove_begun(self, path: Path) -> None:
+        with locked_alone(path) as is_ours:
+            if not is_ours:
+                raise RefusedError(
+                    "it is being fetched",
+                    code="BUSY",
+                    next_step="`aivillage-node jobs list`, then `jobs cancel`",
+                )
+            forget(path)
+
+    def find(self, text: str, *, begun: bool = False) -> Cid:
+        """The blob whose name is, or begins with, `text`; with `begun` also one on its way.
 
         Raises:
             RequestError: BAD_REQUEST, no blob here or several.
         """
         if text and not set(text) - HEX:
-            cids = [blob.cid for blob in self.all() if blob.cid.hex().startswith(text)]
+            known = [*self.all(), *(self.on_their_way() if begun else ())]
+            cids: set[Cid] = {blob.cid for blob in known if blob.cid.hex().startswith(text)}
             if len(cids) == 1:
-                return cids[0]
+                return cids.pop()
         raise RequestError(
             f"no single blob here begins with {text!r}", next_step="aivillage-node blobs list"
         )

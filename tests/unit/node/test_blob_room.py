@@ -146,6 +146,27 @@ def test_a_draft_keeps_right_chunks_in_any_order_and_goes_on_after_a_crash(wide,
     assert not list(wide.folder.glob(".fetch-*"))
 
 
+def test_what_came_of_a_blob_is_listed_and_can_be_removed_unless_it_is_being_fetched(
+    wide, tmp_path
+):
+    body = os.urandom(3 * CHUNK_BYTES)
+    manifest = manifest_of(tmp_path, body)
+    with open_draft(wide, manifest) as draft:
+        draft.write(1, chunks(body)[1])
+        (begun,) = wide.on_their_way()
+        assert (begun.cid, begun.size_bytes) == (manifest.cid, len(body))
+        assert begun.missing_bytes == 2 * CHUNK_BYTES
+        assert wide.all() == []
+        with pytest.raises(RefusedError, match="being fetched"):
+            wide.remove(manifest.cid)
+    name = manifest.cid.hex()[:8]
+    assert wide.find(name, begun=True) == manifest.cid
+    with pytest.raises(RequestError, match="no single blob"):
+        wide.find(name)
+    wide.remove(manifest.cid)
+    assert wide.on_their_way() == []
+
+
 def test_the_whole_is_checked_against_the_name_whatever_the_manifest_says(wide, tmp_path):
     body = os.urandom(2 * CHUNK_BYTES)
     honest = manifest_of(tmp_path, body)
