@@ -25,7 +25,7 @@ from aivillage.node.jobs import JobRow
 from aivillage.node.pursuit import Receipt, Say, Trade
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
-from aivillage.protocols.errors import AivillageError, PeerError
+from aivillage.protocols.errors import AivillageError, PeerError, RequestError
 from aivillage.protocols.job import JobEvent, State, step
 from aivillage.protocols.manifest import Manifest
 from aivillage.protocols.messages import Held
@@ -91,6 +91,8 @@ class BlobFetch:
             AivillageError: why there is none; what came is paid and kept.
         """
         self.move("seek")
+        if self._request.first or self._request.count:
+            raise RequestError("a fetch is of a whole blob", next_step="leave out first and count")
         while (other := self._under_way.get(self._cid)) is not None:
             self.say(messages.Progress(id=0, done=0, note="another fetch of it is under way"))
             await other.wait()

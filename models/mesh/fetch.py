@@ -40,8 +40,8 @@ class FetchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         tuple[Annotated[str, msgspec.Meta(max_length=64)], ...],
         msgspec.Meta(max_length=16, description="Only from these peers (ids or their ends)."),
     ] = ()
-    first: Annotated[Chunk, msgspec.Meta(description="The first chunk of those asked for.")] = 0
-    count: Annotated[Chunk, msgspec.Meta(description="How many chunks; 0: all of them.")] = 0
+    first: Annotated[Chunk, msgspec.Meta(description="Between nodes only: the first chunk.")] = 0
+    count: Annotated[Chunk, msgspec.Meta(description="Between nodes only: how many chunks.")] = 0
 
 
 class FetchResult(msgspec.Struct, frozen=True, kw_only=True):

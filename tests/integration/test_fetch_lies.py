@@ -224,6 +224,8 @@ async def test_a_fetch_has_nothing_to_explain_before_and_names_a_whole_blob(tmp_
         submit = Submit(id=1, operation="mesh.fetch", request=request)
         with pytest.raises(RequestError, match="all who have it"):
             await ann.desk.buyer.explain(submit)
+        running = await ann.submit("mesh.fetch", cid="00" * 32, count=1)
+        assert running.error.code == "BAD_REQUEST"
         for wrong in ({"cid": "00"}, {"cid": "00" * 32, "root": "x"}, {"cid": "G" * 64}):
             body = msgspec.msgpack.encode(wrong)
             with pytest.raises(RequestError):
