@@ -46,7 +46,7 @@ class Library:
         self.store = open_blobs(paths.blobs, settings)
         self._trade = trade
         self._buyer = buyer
-        self._sources = Sources(villagers.members)
+        self._sources = Sources(villagers.members, self._is_out)
         self._replicator = replicator
         self._under_way: dict[Cid, trio.Event] = {}
 
@@ -74,6 +74,10 @@ class Library:
             row, say, trade=self._trade, store=self.store, sources=self._sources,
             accuse=self._accuse, under_way=self._under_way,
         )  # fmt: skip
+
+    def _is_out(self, peer: PeerId) -> bool:
+        is_cut_off = peer in self._trade.market.cut_off(NAME)
+        return is_cut_off or self._trade.book.policy(peer).blocked
 
     async def _accuse(self, peer: PeerId, job: JobId, reason: str) -> None:
         """It gets no fetches for a while, as who gave a wrong answer; `reputation` says why."""

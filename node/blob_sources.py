@@ -24,8 +24,12 @@ MANIFEST_SECONDS: Final = 30.0
 class Sources:
     """Asks links. `members` are those with people of our village."""
 
-    def __init__(self, members: Callable[[], list[Link]]) -> None:
+    def __init__(
+        self, members: Callable[[], list[Link]], is_out: Callable[[PeerId], bool] = lambda _: False
+    ) -> None:
+        """`is_out`: who is asked for nothing unless a fetch names it: blocked, or cut off."""
         self._members = members
+        self._is_out = is_out
 
     def link(self, peer: PeerId) -> Link | None:
         return next((link for link in self._members() if link.peer == peer), None)
@@ -38,6 +42,8 @@ class Sources:
         able = [link for link in self._members() if link.peer not in without]
         if names:
             able = [link for link in able if any(link.peer.endswith(name) for name in names)]
+        else:
+            able = [link for link in able if not self._is_out(link.peer)]
 
         async def question(link: Link) -> None:
             try:

@@ -142,16 +142,11 @@ class Swarm:
             self._excluded.pop(peer, None)
         if len(self._working) >= SOURCES_MAX:
             return
-        manifest, cut = (
-            self._draft.manifest,
-            {} if self._names else self._trade.market.cut_off(NAME),
-        )
-        without = {*self._excluded, *self._working, *cut}
+        manifest, without = self._draft.manifest, {*self._excluded, *self._working}
         held = await self._sources.ask(manifest.cid, self._names, without)
         able = {one.peer for one in self._trade.discovery.candidates(NAME)}
         for peer, answer in held.items():
-            blocked = self._trade.book.policy(peer).blocked
-            if answer.root == manifest.root and peer in able and not blocked:
+            if answer.root == manifest.root and peer in able:
                 self.peers.add(peer)
                 if len(self._working) < SOURCES_MAX:
                     self._working.add(peer)

@@ -14,7 +14,7 @@ from aivillage.node.blob_room import beside
 from aivillage.protocols.errors import RefusedError, RequestError
 from aivillage.protocols.manifest import CHUNK_BYTES
 from aivillage.protocols.messages import Fetch, Submit
-from aivillage.protocols.types import Cid
+from aivillage.protocols.types import Cid, JobId
 from tests.integration.loopback_nodes import Node, villagers
 
 MIB = 1 << 20
@@ -190,6 +190,19 @@ async def test_a_false_manifest_costs_what_it_brought_and_its_friends_are_left_o
         assert receipt.price_micro_credits == 600
         assert cyd.desk.blobs.store.get(cid, verify=True).read_bytes() == body
         assert cyd.desk.replicator.reputation.is_cut_off(bob.peer, "mesh.fetch")
+
+
+async def test_who_was_found_wrong_is_not_asked_again_unless_it_is_named(tmp_path):
+    async with villagers(tmp_path, "ann", "bob") as (ann, bob):
+        cid = ann.desk.blobs.store.put(b"a blob")
+        blobs = bob.desk.blobs
+        await blobs._accuse(ann.peer, JobId("0" * 32), "a chunk was wrong")
+        assert await blobs._sources.ask(cid, (), ()) == {}
+        assert set(await blobs._sources.ask(cid, (ann.peer[-6:],), ())) == {ann.peer}
+        await bob.desk.replicator.reputation.forgive(ann.peer)
+        assert set(await blobs._sources.ask(cid, (), ())) == {ann.peer}
+        await bob.ledger.decree(ann.peer, Word(blocked=True))
+        assert await blobs._sources.ask(cid, (), ()) == {}
 
 
 async def test_a_cancelled_fetch_pays_what_it_has_and_goes_on_with_the_rest(tmp_path):
