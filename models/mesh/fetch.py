@@ -19,7 +19,7 @@ from aivillage.protocols.types import Seconds
 NAME: Final = "mesh.fetch"
 UNIT: Final = "mebibytes"
 PRICE_MICRO_CREDITS: Final = 100
-"""A mebibyte. A gibibyte is what a job may cost unasked, or 380 tokens of the default model."""
+"""A mebibyte: 1,000 of them are what a job may cost unasked, or 372 tokens of the default model."""
 BYTES_PER_SECOND: Final = 8 << 20
 """What an estimate supposes; a fetch measures."""
 HEX: Final = r"^([0-9a-f]{64})?$"

@@ -12,7 +12,7 @@ from aivillage.protocols.pricing import Terms, price
 CID = "00" * 32
 
 
-def test_a_gibibyte_is_what_a_job_may_cost_unasked():
+def test_a_thousand_chunks_are_what_a_job_may_cost_unasked():
     usage, seconds = MODULE.estimate(FetchRequest(cid=CID, count=1000), Machine())
     assert price(Terms(prices_micro_credits=MODULE.prices_micro_credits()), usage) == 100_000
     assert seconds > 0
