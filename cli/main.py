@@ -240,18 +240,27 @@ def _explain_command(command: Command) -> None:
 
 
 def _blob_commands(command: Command, common: argparse.ArgumentParser) -> None:
-    blobs = command(
-        "blobs", "aivillage.cli.blobs:blobs", "files of this machine, named by their contents"
+    blobs = command("blobs", "aivillage.cli.blobs:blobs", "files, named by their contents")
+    actions = blobs.add_subparsers(
+        metavar="add|get|list|pin|unpin|remove", required=True, dest="action"
     )
-    actions = blobs.add_subparsers(metavar="add|get|list|remove", required=True, dest="action")
     add = actions.add_parser("add", parents=[common], help="keep a copy, and print its name")
     add.add_argument("file", help="a file; - is standard input")
-    get = actions.add_parser("get", parents=[common], help="check a blob and write it out")
+    get = actions.add_parser(
+        "get", parents=[common], help="check a blob and write it out; members bring it if need be"
+    )
     get.add_argument("--output", metavar="FILE", help="write here, not to standard output")
+    get.add_argument(
+        "--from", action="append", dest="sources", metavar="PEER", help="only from this peer"
+    )
+    get.add_argument("--max-price", metavar="CREDITS", help="most that members may ask for it")
+    get.add_argument("--root", metavar="HASH", help="of its manifest, as `blobs add --json` says")
     actions.add_parser("list", parents=[common], help="every blob, the newest first")
+    pin = actions.add_parser("pin", parents=[common], help="never make room with this one")
+    unpin = actions.add_parser("unpin", parents=[common], help="it may make room again")
     remove = actions.add_parser("remove", parents=[common], help="forget a blob")
-    for action in (get, remove):
-        action.add_argument("cid", help="its sha-256, or the beginning of it")
+    for action in (get, pin, unpin, remove):
+        action.add_argument("cid", help="its sha-256; of one that is here the beginning will do")
 
 
 def _ledger_commands(command: Command) -> None:

@@ -31,6 +31,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     third_party: bool = False
     has_engine: bool = False
     """A resident engine serves its sessions; `run` is for library use and local jobs."""
+    by_node: bool = False
+    """The node itself does it, since a worker has neither its files nor its links."""
 
 
 BUILT_IN: Final = {
@@ -46,6 +48,12 @@ BUILT_IN: Final = {
             operation="mesh.noop",
             target="aivillage.models.mesh.noop:MODULE",
             source="measures what the mesh itself costs",
+        ),
+        Entry(
+            operation="mesh.fetch",
+            target="aivillage.models.mesh.fetch:MODULE",
+            source="docs/decisions/0008-blobs.md",
+            by_node=True,
         ),
     )
 }
@@ -103,3 +111,9 @@ def is_served_by_engine(operation: str) -> bool:
     """Whether a resident engine serves `operation` step by step."""
     known = BUILT_IN.get(operation)
     return known is not None and known.has_engine
+
+
+def is_done_by_node(operation: str) -> bool:
+    """Whether no worker runs it."""
+    known = BUILT_IN.get(operation)
+    return known is not None and known.by_node

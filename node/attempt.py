@@ -178,7 +178,7 @@ class Attempt:
     async def _drain(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
         """Returns at the seller's last word; its steps are taken meanwhile."""
         try:
-            while not isinstance(await _next(inbox), Finished):
+            while not isinstance(await next_frame(inbox), Finished):
                 continue
         except AivillageError:
             return  # it said that it stopped, or is gone
@@ -207,7 +207,7 @@ class Attempt:
     async def _acknowledge(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
         wait = self._reply_seconds()
         with trio.move_on_after(wait):
-            frame = await _next(inbox)
+            frame = await next_frame(inbox)
             if not isinstance(frame, Accepted):
                 raise PeerError("work before its acknowledgement", code="BAD_REQUEST")
             self._acknowledged()
@@ -220,7 +220,7 @@ class Attempt:
         while True:
             frame = None
             with trio.CancelScope(deadline=min(self._deadline, self._heard_at + QUIET_SECONDS)):
-                frame = await _next(inbox)
+                frame = await next_frame(inbox)
             if frame is not None:
                 self._beat(worked=isinstance(frame, Part))
                 if isinstance(frame, Finished):
@@ -323,7 +323,7 @@ class Attempt:
             await self._jobs.name_kernel(self.attempt, self.kernel)
 
 
-async def _next(inbox: trio.MemoryReceiveChannel[Frame]) -> Frame:
+async def next_frame(inbox: trio.MemoryReceiveChannel[Frame]) -> Frame:
     """The next frame of a call; a `Failure` becomes its exception."""
     try:
         frame = await inbox.receive()

@@ -10,6 +10,8 @@ from typing import Final
 import msgspec
 import trio
 
+from aivillage.models import registry
+from aivillage.node.blob_fetch import BlobFetch
 from aivillage.node.choice import RATES, Explanation
 from aivillage.node.config import Settings
 from aivillage.node.jobs import JobRow
@@ -29,11 +31,14 @@ JOBS_MAX: Final = 64
 """Running at the same time; one more is refused, since its owner can wait better than we."""
 
 
-class Running:
-    """A pursuit, or a local job, in its task."""
+AnyJob = Pursuit | LocalJob | BlobFetch
 
-    def __init__(self, pursuit: Pursuit | LocalJob) -> None:
-        self.pursuit = pursuit
+
+class Running:
+    """A job in its task."""
+
+    def __init__(self, pursuit: AnyJob) -> None:
+        self.pursuit: AnyJob = pursuit
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
         self.cancelled = False
@@ -54,6 +59,8 @@ class Buyer:
         self.on_ended: Callable[[Pursuit], None] = lambda _pursuit: None
         """A job on the mesh ended, and its owner heard of it."""
         self.verify: Verify | None = None
+        self.by_node: dict[str, Callable[[JobRow, Say], BlobFetch]] = {}
+        """Operations that no worker does: what pursues a job of theirs."""
 
     async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
         """Records a job and starts it. `order` says for which module, if for one.
@@ -142,6 +149,11 @@ class Buyer:
             )
         if submit.local and submit.verify:
             raise RequestError("a local job is done here", next_step="leave out --verify")
+        if registry.is_done_by_node(submit.operation) and (submit.local or submit.verify):
+            raise RequestError(
+                f"{submit.operation} is done by nodes, and checked as it comes",
+                next_step="leave out --local and --verify",
+            )
         await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
         row = JobRow(
@@ -178,6 +190,10 @@ class Buyer:
         """
         if submit.local:
             raise RequestError("a local job chooses nobody", next_step="leave out --local")
+        if registry.is_done_by_node(submit.operation):
+            raise RequestError(
+                f"{submit.operation} takes all who have it", next_step="leave out --dry-run"
+            )
         usage, seconds = await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
         need = Need(
@@ -209,9 +225,9 @@ class Buyer:
             self._trade.events.emit("job_resumed", job=row.id, delivered=len(pursuit.output.bodies))
             self._start(pursuit)
 
-    def _pursuit(
-        self, row: JobRow, say: Say, sub_jobs: SubJobs | None = None
-    ) -> Pursuit | LocalJob:
+    def _pursuit(self, row: JobRow, say: Say, sub_jobs: SubJobs | None = None) -> AnyJob:
+        if pursue := self.by_node.get(row.operation):
+            return pursue(row, say)
         if not row.local:
             return Pursuit(row, self._trade, say)
         local = LocalJob(row, self._trade, say)
@@ -227,7 +243,7 @@ class Buyer:
             local=True,
         )
 
-    def _start(self, pursuit: Pursuit | LocalJob) -> Running:
+    def _start(self, pursuit: AnyJob) -> Running:
         running = Running(pursuit)
         self._running[pursuit.row.id] = running
         self._nursery.start_soon(self._live, running)
@@ -347,7 +363,7 @@ class Buyer:
             code=error.code if error else "",
         )
 
-    async def _store_end(self, pursuit: Pursuit | LocalJob, error: AivillageError | None) -> None:
+    async def _store_end(self, pursuit: AnyJob, error: AivillageError | None) -> None:
         receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
         try:
             await self._trade.jobs.end(

@@ -107,6 +107,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, Meta(ge=0, le=19), _doc("how far workers step back behind other programs")
     ] = 10
     blob_bytes_max: Annotated[int, Meta(ge=1), _doc("largest blob that is kept here")] = 4 << 30
+    blob_store_bytes_max: Annotated[
+        int, Meta(ge=1), _doc("all blobs together; the longest unused and unpinned ones make room")
+    ] = 16 << 30
     relay: Annotated[bool, _doc("carry bytes for villagers who cannot reach each other")] = True
     relay_circuits: Annotated[
         int, Meta(ge=1, le=1024), _doc("most circuits that are carried at the same time")

@@ -18,6 +18,7 @@ from aivillage.ledger.desk import Settings as LedgerSettings
 from aivillage.ledger.ledger import NodeBook, open_ledger
 from aivillage.node import identity, lock, rotation, village_key
 from aivillage.node.addresses import Addresses
+from aivillage.node.blob_library import Library
 from aivillage.node.buyer import Buyer
 from aivillage.node.caretaker import Caretaker
 from aivillage.node.clearing import Clearing
@@ -144,12 +145,13 @@ async def open_node(
         _close_and_open(gate, monitor, ledger, buyer, seller, herald, tasks)
         replicator = await open_replicator(settings, trade, buyer, villagers, tasks)
         pairs = Pairs(ledger, tasks)
-        switch = Switch(links, ledger, villagers, exchange, buyer, seller, herald, pairs)
+        blobs = Library(settings, paths, trade, buyer, seller, gate, villagers, replicator, tasks)
+        switch = Switch(links, ledger, villagers, exchange, buyer, seller, herald, pairs, blobs)
         keeper = Caretaker(ledger, jobs, events, (seller.running, buyer.running))
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
-            stop=stop, started=time.time(), addresses=detours.addresses, clearing=clearing,
+            stop=stop, blobs=blobs, addresses=detours.addresses, clearing=clearing,
             owners=owners, grants=grants, pairs=pairs, detours=detours, replicator=replicator,
         )  # fmt: skip
         maps = await open_maps(settings, trade, buyer, nursery)  # before anybody can submit
@@ -157,8 +159,7 @@ async def open_node(
         limits_desk = LimitsDesk(gate, desk, settings, prices, workers)
         handlers = _handlers(desk, people, maps, limits_desk, ReputationDesk(desk))
         async with open_control(paths.socket, Control(handlers, buyer, hello, events)):
-            services = (*villagers.services, *herald.services, clearing.run, keeper.run)
-            tasks.serve(monitor.run, *services)
+            tasks.serve(clearing.run, keeper.run, *villagers.services, *herald.services)
             yield desk
             switch.farewell()
         nursery.cancel_scope.cancel()
@@ -191,7 +192,7 @@ def _close_and_open(
     buyer.refusal = lambda: monitor.refusal() or ledger.refusing
     seller.refusal = lambda: buyer.refusal() or gate.refusal()
     gate.running, gate.on_change = seller.running, herald.hurry
-    tasks.serve(gate.run)
+    tasks.serve(gate.run, monitor.run)
 
 
 async def _gate(jobs: Jobs, ledger: NodeBook, paths: Paths, events: Events) -> Gate:

@@ -13,6 +13,7 @@ from aivillage import __version__
 from aivillage.ledger.ledger import NodeBook
 from aivillage.node import results, village_key, who
 from aivillage.node.addresses import Addresses
+from aivillage.node.blob_library import Library
 from aivillage.node.buyer import Buyer
 from aivillage.node.clearing import Clearing
 from aivillage.node.config import Origin
@@ -61,7 +62,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     monitor: Monitor
     events: Events
     stop: trio.Event
-    started: float
+    started: float = msgspec.field(default_factory=time.time)
     addresses: Addresses
     clearing: Clearing
     owners: Owners
@@ -69,6 +70,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     pairs: Pairs
     detours: Detours
     replicator: Replicator
+    blobs: Library
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
         """What can be asked, by name."""

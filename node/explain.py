@@ -15,6 +15,7 @@ import msgspec
 from aivillage.ledger.signed import Signed
 from aivillage.models import registry
 from aivillage.models.inference.generate import BYTES_PER_QUAD, Piece
+from aivillage.models.mesh.fetch import UNIT
 from aivillage.node.jobs import AttemptRow, JobRow
 from aivillage.node.pricelist import quote_hash, read_quote
 from aivillage.protocols.codec import unpack
@@ -199,6 +200,8 @@ def _usage(kept: Kept, row: AttemptRow) -> Usage:
         _CannotError: what it takes is not here.
     """
     job = kept.job
+    if registry.is_done_by_node(job.operation):  # many attempts at once, each with its own chunks
+        return {UNIT: len(kept.bodies.get(row.id, ()))}
     if row.outcome == "done":
         return _metered(job) if kept.metered is None else kept.metered
     if not registry.is_served_by_engine(job.operation):

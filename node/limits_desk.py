@@ -27,6 +27,7 @@ _AT_START: Final = (
     "worker_threads",
     "worker_nice",
     "blob_bytes_max",
+    "blob_store_bytes_max",
 )
 """Settings that limit others too, and want a restart."""
 

@@ -131,6 +131,7 @@ class Link:
         self._queue: deque[bytes] = deque()
         self._queue_bytes = 0
         self._wake = trio.Event()
+        self._leaving = trio.lowlevel.ParkingLot()
         self._hearing = trio.lowlevel.ParkingLot()
         self._scope = trio.CancelScope()
         self._pings: dict[int, float] = {}
@@ -161,6 +162,14 @@ class Link:
         if self._overflowing():
             self.close("the peer reads too slowly")
             raise self._lost()
+
+    async def drained(self, size_bytes: int) -> None:
+        """Returns once no more than so much waits to leave, or the link is closed.
+
+        Who sends much waits here, so that what others send is not stuck behind it.
+        """
+        while self._queue_bytes > size_bytes and not self.closed_because:
+            await self._leaving.park()
 
     async def ask(self, message: Frame, *, timeout_seconds: Seconds) -> Frame:
         """Sends `message` and returns the next frame with its id.
@@ -223,6 +232,7 @@ class Link:
         self._scope.deadline = trio.current_time() + self._limits.flush_seconds
         self._wake.set()
         self._hearing.unpark_all()
+        self._leaving.unpark_all()
         for asked in self._asks.values():
             asked.done.set()
         for call in list(self._inboxes):
@@ -286,6 +296,7 @@ class Link:
         while True:
             while self._queue:
                 await self._stream.write(self._batch())
+                self._leaving.unpark_all()
             if self.closed_because:
                 self._scope.cancel()
                 return

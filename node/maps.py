@@ -78,6 +78,10 @@ class Maps:
         """A map that gets its lines next."""
         operation, reduce = str(args["operation"]), str(args.get("reduce") or "")
         self._trade.workers.describe(operation)
+        if registry.is_done_by_node(operation):
+            raise RequestError(
+                f"{operation} is no work for a map", next_step=f"submit {operation} for each"
+            )
         if reduce:
             require_reducer(self._trade.workers.describe(reduce))
         parallel = int(args.get("parallel") or PARALLEL_MAX)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 import trio
@@ -21,6 +21,17 @@ BEAT_SECONDS: Final = 2.0
 """A sign of life while nothing can be delivered yet: a model loads, a prompt is read."""
 
 T = TypeVar("T")
+
+
+class Till(NamedTuple):
+    """What a seller has for whoever does the work of a sale; each may raise why it ends there."""
+
+    deliver: Callable[[Sale, Usage, Usage, bytes], Awaitable[None]]
+    """(sale, usage, what of it is paid already, hash): returns once so much may be delivered."""
+    pace: Callable[[Sale, int], Awaitable[None]]
+    """Returns once the owner lets so many bytes leave."""
+    finish: Callable[[Sale, bytes, Usage], None]
+    """The last word: the result, and what it took."""
 
 
 class Sale(msgspec.Struct):

@@ -29,7 +29,7 @@ from aivillage.node.gossip import send_or_drop
 from aivillage.node.links import Link
 from aivillage.node.module_runs import OnCall
 from aivillage.node.pricelist import PriceList, listed
-from aivillage.node.sale import Sale, beating
+from aivillage.node.sale import Sale, Till, beating
 from aivillage.node.steps import StepWriter
 from aivillage.node.sub_jobs import Buy, SubJobs, buy_nothing
 from aivillage.node.workers import Workers
@@ -91,6 +91,7 @@ class Seller:
         """Returns once the owner's word on a peer that just came is in the book."""
         self.buy: Buy = buy_nothing
         """Where the sub-jobs of modules go."""
+        self.by_node: dict[str, Callable[[Sale, Till], Awaitable[None]]] = {}
 
     # ------------------------------------------------------------------ what we sell
     def operations(self) -> list[OperationInfo]:
@@ -276,7 +277,9 @@ class Seller:
             self._events.emit("favour_not_noted", level=30, peer=sale.peer, reason=str(error))
 
     async def _work(self, sale: Sale) -> None:
-        if registry.is_served_by_engine(sale.call.operation):
+        if serve := self.by_node.get(sale.call.operation):
+            await serve(sale, Till(self._deliver, self._pace, self._finish))
+        elif registry.is_served_by_engine(sale.call.operation):
             await self._generate(sale)
         else:
             await self._run_module(sale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from aivillage.node.buyer import Buyer
 from aivillage.node.exchange import Exchange
@@ -16,6 +16,12 @@ from aivillage.node.villagers import Villagers
 from aivillage.protocols import messages
 from aivillage.protocols.messages import Frame
 from aivillage.protocols.ports import Book
+
+
+class Fetched(Protocol):
+    """Who hears those that ask for blobs."""
+
+    def on_fetch(self, link: Link, fetch: messages.Fetch) -> None: ...
 
 
 class Switch:
@@ -31,6 +37,7 @@ class Switch:
         seller: Seller,
         herald: Herald,
         pairs: Pairs,
+        blobs: Fetched,
     ) -> None:
         self._links = links
         self._book = book
@@ -49,7 +56,7 @@ class Switch:
             messages.Cancel: lambda link, frame: seller.on_cancel(link, frame.id),
             messages.ListOperations: lambda link, frame: seller.on_list(link, frame.id),
             messages.Standing: villagers.on_standing,
-            messages.Fetch: _refuse_fetch,
+            messages.Fetch: blobs.on_fetch,
             messages.Join: villagers.joining.on_join,
             messages.Granted: villagers.on_granted,
             messages.PairQuestion: pairs.on_question,
@@ -103,16 +110,3 @@ class Switch:
     def _on_ledger(self, link: Link, frame: messages.Ledger) -> None:
         for blob in frame.blobs:
             self._book.receive(link.peer, blob)
-
-
-def _refuse_fetch(link: Link, fetch: messages.Fetch) -> None:
-    """Blobs stay on their machine in this version; the asker hears so at once."""
-    send_or_drop(
-        link,
-        messages.Failure(
-            id=fetch.id,
-            code="NOT_OFFERED",
-            message="this node gives no blobs to peers",
-            next_step="ask its owner for the file",
-        ),
-    )

@@ -12,13 +12,14 @@ from typing import Annotated, Any, Final, TypeAlias
 import msgspec
 
 from aivillage.protocols.envelope import ENVELOPE_BYTES_MAX
+from aivillage.protocols.manifest import CHUNKS_MAX, HASH_BYTES
 from aivillage.protocols.pricing import UNITS_MAX, Terms
 from aivillage.protocols.types import AMOUNT_MAX, U32, Amount, Count, Measure, MicroCredits, PeerId
 from aivillage.protocols.vouchers import BLOB_BYTES_MAX, Lane
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
 VERSION_MAJOR: Final = 1
-VERSION_MINOR: Final = 2
+VERSION_MINOR: Final = 3
 CALLS_PER_PAIR_MAX: Final = 256
 CERTIFICATES_MAX: Final = 8
 SUCCESSIONS_MAX: Final = 4
@@ -55,7 +56,7 @@ KernelName: TypeAlias = Annotated[str, msgspec.Meta(max_length=256)]
 Address: TypeAlias = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
 Addresses: TypeAlias = Annotated[tuple[Address, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
 BlobName: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-"""A `Cid` on the wire."""
+"""A `Cid` on the wire, or the root of a manifest."""
 Counts: TypeAlias = Annotated[dict[str, Count], msgspec.Meta(max_length=UNITS_MAX)]
 """Unit -> count, as in `Usage`."""
 
@@ -234,11 +235,23 @@ class Standing(Message, frozen=True, kw_only=True, tag="standing"):
 
 
 class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
-    """Send me the blob from `offset` on. A node of this version answers NOT_OFFERED."""
+    """Do you have this blob? With `hashes`: and what are the hashes of its chunks?
+
+    A node of 1.2 and before answers NOT_OFFERED, as does one that has it not.
+    """
 
     id: Count
     cid: BlobName
-    offset: Count = 0
+    hashes: bool = False
+
+
+class Held(Message, frozen=True, kw_only=True, tag="held"):
+    """Since 1.3: I have it. `root` is that of its `Manifest`, and binds all the rest."""
+
+    id: Count
+    size_bytes: Count
+    root: BlobName
+    hashes: Annotated[bytes, msgspec.Meta(max_length=HASH_BYTES * CHUNKS_MAX)] = b""
 
 
 class Join(Message, frozen=True, kw_only=True, tag="join"):
@@ -376,7 +389,7 @@ PEER_MESSAGES: Final = (
     Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
     Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Standing, Fetch, Join,
     Joined, Granted, PairQuestion, PairView, Reach, Reached, OffersQuestion, OffersAnswer,
-    Step,
+    Held, Step,
 )  # fmt: skip
 CONTROL_MESSAGES: Final = (
     Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,

@@ -205,8 +205,8 @@ class Daemon:
         )
 
     def _words(self, words: tuple[str, ...]) -> list[str]:
-        """`jobs list` takes its flags after the action."""
-        if words[0] != "jobs":
+        """`jobs list` and `blobs get` take their flags after the action."""
+        if words[0] not in {"jobs", "blobs"}:
             return self._command(*words)
         return [sys.executable, "-m", "aivillage", *words[:2], "--data-dir", str(self.data_dir),
                 *words[2:]]  # fmt: skip

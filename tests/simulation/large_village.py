@@ -54,6 +54,7 @@ from aivillage.node.seller import Seller
 from aivillage.node.switch import Switch
 from aivillage.node.transport.loopback import LoopbackNetwork
 from aivillage.node.villagers import Villagers
+from aivillage.protocols import messages
 from aivillage.protocols.codec import frame as framed
 from aivillage.protocols.codec import pack
 from aivillage.protocols.messages import VERSION_MINOR, Frame, OperationInfo, Submit
@@ -202,10 +203,15 @@ class Member:
         self.buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.acquainted = villagers.acquainted
         pairs = Pairs(book, tasks)
-        self.switch = Switch(links, book, villagers, exchange, self.buyer, seller, herald, pairs)
+        self.switch = Switch(
+            links, book, villagers, exchange, self.buyer, seller, herald, pairs, self
+        )
         self._count()
         for service in (*villagers.services, *herald.services, self._tick):
             tasks.serve(service)
+
+    def on_fetch(self, link: Link, fetch: messages.Fetch) -> None:
+        """Nobody asks for blobs here."""
 
     async def _tick(self) -> None:
         while True:

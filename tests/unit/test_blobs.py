@@ -16,22 +16,25 @@ import pytest
 
 from aivillage.cli import main as cli_main
 from aivillage.node import blobs
+from aivillage.node.blob_room import DRAFT_PREFIX
 from aivillage.node.blobs import Blobs
 from aivillage.protocols.errors import ConfigError, NodeError, RequestError
+from aivillage.protocols.manifest import CHUNK_BYTES
 
 TEXT = b"seven bytes and more"
 
 
 @pytest.fixture
 def store(tmp_path):
-    return Blobs(tmp_path / "node" / "blobs", bytes_max=1 << 22)
+    return Blobs(tmp_path / "node" / "blobs", bytes_max=1 << 22, store_bytes_max=1 << 30)
 
 
 def files_of(store):
-    return sorted(p for p in store._folder.rglob("*") if p.is_file())
+    """All but the hashes beside the blobs."""
+    return sorted(p for p in store.folder.rglob("*") if p.is_file() and p.suffix != ".hashes")
 
 
-@pytest.mark.parametrize("size", [0, 1, blobs.CHUNK_BYTES, blobs.CHUNK_BYTES + 1, 1 << 22])
+@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1, 1 << 22])
 def test_a_blob_is_named_by_its_sha_256_and_comes_back(store, tmp_path, size):
     body = os.urandom(size)
     (tmp_path / "file").write_bytes(body)
@@ -42,7 +45,7 @@ def test_a_blob_is_named_by_its_sha_256_and_comes_back(store, tmp_path, size):
 
 
 def test_a_blob_at_the_limit_is_kept_and_one_byte_more_is_not(tmp_path):
-    store = Blobs(tmp_path / "blobs", bytes_max=8)
+    store = Blobs(tmp_path / "blobs", bytes_max=8, store_bytes_max=99)
     store.put(bytes(8))
     with pytest.raises(RequestError) as caught:
         store.put(bytes(9))
@@ -86,13 +89,13 @@ def test_a_removed_blob_is_gone(store):
 def test_a_list_has_sizes_the_newest_first_and_no_drafts(store):
     first, second = store.put(b"1"), store.put(b"22")
     os.utime(store.get(first), (1, 1))
-    (store._folder / f"{blobs.DRAFT_PREFIX}x").write_bytes(b"half")
+    (store.folder / f"{DRAFT_PREFIX}x").write_bytes(b"half")
     assert [(blob.cid, blob.size_bytes) for blob in store.all()] == [(second, 2), (first, 1)]
 
 
 def test_a_store_that_was_never_used_is_empty(store):
     assert store.all() == []
-    assert not store._folder.exists()
+    assert not store.folder.exists()
 
 
 def test_a_blob_is_found_by_the_beginning_of_its_name(store):
@@ -159,12 +162,12 @@ def test_a_source_that_cannot_be_read_is_a_bad_request(store, tmp_path):
 def test_a_folder_that_is_a_file_is_a_config_error(tmp_path):
     (tmp_path / "blobs").write_text("in the way")
     with pytest.raises(ConfigError):
-        Blobs(tmp_path / "blobs", bytes_max=9).put(TEXT)
+        Blobs(tmp_path / "blobs", bytes_max=9, store_bytes_max=99).put(TEXT)
 
 
 def test_a_crashed_writers_draft_goes_after_a_day_and_a_running_ones_stays(store):
     store.put(TEXT)
-    old, young = (store._folder / f"{blobs.DRAFT_PREFIX}{name}" for name in ("old", "young"))
+    old, young = (store.folder / f"{DRAFT_PREFIX}{name}" for name in ("old", "young"))
     for draft in (old, young):
         draft.write_bytes(b"half")
     yesterday = time.time() - blobs.DRAFT_SECONDS_MAX - 1
@@ -190,6 +193,9 @@ def test_add_list_get_and_remove_work_without_a_daemon(command, tmp_path):
     cid = hashlib.sha256(TEXT).hexdigest()
     assert command("add", str(tmp_path / "file")) == (0, cid.encode() + b"\n")
     assert cid.encode() in command("list")[1]
+    assert command("pin", cid[:8]) == (0, b"pinned " + cid.encode() + b"\n")
+    assert b"pinned" in command("list")[1]
+    assert command("unpin", cid[:8]) == (0, b"unpinned " + cid.encode() + b"\n")
     assert command("get", cid[:8]) == (0, TEXT)
     out = tmp_path / "copy"
     assert command("get", cid[:8], "--output", str(out)) == (0, b"")
@@ -202,14 +208,20 @@ def test_every_action_gives_json(command, tmp_path):
     (tmp_path / "file").write_bytes(TEXT)
     cid = hashlib.sha256(TEXT).hexdigest()
     found = json.loads(command("add", str(tmp_path / "file"), "--json")[1])
-    assert found == {"cid": cid, "size_bytes": len(TEXT)}
-    path = json.loads(command("get", cid, "--json")[1])["path"]
-    assert Path(path).read_bytes() == TEXT
+    assert found == {"cid": cid, "size_bytes": len(TEXT), "root": found["root"]}
+    got = json.loads(command("get", cid, "--json")[1])
+    assert Path(got.pop("path")).read_bytes() == TEXT
+    assert got == found
+    assert json.loads(command("pin", cid, "--json")[1]) == {"cid": cid, "pinned": True}
+    assert [blob["pinned"] for blob in json.loads(command("list", "--json")[1])] == [True]
+    assert command("remove", cid)[0] == 2, "pinned"
+    assert json.loads(command("unpin", cid, "--json")[1]) == {"cid": cid, "pinned": False}
     assert json.loads(command("remove", cid, "--json")[1]) == {"removed": cid}
 
 
 def test_what_cannot_be_done_has_its_exit_code(command, tmp_path):
     assert command("get", "00")[0] == 2
+    assert command("get", "00" * 32)[0] == 4, "to fetch one takes a node"
     assert command("add", str(tmp_path / "missing"))[0] == 2
     (tmp_path / "file").write_bytes(TEXT)
     cid = command("add", str(tmp_path / "file"))[1].decode().strip()
