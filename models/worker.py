@@ -18,6 +18,7 @@ from aivillage.models import registry, sandbox
 from aivillage.models import worker_messages as say
 from aivillage.models.description import described
 from aivillage.models.file_fence import fence_files
+from aivillage.models.inference import catalogue
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import (
     AivillageError,
@@ -131,6 +132,7 @@ def _restrict(pipes: Pipes) -> None:
         sys.exit("the first command says the limits")
     sandbox.limit(memory_bytes_max=start.memory_bytes_max, nice=start.nice)
     os.chdir(start.scratch)
+    catalogue.use_library(start.library)
     no_fence = no_filter = "switched off in the settings"
     if start.sandbox:
         no_fence = fence_files(readable=start.readable, writable=[start.scratch])
@@ -227,10 +229,9 @@ def serve_engine(load: say.Load, pipes: Pipes) -> None:
 
 
 def _engine(load: say.Load) -> tuple[Any, type[msgspec.Struct], float]:
-    from aivillage.models.inference import catalogue, generate
-    from aivillage.models.inference.engine_torch import TorchEngine
+    from aivillage.models.inference import engine_choice, generate
 
-    engine = TorchEngine(catalogue.known(load.model), slots=load.slots)
+    engine = engine_choice.engine_of(catalogue.known(load.model), slots=load.slots)
     return engine, generate.GenerateRequest, engine.load_seconds
 
 

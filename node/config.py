@@ -94,6 +94,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, Meta(ge=0, le=19), _doc("how far workers step back behind other programs")
     ] = 10
     blob_bytes_max: Annotated[int, Meta(ge=1), _doc("largest blob that is kept here")] = 4 << 30
+    model_bytes_max: Annotated[int, Meta(ge=1), _doc("largest model that is pulled")] = 64 << 30
+    models_memory_mb: Annotated[
+        int, Meta(ge=0), _doc("memory that loaded models share; 0: half of the machine's")
+    ] = 0
     relay: Annotated[bool, _doc("carry bytes for villagers who cannot reach each other")] = True
     relay_circuits: Annotated[
         int, Meta(ge=1, le=1024), _doc("most circuits that are carried at the same time")
