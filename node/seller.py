@@ -154,9 +154,10 @@ class Seller:
     # ------------------------------------------------------------------ admission
     async def _answer_quote(self, link: Link, request: QuoteRequest) -> None:
         try:
-            operation = self._sold(request.operation, request.request)
+            self._require_sold(request.operation)
             await self.acquainted(link.peer)
             self.allowances.require_welcome(link.peer)
+            operation = self._workers.describe_for(request.operation, request.request)
             usage, seconds = await self._workers.estimate(request.operation, request.request)
             terms = self._terms(operation, link.peer)
             self._gate.require_today(link.peer)
@@ -177,8 +178,7 @@ class Seller:
         else:
             send_or_drop(link, reply)
 
-    def _sold(self, name: str, request: bytes) -> OperationInfo:
-        """As it is done for `request`, at default prices."""
+    def _require_sold(self, name: str) -> None:
         self._workers.describe(name)
         refusal = self.refusal()
         if refusal is not None:
@@ -186,7 +186,6 @@ class Seller:
         if not self._settings.serve:
             raise RefusedError("this node serves nobody", code="NOT_OFFERED")
         self._gate.require_offered(name)
-        return self._workers.describe_for(name, request)
 
     def _terms(self, operation: OperationInfo, peer: PeerId) -> Terms:
         return self._prices.terms(operation, free=self._book.policy(peer).shared)
@@ -197,9 +196,10 @@ class Seller:
         Raises:
             AivillageError: the call is refused, and why.
         """
-        operation = self._sold(call.operation, call.request)
+        self._require_sold(call.operation)
         self.allowances.require_welcome(link.peer)
         self._gate.require_today(link.peer)
+        operation = self._workers.describe_for(call.operation, call.request)
         if len(call.attempt) != 16 or (link, call.id) in self._sales:
             raise RequestError("an attempt has a fresh 16-byte id, a call a free one")
         if call.attempt in self._attempts:

@@ -135,7 +135,7 @@ def _times(folder: Path) -> list[float]:
 def _source_of(draft: Path) -> str:
     """What it is a draft of; empty where that is not known."""
     with contextlib.suppress(OSError):  # it was killed before it could write it
-        return (draft / "source").read_text(errors="replace")[:4096]
+        return (draft / ".source").read_text(errors="replace")[:4096]
     return ""
 
 

@@ -19,6 +19,8 @@ from tests.simulation.mesh import open_mesh, price_of, result_of, settled, until
 from tests.simulation.test_market import PROMPT, expected, pair
 from tests.unit.node.test_control import owner_of
 
+GENERATE = Work("inference.generate", DEFAULT)
+
 
 async def ask(node, what, **args):
     """One question of the owner's, and the answer."""

@@ -20,14 +20,14 @@ ACTIVE = LINEARS + len(WORDS) * WIDTH
 PARAMETERS = ACTIVE + (2 * LAYERS + 1) * WIDTH
 
 
-def write_gguf(path, seed=3, template=CHAT_TEMPLATE, scale=0.2):
+def write_gguf(path, seed=3, template=CHAT_TEMPLATE, scale=0.2, inner=INNER):
     """A random Llama with the tokenizer of bytes, by the reference writer."""
     draw = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in {
         "block_count": LAYERS,
         "embedding_length": WIDTH,
-        "feed_forward_length": INNER,
+        "feed_forward_length": inner,
         "attention.head_count": HEADS,
         "attention.head_count_kv": KEY_HEADS,
         "context_length": CONTEXT,
@@ -46,8 +46,8 @@ def write_gguf(path, seed=3, template=CHAT_TEMPLATE, scale=0.2):
     half = WIDTH * KEY_HEADS // HEADS
     shapes = {
         "attn_q": (WIDTH, WIDTH), "attn_k": (half, WIDTH), "attn_v": (half, WIDTH),
-        "attn_output": (WIDTH, WIDTH), "ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH),
-        "ffn_down": (WIDTH, INNER), "attn_norm": (WIDTH,), "ffn_norm": (WIDTH,),
+        "attn_output": (WIDTH, WIDTH), "ffn_gate": (inner, WIDTH), "ffn_up": (inner, WIDTH),
+        "ffn_down": (WIDTH, inner), "attn_norm": (WIDTH,), "ffn_norm": (WIDTH,),
     }  # fmt: skip
     weights = {"token_embd.weight": (len(WORDS), WIDTH), "output_norm.weight": (WIDTH,)}
     for layer in range(LAYERS):
