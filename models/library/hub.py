@@ -111,7 +111,8 @@ def _opened(path: str, offset: int) -> Iterator[BinaryIO]:
     endpoint = os.environ.get("HF_ENDPOINT", ENDPOINT).rstrip("/")
     if not endpoint.startswith(("https://", "http://")):
         raise RequestError("HF_ENDPOINT begins with https:// or http://")
-    request = urllib.request.Request(endpoint + path, headers={"User-Agent": "aivillage"})  # noqa: S310 - checked above
+    headers = {"User-Agent": "aivillage"}
+    request = urllib.request.Request(endpoint + path, headers=headers)  # noqa: S310 - see above
     if offset:
         request.add_header("Range", f"bytes={offset}-")
     try:

