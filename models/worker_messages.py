@@ -30,6 +30,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     nice: int
     sandbox: bool
     readable: tuple[str, ...] = ()
+    library: str = ""
+    """Where models were pulled to."""
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):

@@ -19,6 +19,7 @@ from aivillage.node.blob_plan import RUN_MAX, Plan, Run
 from aivillage.node.blob_sources import Sources
 from aivillage.node.market import Choice, Need
 from aivillage.node.pursuit import Say, Trade
+from aivillage.node.records import Work
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
 from aivillage.protocols.errors import AivillageError, RefusedError, RequestError
@@ -214,7 +215,7 @@ class Swarm:
 
     async def _failed(self, peer: PeerId, error: AivillageError, tries: int) -> None:
         """Waits where waiting helps; else the source is out, and only this one."""
-        self._trade.market.forget_quote(peer, NAME)
+        self._trade.market.forget_quote(peer, Work(NAME))
         self._trade.events.emit(
             "source_failed", job=self._job, peer=peer, code=error.code, reason=error.message
         )

@@ -110,6 +110,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     blob_store_bytes_max: Annotated[
         int, Meta(ge=1), _doc("all blobs together; the longest unused and unpinned ones make room")
     ] = 16 << 30
+    model_bytes_max: Annotated[int, Meta(ge=1), _doc("largest model that is pulled")] = 64 << 30
+    models_memory_mb: Annotated[
+        int, Meta(ge=0), _doc("memory that loaded models share; 0: half of the machine's")
+    ] = 0
     relay: Annotated[bool, _doc("carry bytes for villagers who cannot reach each other")] = True
     relay_circuits: Annotated[
         int, Meta(ge=1, le=1024), _doc("most circuits that are carried at the same time")

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Final, Protocol
 
 import trio
@@ -40,6 +41,7 @@ from aivillage.node.links import LinkLimits, Links, open_links
 from aivillage.node.maps import open_maps
 from aivillage.node.market import Market
 from aivillage.node.membership import Membership
+from aivillage.node.models_desk import ModelsDesk
 from aivillage.node.monitor import Monitor
 from aivillage.node.owners import Owners
 from aivillage.node.pairs import Pairs
@@ -87,7 +89,9 @@ async def run(
         ledger = await stack.enter_async_context(open_ledger(paths.ledger, key, settings=policy))
         workers = await stack.enter_async_context(
             open_workers(
-                worker_settings(settings), cache_folder=paths.cache, scratch_folder=paths.scratch
+                worker_settings(settings, paths.models),
+                cache_folder=paths.cache,
+                scratch_folder=paths.scratch,
             )
         )
         shared_key = village_key.load(paths.data_dir)
@@ -156,8 +160,8 @@ async def open_node(
         )  # fmt: skip
         maps = await open_maps(settings, trade, buyer, nursery)  # before anybody can submit
         people = PeopleDesk(desk, keeper, settings.village_exposure_micro_credits)
-        limits_desk = LimitsDesk(gate, desk, settings, prices, workers)
-        handlers = _handlers(desk, people, maps, limits_desk, ReputationDesk(desk))
+        own, held = LimitsDesk(gate, desk, settings, prices, workers), ModelsDesk(prices, workers)
+        handlers = _handlers(desk, people, maps, own, held, ReputationDesk(desk))
         async with open_control(paths.socket, Control(handlers, buyer, hello, events)):
             tasks.serve(clearing.run, keeper.run, *villagers.services, *herald.services)
             yield desk
@@ -223,7 +227,7 @@ def ledger_settings(settings: Settings) -> LedgerSettings:
     )
 
 
-def worker_settings(settings: Settings) -> WorkerSettings:
+def worker_settings(settings: Settings, library: Path | None = None) -> WorkerSettings:
     return WorkerSettings(
         enabled=settings.enable,
         dev_mode=settings.dev_mode,
@@ -231,11 +235,13 @@ def worker_settings(settings: Settings) -> WorkerSettings:
         module_workers_max=settings.module_workers,
         engine_slots=min(settings.slots, ENGINE_SLOTS_MAX),
         ray_address=settings.ray_address if settings.executor == "ray" else "",
+        models_memory_bytes_max=settings.models_memory_mb << 20,
         limits=WorkerLimits(
             memory_bytes_max=settings.worker_memory_mb << 20,
             nice=settings.worker_nice,
             cores=settings.worker_cores,
             threads=settings.worker_threads,
+            library=str(library) if library else "",
         ),
     )
 

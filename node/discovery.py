@@ -10,16 +10,17 @@ import msgspec
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from aivillage.models.inference.catalogue import DEFAULT
 from aivillage.node.choice import UNKNOWN_UNITS_PER_SECOND
 from aivillage.node.freshness import LIFETIME_MS_MAX
 from aivillage.node.gossip import News
 from aivillage.node.identity import peer_of
-from aivillage.node.offers import Offers
+from aivillage.node.offers import Offers, does
 from aivillage.node.records import Record, Work
 from aivillage.protocols.codec import pack
 from aivillage.protocols.envelope import seal
 from aivillage.protocols.messages import Offer, OfferedOperation, OperationInfo, TaskAd
-from aivillage.protocols.types import PeerId, Seconds
+from aivillage.protocols.types import MicroCredits, PeerId, Seconds
 
 OFFER_BYTES_MAX: Final = 1024
 UNREACHABLE_SECONDS: Final = 60.0
@@ -84,7 +85,10 @@ class Discovery:
         return True
 
     def candidates(self, operation: str, model: str = "") -> list[Candidate]:
-        """Peers that offer `operation` and were not found unreachable just now, best first."""
+        """Peers that offer `operation`, with `model` where one is named, the best first.
+
+        Not those that were found unreachable just now.
+        """
         now = time.monotonic()
         found = [
             Candidate(
@@ -98,7 +102,8 @@ class Discovery:
             )
             for offer in self.offers()
             for offered in offer.operations
-            if offered.name == operation and self._unreachable_until.get(offer.seller, 0) <= now
+            if does(offered, operation, model)
+            and self._unreachable_until.get(offer.seller, 0) <= now
         ]
         work = Work(operation, model)
         return sorted(found, key=lambda candidate: _rank(candidate, work))
@@ -130,13 +135,17 @@ class Discovery:
         free_slots: int,
         lifetime_seconds: Seconds,
     ) -> bytes:
-        """An envelope around our offer of at most 1 KiB; what does not fit is not offered."""
+        """An envelope around our offer of at most 1 KiB; what does not fit is not offered.
+
+        The last models go first, then the last operations.
+        """
         self._seq += 1
         lifetime_ms = min(int(lifetime_seconds * 1000), LIFETIME_MS_MAX)
         offered = [
             OfferedOperation(
                 name=operation.name,
                 prices_micro_credits=operation.terms.prices_micro_credits,
+                models=_models_offered(operation),
             )
             for operation in operations
             if operation.terms
@@ -151,10 +160,12 @@ class Discovery:
             free_slots=free_slots,
         )
         while len(pack(offer)) > OFFER_BYTES_MAX and offer.operations:
-            offer = msgspec.structs.replace(offer, operations=offer.operations[:-1])
+            offer = _shorter(offer)
         return seal(self._key, "offer", offer)
 
-    def make_task_ad(self, operation: str, lifetime_seconds: Seconds) -> tuple[TaskAd, bytes]:
+    def make_task_ad(
+        self, operation: str, lifetime_seconds: Seconds, model: str = ""
+    ) -> tuple[TaskAd, bytes]:
         """What says: I need `operation` and nobody offers it; and its envelope."""
         self._seq += 1
         ad = TaskAd(
@@ -163,8 +174,28 @@ class Discovery:
             not_after_unix_ms=int((time.time() + lifetime_seconds) * 1000),
             lifetime_ms=int(lifetime_seconds * 1000),
             operation=operation,
+            model=model,
         )
         return ad, seal(self._key, "task", ad)
+
+
+def _models_offered(operation: OperationInfo) -> dict[str, MicroCredits]:
+    """Nothing where it is the one model that is meant where none is said."""
+    found = {m.name: max(m.prices_micro_credits.values(), default=0) for m in operation.models}
+    return {} if list(found) == [DEFAULT] else found
+
+
+def _shorter(offer: Offer) -> Offer:
+    """Without the last model that is not the only one of its operation, else the last operation."""
+    operations = list(offer.operations)
+    most = max(range(len(operations)), key=lambda index: len(operations[index].models))
+    models = operations[most].models
+    if len(models) > 1:
+        kept = dict(list(models.items())[:-1])
+        operations[most] = msgspec.structs.replace(operations[most], models=kept)
+    else:
+        operations.pop()
+    return msgspec.structs.replace(offer, operations=tuple(operations))
 
 
 def _rank(candidate: Candidate, work: Work) -> tuple[float, float, bool, int]:

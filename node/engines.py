@@ -13,6 +13,8 @@ from aivillage.models import worker_messages as say
 from aivillage.node.worker_process import WorkerProcess
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, from_code
 from aivillage.protocols.ports import EngineInfo, SessionFrame
+from aivillage.protocols.pricing import token_price
+from aivillage.protocols.types import MicroCredits
 
 FRAMES_WAITING_MAX: Final = 16_384
 """More than an allowance can yield in a context: a session beyond it is a worker gone wrong."""
@@ -68,6 +70,12 @@ class EngineClient:
         self._worker = worker
         self._sessions: dict[int, EngineSession] = {}
         self._numbers = itertools.count(1)
+        self._is_put_away = False
+
+    @property
+    def token_price(self) -> MicroCredits:
+        """Of its model, by default."""
+        return token_price(self.info.active_parameters)
 
     @property
     def dead(self) -> bool:
@@ -95,9 +103,11 @@ class EngineClient:
         """Goes on after the token ids in `delivered`. Leaving the block frees the slot.
 
         Raises:
-            RefusedError: BUSY, every slot is taken.
+            RefusedError: BUSY, every slot is taken, or another model got its memory just now.
             JobError: the engine is gone.
         """
+        if self._is_put_away:
+            raise RefusedError("the model was put away for another one", next_step="try again")
         if len(self._sessions) >= self.slots:
             raise RefusedError(f"all {self.slots} slots of the engine are taken")
         session = EngineSession(next(self._numbers), self)
@@ -121,6 +131,11 @@ class EngineClient:
                 session.fail(from_code(error.code, error.message, error.next_step))
         finally:
             await self._worker.stop()
+
+    async def put_away(self) -> None:
+        """Ends the worker of a model that nobody uses: another one needs its memory."""
+        self._is_put_away = True
+        await self._worker.stop()
 
     async def stop(self) -> None:
         """Ends the worker; sessions that still run get JOB_FAILED."""

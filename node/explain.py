@@ -18,8 +18,9 @@ from aivillage.models.inference.generate import BYTES_PER_QUAD, Piece
 from aivillage.models.mesh.fetch import UNIT
 from aivillage.node.jobs import AttemptRow, JobRow
 from aivillage.node.pricelist import quote_hash, read_quote
+from aivillage.node.records import work_of
 from aivillage.protocols.codec import unpack
-from aivillage.protocols.errors import AivillageError, PeerError
+from aivillage.protocols.errors import AivillageError, PeerError, RequestError
 from aivillage.protocols.messages import Quote
 from aivillage.protocols.pricing import Usage
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
@@ -158,12 +159,20 @@ def _attempt(kept: Kept, row: AttemptRow, signed: Signed) -> Explained:
 # ------------------------------------------------------------------ terms
 
 
+def _model(job: JobRow) -> str:
+    """Of a request that cannot be read it is not known, and its bill cannot be recomputed."""
+    try:
+        return work_of(job.operation, job.request).model
+    except RequestError:
+        return ""
+
+
 def _quote(job: JobRow, row: AttemptRow, signed: Signed) -> tuple[QuoteState, Quote | None]:
     """The stored quote, if its seller signed it and the vouchers name it."""
     if not row.quote:
         return "not stored", None
     try:
-        quote = read_quote(row.quote, row.seller, job.operation)
+        quote = read_quote(row.quote, row.seller, job.operation, _model(job))
     except PeerError:
         return NO_MATCH, None
     named = {item.quote_hash for item in signed.items} | {signed.intended or quote_hash(row.quote)}

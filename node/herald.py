@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from typing import Final
 
+import msgspec
 import trio
 
 from aivillage.node.addresses import Addresses
 from aivillage.node.discovery import Discovery
 from aivillage.node.exchange import Exchange
+from aivillage.node.records import Work
 from aivillage.node.seller import Seller
 from aivillage.protocols.messages import Gossip
 from aivillage.protocols.types import PeerId, Seconds
@@ -20,6 +22,9 @@ EARLY_SECONDS: Final = 2.0
 """At least, between an offer and an early one: whoever changes much makes nobody shout."""
 AD_SECONDS: Final = 5.0
 """Between two advertisements of one task, and how long one lives twice over."""
+
+
+ANYTHING: Final = Work("")
 
 
 class Herald:
@@ -38,7 +43,7 @@ class Herald:
         self._seller = seller
         self._addresses = addresses
         self._offer_seconds = offer_seconds
-        self._advertised: dict[str, float] = {}
+        self._advertised: dict[Work, float] = {}
         self._early = trio.Event()
         exchange.search.own_offer = self._offer_of
         self.services = (self.run, exchange.run)
@@ -68,24 +73,33 @@ class Herald:
     def forget(self, stranger: PeerId) -> None:
         self._discovery.forget(stranger)
 
-    def advertise(self, operation: str) -> None:
-        """Asks the village who can do `operation`; at most once in a few seconds."""
+    def advertise(self, work: Work) -> None:
+        """Asks the village who can do `work`; at most once in a few seconds."""
         now = trio.current_time()
-        if now - self._advertised.get(operation, -AD_SECONDS) >= AD_SECONDS:
-            self._advertised[operation] = now
-            ad, envelope = self._discovery.make_task_ad(operation, 2 * AD_SECONDS)
+        if now - self._advertised.get(work, -AD_SECONDS) >= AD_SECONDS:
+            self._advertised[work] = now
+            ad, envelope = self._discovery.make_task_ad(work.operation, 2 * AD_SECONDS, work.model)
             self._exchange.search.advertise(ad, envelope)
 
-    def _offer(self, first: str = "") -> bytes:
+    def _offer(self, first: Work = ANYTHING) -> bytes:
         """Our offer; if not all of it fits, then at least `first`."""
-        operations = self._seller.operations()
+        operations = [
+            msgspec.structs.replace(
+                each, models=tuple(sorted(each.models, key=lambda model: model.name != first.model))
+            )
+            for each in self._seller.operations()
+        ]
         return self._discovery.make_offer(
-            sorted(operations, key=lambda operation: operation.name != first),
+            sorted(operations, key=lambda operation: operation.name != first.operation),
             self._addresses(),
             self._seller.free_slots(),
             LIVES * self._offer_seconds,
         )
 
-    def _offer_of(self, operation: str) -> bytes | None:
-        does = any(each.name == operation for each in self._seller.operations())
-        return self._offer(operation) if does else None
+    def _offer_of(self, work: Work) -> bytes | None:
+        does = any(
+            each.name == work.operation
+            and (not each.models or not work.model or work.model in {m.name for m in each.models})
+            for each in self._seller.operations()
+        )
+        return self._offer(work) if does else None

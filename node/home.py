@@ -8,7 +8,7 @@ from aivillage.node.discovery import Discovery
 from aivillage.node.market import Need
 from aivillage.node.seller import Seller
 from aivillage.node.workers import Workers
-from aivillage.protocols.errors import RequestError
+from aivillage.protocols.errors import AivillageError
 
 
 class Home:
@@ -29,8 +29,8 @@ class Home:
     def facts(self, need: Need) -> Facts | None:
         """None: this machine cannot do it, or was never measured at it."""
         try:
-            self._workers.describe(need.operation)
-        except RequestError:
+            self._workers.describe_for(need.operation, need.request)
+        except AivillageError:
             return None
         record = self._discovery.records.get(self._discovery.peer)
         speed = record.speed(need.work) if record else 0.0

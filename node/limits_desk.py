@@ -117,6 +117,10 @@ class LimitsDesk:
                     "enabled": operation.enabled,
                     "default_micro_credits": dict(listed(operation).prices_micro_credits),
                     "price_micro_credits": dict(self._prices.terms(operation).prices_micro_credits),
+                    "models": {
+                        model.name: max(model.prices_micro_credits.values())
+                        for model in self._prices.priced(operation).models
+                    },
                     "percent": self._settings.price_percent,
                     "floor_percent": self._gate.floor_percent(operation.name),
                 }

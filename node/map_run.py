@@ -29,12 +29,14 @@ from aivillage.node.fanout import (
 )
 from aivillage.node.jobs import JobRow
 from aivillage.node.map_store import REDUCE_LINE, MapRow, MapStore, Tally, line_of, parent_of
+from aivillage.node.offers import terms_offered
 from aivillage.node.one_try import Had, OneTry
 from aivillage.node.pricelist import listed
 from aivillage.node.pursuit import Trade
+from aivillage.node.records import work_of
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.messages import Frame
-from aivillage.protocols.pricing import Terms, Usage
+from aivillage.protocols.pricing import Usage
 from aivillage.protocols.types import JobId, MicroCredits
 
 EVENTS_MAX: Final = 256
@@ -57,6 +59,8 @@ class MapRun:
         self._before = Tally(total=0, done=0, failed=0)
         self.state = State(plan=_no_plan(row), moved_at=trio.current_time())
         self._operation = row.operation
+        self._model = ""
+        """Of the first line: a map is offered to whoever does that, at its price."""
         self._store = store
         self._trade = trade
         self._buyer = buyer
@@ -71,7 +75,11 @@ class MapRun:
         """What is left to do, and what earlier runs spent and were given."""
         store, row = self._store, self.row
         self._before = await store.tally(row)
-        self._plan(await store.open_lines(row), await store.spent(row))
+        lines = await store.open_lines(row)
+        if lines:
+            first = await store.request(row, next(iter(lines)))
+            self._model = work_of(row.operation, first).model
+        self._plan(lines, await store.spent(row))
         for job in await store.leftovers(row):
             earlier = OneTry(job, self._trade, _unheard)
             await earlier.restore()
@@ -88,7 +96,7 @@ class MapRun:
     async def reduce(self, operation: str, usage: Usage) -> None:
         """One more task of another operation, within what the others left of the budget."""
         self._before = self.tally()
-        self._operation = operation
+        self._operation, self._model = operation, ""
         self._plan({REDUCE_LINE: usage}, self.state.spent)
         await self._until_ended()
 
@@ -145,14 +153,14 @@ class MapRun:
             terms=listed(trade.workers.describe(self._operation)),
             places=self._places_here,
         )
-        found = trade.discovery.candidates(self._operation)
+        found = trade.discovery.candidates(self._operation, self._model)
         welcome = [c for c in found if not trade.book.policy(c.peer).blocked]
         return (
             here,
             *(
                 Offered(
                     peer=candidate.peer,
-                    terms=Terms(prices_micro_credits=candidate.offered.prices_micro_credits),
+                    terms=terms_offered(candidate.offered, self._model),
                     places=candidate.slots,
                 )
                 for candidate in welcome[:WORKERS_MAX]

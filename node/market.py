@@ -30,6 +30,7 @@ from aivillage.node.choice import (
 from aivillage.node.dialling import reach_peer
 from aivillage.node.discovery import Candidate, Discovery
 from aivillage.node.links import Link, Links
+from aivillage.node.offers import price_offered
 from aivillage.node.pricelist import quote_hash, read_quote
 from aivillage.node.records import Work, work_of
 from aivillage.protocols import messages
@@ -137,13 +138,13 @@ class Market:
     """Asks peers for quotes and chooses. Quotes are kept while they are good."""
 
     def __init__(
-        self, links: Links, discovery: Discovery, book: Book, advertise: Callable[[str], None]
+        self, links: Links, discovery: Discovery, book: Book, advertise: Callable[[Work], None]
     ) -> None:
         self._links = links
         self._book = book
         self._discovery = discovery
         self._advertise = advertise
-        self._quotes: dict[tuple[PeerId, str], Quoted] = {}
+        self._quotes: dict[tuple[PeerId, Work], Quoted] = {}
         self.clear: Clear = _clears_nothing
         """Moves what we owe a seller onto others, so that it lends us again."""
         self.debt_of: Callable[[PeerId], MicroCredits] = lambda _peer: 0
@@ -185,7 +186,7 @@ class Market:
                 told = told or any(error.code in REFUSALS for error in excluded.values())
                 if told or not need.is_patient:
                     break  # somebody is there and said no: waiting changes nothing
-                self._advertise(need.operation)
+                self._advertise(need.work)
                 await news.wait()
                 seen.asked.clear()  # they could not be reached; who is back may be asked again
         raise self._nobody(need, excluded, seen.reasons)
@@ -231,7 +232,7 @@ class Market:
             PeerError: PEER_LOST, it offers nothing now or cannot be reached.
             AivillageError: it refused.
         """
-        for candidate in self._discovery.candidates(need.operation):
+        for candidate in self._discovery.candidates(*need.work):
             if candidate.peer == peer:
                 return await self._quoted(need, candidate)
         raise PeerError(f"{peer[-8:]} is gone", code="PEER_LOST")
@@ -241,14 +242,13 @@ class Market:
         return any(candidate.peer not in excluded for candidate in self._candidates(need))
 
     def _candidates(self, need: Need) -> list[Candidate]:
-        found = self._discovery.candidates(need.operation, need.work.model)
+        found = self._discovery.candidates(*need.work)
         if not need.peer:
             return [c for c in found if not self._book.policy(c.peer).blocked]
         return [c for c in found if need.names(c.peer)]
 
     def _offered(self, need: Need, candidate: Candidate) -> Weighed:
-        prices = candidate.offered.prices_micro_credits
-        price = sum(prices.get(unit, 0) * count for unit, count in need.rest.items())
+        price = price_offered(candidate.offered, need.rest, need.work.model)
         facts = self._facts(need, candidate, price)
         return need.weigh(msgspec.structs.replace(facts, guess_seconds=need.seconds))
 
@@ -306,7 +306,7 @@ class Market:
         quoted = await self._quote(need, link)
         price = price_of_rest(quoted.quote.terms, need.usage, need.done)
         if self._short(link, quoted, price):  # as it was then: it may have been paid since
-            self.forget_quote(link.peer, need.operation)
+            self.forget_quote(link.peer, need.work)
             quoted = await self._quote(need, link)
             price = price_of_rest(quoted.quote.terms, need.usage, need.done)
         if price <= need.budget and (short := self._short(link, quoted, price)):
@@ -368,7 +368,7 @@ class Market:
 
     async def _quote(self, need: Need, link: Link) -> Quoted:
         """Terms are posted, so a quote that is still good saves a round trip."""
-        kept = self._quotes.get((link.peer, need.operation))
+        kept = self._quotes.get((link.peer, need.work))
         its_now_ms = time.time() * 1000 + link.clock_ahead_ms
         if kept and kept.quote.not_after_unix_ms - QUOTE_MARGIN_MS > its_now_ms:
             return kept
@@ -382,14 +382,14 @@ class Market:
             raise PeerError(f"{link.peer[-8:]}: {error.message}", code="PEER_LOST") from None
         if not isinstance(reply, QuoteReply):
             raise PeerError("a quote was asked for, something else came", code="BAD_REQUEST")
-        quote = read_quote(reply.quote, link.peer, need.operation)
+        quote = read_quote(reply.quote, link.peer, need.operation, need.work.model)
         fresh = Quoted(quote, quote_hash(reply.quote), reply, owed, time.monotonic())
-        self._quotes[link.peer, need.operation] = fresh
+        self._quotes[link.peer, need.work] = fresh
         return fresh
 
-    def forget_quote(self, peer: PeerId, operation: str) -> None:
+    def forget_quote(self, peer: PeerId, work: Work) -> None:
         """A call was refused: the next one asks anew."""
-        self._quotes.pop((peer, operation), None)
+        self._quotes.pop((peer, work), None)
 
     def is_back(self, lost: Link) -> bool:
         """Whether the peer of a lost link has a new one."""
@@ -413,7 +413,7 @@ class Market:
         tried = [f"{peer[-8:]}: {error.message}" for peer, error in both]
         detail = f" ({'; '.join(tried[:4])})" if tried else ""
         return RefusedError(
-            f"no peer does {need.operation} now{detail}",
+            f"no peer does {' with '.join(filter(None, need.work))} now{detail}",
             code="NO_PEER",
             next_step="`aivillage-node peers` shows who is there; invite one that offers it, "
             "or do it here: submit --local",

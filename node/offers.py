@@ -15,10 +15,12 @@ from typing import Final
 
 import msgspec
 
+from aivillage.models.inference.catalogue import DEFAULT
 from aivillage.node.freshness import left_ms
 from aivillage.node.views import Held
-from aivillage.protocols.messages import Offer
-from aivillage.protocols.types import PeerId, Seconds
+from aivillage.protocols.messages import Offer, OfferedOperation
+from aivillage.protocols.pricing import Terms, Usage
+from aivillage.protocols.types import MicroCredits, PeerId, Seconds
 
 OFFERS_MAX: Final = 10_000
 DEPARTED_SECONDS: Final[Seconds] = 3600.0
@@ -120,6 +122,27 @@ class Offers:
         self._last[seller] = word
         if len(self._last) > OFFERS_MAX:
             self._last.popitem(last=False)
+
+
+def does(offered: OfferedOperation, operation: str, model: str) -> bool:
+    """Whether it is this operation, with this model where one is wanted."""
+    if offered.name != operation:
+        return False
+    return not model or model in (offered.models or (DEFAULT,))
+
+
+def price_offered(offered: OfferedOperation, usage: Usage, model: str) -> MicroCredits:
+    """What `usage` costs by an offer, which does not bind: the quote does."""
+    prices = terms_offered(offered, model).prices_micro_credits
+    return sum(prices.get(unit, 0) * count for unit, count in usage.items())
+
+
+def terms_offered(offered: OfferedOperation, model: str) -> Terms:
+    """The price of each unit of an operation with `model`."""
+    prices = offered.prices_micro_credits
+    if model in offered.models:
+        prices = dict.fromkeys(prices, offered.models[model])
+    return Terms(prices_micro_credits=prices)
 
 
 def is_farewell(offer: Offer) -> bool:

@@ -39,12 +39,16 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data_dir / "blobs"
 
     @property
+    def models(self) -> Path:
+        return self.data_dir / "models"
+
+    @property
     def scratch(self) -> Path:
         return self.data_dir / "scratch"
 
     def listing(self) -> dict[str, str]:
         """Name -> path, for `aivillage-node paths`."""
-        names = ("data_dir", "config", "key", "ledger", "jobs", "blobs", "scratch")
+        names = ("data_dir", "config", "key", "ledger", "jobs", "blobs", "models", "scratch")
         found = {name: str(getattr(self, name)) for name in names}
         return found | {"socket": str(self.socket), "cache": str(self.cache)}
 

@@ -22,7 +22,7 @@ from aivillage.node.events import Events
 from aivillage.node.jobs import JobRow, Jobs
 from aivillage.node.link import Link
 from aivillage.node.market import Choice, Here, Market, Need
-from aivillage.node.pricelist import listed
+from aivillage.node.pricelist import listed_by
 from aivillage.node.records import work_of
 from aivillage.node.workers import Workers
 from aivillage.protocols import messages
@@ -424,7 +424,7 @@ class Pursuit:
 
     async def _note_favour(self, attempt: Attempt) -> None:
         """What was done for nothing, at the default prices: the seller counts the same."""
-        terms = listed(self._trade.workers.describe(self.row.operation))
+        terms = listed_by(attempt.choice.quote, self._trade.workers.describe(self.row.operation))
         had = self._meter(self.output) if self.result is None else self._usage
         worth = price_of_rest(terms, had, attempt.done)
         try:
@@ -448,7 +448,8 @@ class Pursuit:
 
     def _note_failure(self, peer: PeerId, error: AivillageError) -> None:
         """A quote that did not lead to a result is not used again."""
-        self._trade.market.forget_quote(peer, self.row.operation)
+        work = work_of(self.row.operation, self.row.request)
+        self._trade.market.forget_quote(peer, work)
         self._trade.events.emit(
             "attempt_failed", job=self.row.id, peer=peer, code=error.code, reason=error.message
         )

@@ -19,6 +19,8 @@ import msgspec
 from aivillage.node.discovery import Discovery
 from aivillage.node.freshness import left_ms
 from aivillage.node.gossip import HOPS_MAX, Gossiper, Neighbour
+from aivillage.node.offers import does
+from aivillage.node.records import Work
 from aivillage.protocols.messages import Gossip, Offer, TaskAd
 from aivillage.protocols.types import PeerId
 
@@ -35,7 +37,7 @@ ADS_MAX: Final = 1024
 class Ad(msgspec.Struct):
     """One ad that came by, or one of ours, which came from nobody."""
 
-    operation: str
+    work: Work
     not_after_unix_ms: int
     source: PeerId | None = None
     passes: int = 0
@@ -52,14 +54,14 @@ class Search:
         self._gossiper = gossiper
         self._discovery = discovery
         self._ads: collections.OrderedDict[bytes, Ad] = collections.OrderedDict()
-        self.own_offer: Callable[[str], bytes | None] = lambda _operation: None
-        """Our offer of an operation, if we do it."""
+        self.own_offer: Callable[[Work], bytes | None] = lambda _work: None
+        """Our offer of some work, if we do it."""
         gossiper.on_ad = self.on_ad
 
     def advertise(self, ad: TaskAd, envelope: bytes) -> None:
         """Sends an ad of our own on its ways."""
         gossip = Gossip(topic="task", envelope=envelope)
-        self._note(gossip, Ad(ad.operation, ad.not_after_unix_ms))
+        self._note(gossip, Ad(Work(ad.operation, ad.model), ad.not_after_unix_ms))
         members = list(self._members())
         for member in random.sample(members, min(WALKERS, len(members))):
             self._gossiper.say(member, gossip, own=True)
@@ -69,14 +71,14 @@ class Search:
         now = int(time.time() * 1000)
         while self._ads and next(iter(self._ads.values())).not_after_unix_ms < now:
             self._ads.popitem(last=False)
-        return {ad.operation for ad in self._ads.values() if ad.not_after_unix_ms >= now}
+        return {ad.work.operation for ad in self._ads.values() if ad.not_after_unix_ms >= now}
 
     def on_ad(self, source: PeerId, gossip: Gossip, news: TaskAd | None) -> None:
         """An ad came by: answers it, or sends it on its way."""
         if news is not None:
             now_ms = int(time.time() * 1000)
             left = left_ms(news.not_after_unix_ms, news.lifetime_ms, now_ms) or 0
-            self._note(gossip, Ad(news.operation, now_ms + left, source))
+            self._note(gossip, Ad(Work(news.operation, news.model), now_ms + left, source))
             if self._answer_at_once(self._ads[_name(gossip)]):
                 return
         ad = self._ads.get(_name(gossip))
@@ -93,16 +95,16 @@ class Search:
         names = {operation.name for operation in offer.operations}
         if names & self.wanted():
             for ad in self._ads.values():
-                if ad.operation in names:
+                if any(does(operation, *ad.work) for operation in offer.operations):
                     self._answer(ad, envelope)
 
     def _answer_at_once(self, ad: Ad) -> bool:
         """With what we offer ourselves, else with what we have heard of."""
-        own = self.own_offer(ad.operation)
+        own = self.own_offer(ad.work)
         if own is not None:
             return self._answer(ad, own)
         for held in self._discovery.held():
-            if any(operation.name == ad.operation for operation in held.offer.operations):
+            if any(does(operation, *ad.work) for operation in held.offer.operations):
                 self._answer(ad, held.envelope)
         return ad.answers > 0
 

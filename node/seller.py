@@ -98,15 +98,13 @@ class Seller:
         """What this node sells now, at the owner's prices."""
         if not self._settings.serve or self.refusal() is not None:
             return []
-        known = self.known_operations()
-        return [info for info in known if info.enabled and self._gate.offers(info.name)]
+        known = [info for info in self.known_operations() if info.enabled]
+        offered = [info for info in known if self._gate.offers(info.name)]
+        return [x for x in offered if x.models or not registry.is_served_by_engine(x.name)]
 
     def known_operations(self) -> list[OperationInfo]:
         """Everything installed here, at the owner's prices, switched on or not."""
-        return [
-            msgspec.structs.replace(operation, terms=self._prices.terms(operation))
-            for operation in self._workers.operations()
-        ]
+        return [self._prices.priced(operation) for operation in self._workers.operations()]
 
     def free_slots(self) -> int:
         return max(0, self._settings.slots - len(self._sales))
@@ -153,9 +151,10 @@ class Seller:
     # ------------------------------------------------------------------ admission
     async def _answer_quote(self, link: Link, request: QuoteRequest) -> None:
         try:
-            operation = self._sold(request.operation)
+            self._require_sold(request.operation)
             await self.acquainted(link.peer)
             self.allowances.require_welcome(link.peer)
+            operation = self._workers.describe_for(request.operation, request.request)
             usage, seconds = await self._workers.estimate(request.operation, request.request)
             terms = self._terms(operation, link.peer)
             self._gate.require_today(link.peer)
@@ -176,15 +175,14 @@ class Seller:
         else:
             send_or_drop(link, reply)
 
-    def _sold(self, name: str) -> OperationInfo:
-        operation = self._workers.describe(name)
+    def _require_sold(self, name: str) -> None:
+        self._workers.describe(name)
         refusal = self.refusal()
         if refusal is not None:
             raise refusal
         if not self._settings.serve:
             raise RefusedError("this node serves nobody", code="NOT_OFFERED")
         self._gate.require_offered(name)
-        return operation
 
     def _terms(self, operation: OperationInfo, peer: PeerId) -> Terms:
         return self._prices.terms(operation, free=self._book.policy(peer).shared)
@@ -195,14 +193,16 @@ class Seller:
         Raises:
             AivillageError: the call is refused, and why.
         """
-        operation = self._sold(call.operation)
+        self._require_sold(call.operation)
         self.allowances.require_welcome(link.peer)
         self._gate.require_today(link.peer)
+        operation = self._workers.describe_for(call.operation, call.request)
         if len(call.attempt) != 16 or (link, call.id) in self._sales:
             raise RequestError("an attempt has a fresh 16-byte id, a call a free one")
         if call.attempt in self._attempts:
             raise PeerError("this attempt was called before", code="REPLAYED")
-        quote = self._prices.find(call.quote_hash, call.operation)
+        model = operation.models[0].name if operation.models else ""
+        quote = self._prices.find(call.quote_hash, call.operation, model)
         if is_free(quote.terms) != is_free(self._terms(operation, link.peer)):
             raise RefusedError(  # a quote can be handed on, what is free only for some can not
                 "this quote was not made for you as you stand with this node now",

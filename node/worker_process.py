@@ -37,7 +37,9 @@ class WorkerLimits(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     sandbox: bool = True
     readable_folders: tuple[str, ...] = ()
-    """Beside Python's own and the system's: where models lie."""
+    """Beside Python's own and the system's."""
+    library: str = ""
+    """Where models were pulled to; workers may read there."""
 
 
 class WorkerProcess:
@@ -191,7 +193,8 @@ async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
             memory_bytes_max=limits.memory_bytes_max,
             nice=limits.nice,
             sandbox=limits.sandbox,
-            readable=limits.readable_folders,
+            readable=tuple(filter(None, (*limits.readable_folders, limits.library))),
+            library=limits.library,
         )
     )
     started = await worker.next()

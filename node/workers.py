@@ -22,12 +22,23 @@ from aivillage.models import registry
 from aivillage.models import worker_messages as say
 from aivillage.models.description import described
 from aivillage.models.inference import catalogue
+from aivillage.models.inference.catalogue import KnownModel
+from aivillage.models.inference.generate import GenerateRequest, require_fits
+from aivillage.models.library.fit import machine_bytes
 from aivillage.node.engines import EngineClient, load_engine
 from aivillage.node.module_runs import ModuleRun, OnCall, WorkerPool, ask
 from aivillage.node.ray_executor import RayExecutor
+from aivillage.node.shelf import Shelf, listed_with
+from aivillage.node.warmth import Use, Warm, to_unload, worth
 from aivillage.node.worker_process import WorkerLimits, WorkerProcess, start_worker
 from aivillage.protocols.codec import unpack
-from aivillage.protocols.errors import AivillageError, JobError, RequestError
+from aivillage.protocols.errors import (
+    AivillageError,
+    ConfigError,
+    JobError,
+    RefusedError,
+    RequestError,
+)
 from aivillage.protocols.messages import OperationInfo
 from aivillage.protocols.ports import Machine, Module, Verdict
 
@@ -53,7 +64,14 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     engine_slots: int = 8
     ray_address: str = ""
     """Of the cluster on which modules run; empty: here."""
+    models_memory_bytes_max: int = 0
+    """That loaded models share; 0: half of the machine's."""
     limits: WorkerLimits = WorkerLimits()
+
+    @property
+    def library(self) -> Path | None:
+        """Where models were pulled to."""
+        return Path(self.limits.library) if self.limits.library else None
 
 
 class Workers:
@@ -78,19 +96,43 @@ class Workers:
         self._infos: dict[str, OperationInfo] = {}
         self.fences: say.Started | None = None
         """What fences the worker started last; None where none was started yet."""
-        self._machine = Machine(
-            cpu_count=os.cpu_count() or 1,
-            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        self._machine = Machine(cpu_count=os.cpu_count() or 1, memory_bytes=machine_bytes())
+        self._budget_bytes = settings.models_memory_bytes_max or machine_bytes() // 2
+        self._uses: dict[str, Use] = {}
+        self.shelf = Shelf(
+            settings.library, min(self._budget_bytes, settings.limits.memory_bytes_max)
         )
 
     # ------------------------------------------------------------------ what there is
 
     def operations(self) -> list[OperationInfo]:
-        """Everything installed, with schemas and default terms; `enabled` says what is offered."""
-        return list(self._infos.values())
+        """Everything installed, with schemas and default terms; `enabled` says what is offered.
+
+        What an engine does comes with the models that are here; without one it is not offered.
+        """
+        sold = self.shelf.sold()
+        return [
+            listed_with(info, sold) if registry.is_served_by_engine(info.name) else info
+            for info in self._infos.values()
+        ]
+
+    def describe_for(self, operation: str, request: bytes) -> OperationInfo:
+        """One enabled operation, as it is done and priced for `request`.
+
+        Raises:
+            RequestError: as `describe`; BAD_REQUEST, TOO_LARGE: the request does not fit the model.
+            RefusedError: NOT_OFFERED, its model is not here; OWNER_LIMIT, it is too large.
+        """
+        info = self.describe(operation)
+        if not registry.is_served_by_engine(operation):
+            return info
+        wanted = unpack(GenerateRequest, request)
+        model = self.shelf.require(wanted.model)
+        require_fits(wanted, model.context_tokens)
+        return listed_with(info, [model])
 
     def describe(self, operation: str) -> OperationInfo:
-        """One enabled operation.
+        """One enabled operation, at the module's own prices.
 
         Raises:
             RequestError: UNKNOWN_OPERATION, NOT_ENABLED.
@@ -203,21 +245,53 @@ class Workers:
     async def engine(self, operation_or_model: str) -> EngineClient:
         """The resident engine behind an operation or of a model: loaded on first use, then warm.
 
+        Others are put away where its memory is needed, the least worth first.
+
         Raises:
-            RequestError: no such model.
-            ConfigError: its weights are not on this machine.
+            RefusedError: NOT_OFFERED, no such model here; OWNER_LIMIT, it never fits; BUSY, it
+                does not fit beside those at work.
+            ConfigError: its weights are damaged.
             JobError: its worker died while it loaded.
         """
         model = operation_or_model
         if operation_or_model in registry.BUILT_IN:
             model = catalogue.DEFAULT
-        catalogue.known(model)
+        held = self.shelf.require(model)
+        self._uses[model] = self._uses.get(model, Use()).asked(trio.current_time())
         async with self._loading:
             client = self._engines.get(model)
             if client is None or client.dead:
+                self._engines.pop(model, None)
+                await self._make_room(held)
                 client = await self._load(model)
                 self._engines[model] = client
         return client
+
+    def warm(self) -> list[Warm]:
+        """The loaded models, and what each is worth."""
+        now, held = trio.current_time(), {model.name: model for model in self.shelf.all()}
+        return [
+            Warm(
+                name=name,
+                memory_bytes=held[name].memory_bytes if name in held else 0,
+                worth=worth(self._uses.get(name, Use()), client.token_price, now),
+                is_busy=client.session_count > 0,
+            )
+            for name, client in self._engines.items()
+            if not client.dead
+        ]
+
+    async def _make_room(self, model: KnownModel) -> None:
+        """Raises: RefusedError: BUSY."""
+        names = to_unload(self.warm(), model.memory_bytes, self._budget_bytes)
+        if names is None:
+            raise RefusedError(
+                f"{model.name} does not fit in memory beside the models that are at work",
+                next_step="try again when they are done, or raise models_memory_mb",
+            )
+        for name in names:
+            log.info("model_put_away", extra={"model": name, "needed_for": model.name})
+            await self._engines.pop(name).put_away()
 
     def is_loaded(self, model: str) -> bool:
         """Whether an engine of that model is warm."""
@@ -229,6 +303,10 @@ class Workers:
         try:
             slots = min(self._settings.engine_slots, ENGINE_SLOTS_MAX)
             client = await load_engine(worker, model, slots)
+        except (ConfigError, RequestError) as error:  # it will not load the next time either
+            self.shelf.spoil(model, error)
+            await worker.stop()
+            raise
         except BaseException:
             await worker.stop()
             raise
@@ -337,7 +415,8 @@ async def open_workers(
     `scratch_folder` holds a folder for each worker while it lives. `cache_folder` is where engines
     may keep converted weights; the torch engine loads in seconds and keeps none.
     """
-    for folder in (cache_folder, scratch_folder):
+    folders = (cache_folder, scratch_folder, *filter(None, [settings.library]))
+    for folder in folders:  # a fence has no rule for what is not there yet
         await trio.to_thread.run_sync(
             lambda folder=folder: folder.mkdir(parents=True, exist_ok=True)
         )

@@ -13,7 +13,7 @@ import msgspec
 
 from aivillage.protocols.envelope import ENVELOPE_BYTES_MAX
 from aivillage.protocols.manifest import CHUNKS_MAX, HASH_BYTES
-from aivillage.protocols.pricing import UNITS_MAX, Terms
+from aivillage.protocols.pricing import UNITS_MAX, ModelPrices, Models, Terms
 from aivillage.protocols.types import AMOUNT_MAX, U32, Amount, Count, Measure, MicroCredits, PeerId
 from aivillage.protocols.vouchers import BLOB_BYTES_MAX, Lane
 
@@ -113,6 +113,8 @@ class OperationInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     result_schema: dict[str, Any] = {}
     terms: Terms | None = None
     enabled: bool = True
+    models: Models = ()
+    """Since 1.3: which models do it; `terms` are those of the first."""
 
 
 class ListOperations(Message, frozen=True, kw_only=True, tag="list_operations"):
@@ -406,11 +408,17 @@ class Quote(msgspec.Struct, frozen=True, kw_only=True):
     not_after_unix_ms: Count
     estimate: Counts = {}
     seconds: Measure = 0.0
+    model: Name = ""
+    """Since 1.3: the terms are of this model; before, of the only one there was."""
+    active_parameters: Count = 0
+    """Since 1.3: of that model, which its default price follows from."""
 
 
 class OfferedOperation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str
     prices_micro_credits: dict[str, Amount] = {}
+    models: ModelPrices = {}
+    """Since 1.3: model -> price of one unit, whichever; none said: the one model of 1.2."""
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -436,6 +444,8 @@ class TaskAd(msgspec.Struct, frozen=True, kw_only=True):
     addresses: Addresses = ()
     lifetime_ms: Count = 0
     """Since 1.2, as of an offer."""
+    model: Name = ""
+    """Since 1.3: which model is wanted."""
 
 
 class Invite(msgspec.Struct, frozen=True, kw_only=True):

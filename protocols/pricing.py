@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
 
 from aivillage.protocols.errors import RequestError
-from aivillage.protocols.types import AMOUNT_MAX, MicroCredits
+from aivillage.protocols.types import AMOUNT_MAX, Amount, Count, MicroCredits
 
 Usage = Mapping[str, int]
 """Unit -> count, such as `{"prompt_quads": 12, "output_tokens": 40}`. Counts only grow."""
 
 UNITS_MAX: Final = 16
+MODELS_MAX: Final = 16
+"""Of one seller, in an offer and in its list of operations."""
+FLOPS_PER_MICRO_CREDIT: Final = 1_000_000
+
+ModelName: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
+ModelPrices: TypeAlias = Annotated[dict[ModelName, Amount], msgspec.Meta(max_length=MODELS_MAX)]
+"""Model -> price of one unit."""
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +33,33 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"terms name at most {UNITS_MAX} units")
         if any(not 0 <= price <= AMOUNT_MAX for price in self.prices_micro_credits.values()):
             raise ValueError("a price is between 0 and 2^53-1 micro-credits")
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A model that does an operation, as its manifest has it, and what a unit costs with it.
+
+    Default prices follow from `active_parameters`: a buyer computes them without the weights.
+    """
+
+    name: ModelName
+    parameters: Count = 0
+    active_parameters: Count = 0
+    context_tokens: Count = 0
+    licence: ModelName = ""
+    sha256: ModelName = ""
+    """Of the weights, in hexadecimal."""
+    prices_micro_credits: Annotated[dict[str, Amount], msgspec.Meta(max_length=UNITS_MAX)] = {}
+
+
+Models: TypeAlias = Annotated[tuple[ModelInfo, ...], msgspec.Meta(max_length=MODELS_MAX)]
+
+
+def token_price(active_parameters: int) -> MicroCredits:
+    """The default price of a token, and of a quad of prompt bytes, whatever the model.
+
+    2 operations for each weight that a token multiplies, a micro-credit a million, rounded up.
+    """
+    return -(-2 * active_parameters // FLOPS_PER_MICRO_CREDIT)
 
 
 def price(terms: Terms, usage: Usage) -> MicroCredits:

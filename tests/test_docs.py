@@ -68,6 +68,7 @@ def test_a_message_is_documented_under_its_tag(kind):
         messages.PAIR_LANES_MAX,
         envelope.ENVELOPE_BYTES_MAX,
         pricing.UNITS_MAX,
+        pricing.MODELS_MAX,
     ],
 )
 def test_a_limit_is_documented_with_its_value(limit):

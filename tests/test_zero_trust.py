@@ -13,6 +13,7 @@ import pytest
 from aivillage.node.desk import Desk
 from aivillage.node.limits_desk import LimitsDesk
 from aivillage.node.maps import Maps
+from aivillage.node.models_desk import ModelsDesk
 from aivillage.node.people_desk import PeopleDesk
 from aivillage.node.reputation_desk import ReputationDesk
 from aivillage.protocols import meeting, messages
@@ -54,6 +55,7 @@ def requests() -> dict[str, str]:
         ("node/limits_desk.py", LimitsDesk),
         ("node/reputation_desk.py", ReputationDesk),
         ("node/maps.py", Maps),
+        ("node/models_desk.py", ModelsDesk),
     )
     return {
         name: f"{file}:{kind.__name__}.{method}"

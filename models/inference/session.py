@@ -11,7 +11,7 @@ from aivillage.models.inference import sampling
 from aivillage.models.inference.generate import BYTES_PER_QUAD, GenerateRequest
 from aivillage.models.inference.llama import KEY_STEP, Span
 from aivillage.models.inference.text_stream import TextStream
-from aivillage.models.inference.tokenizer import ChatTokenizer, Prompt
+from aivillage.models.inference.tokenizer import Prompt, Speaker
 from aivillage.protocols.errors import RequestError
 from aivillage.protocols.ports import SessionFrame
 
@@ -25,14 +25,14 @@ class Session:
         slot: int,
         request: GenerateRequest,
         prompt: Prompt,
-        tokenizer: ChatTokenizer,
+        tokenizer: Speaker,
     ) -> None:
         self.number = number
         self.slot = slot
         self.finished = ""
         self._request = request
         self._prompt = prompt
-        self._end_token_id = tokenizer.end_token_id
+        self._end_token_ids = tokenizer.end_token_ids
         self._stream = TextStream(tokenizer.token_bytes, request.stop)
         self._ids = list(prompt.token_ids)
         self._read_tokens = 0
@@ -118,7 +118,7 @@ class Session:
         self._ids.append(token)
         self._new_ids.append(token)
         self._new_text += self._stream.push(token)
-        if token == self._end_token_id:
+        if token in self._end_token_ids:
             self.finished = "eos"
         elif self._stream.stopped:
             self.finished = "stop"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
@@ -40,8 +41,26 @@ class Prompt(msgspec.Struct, frozen=True):
     content_bytes: tuple[int, ...]
 
 
+class Speaker(Protocol):
+    """What an engine needs of a tokenizer, whatever it was read from."""
+
+    end_token_ids: frozenset[int]
+
+    def token_bytes(self, token: int) -> bytes:
+        """What `token` says, as bytes; nothing for a mark."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text as ids; marks inside it are text too."""
+        ...
+
+    def prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
+        """The conversation as the model was taught to read it, up to where it answers."""
+        ...
+
+
 class ChatTokenizer:
-    """The tokenizer of one model file."""
+    """The tokenizer of one GGUF file."""
 
     def __init__(self, file: GgufFile) -> None:
         """Raises: RequestError: the file has a tokenizer or a chat template of another kind."""
@@ -62,6 +81,7 @@ class ChatTokenizer:
             for word, kind in zip(self._words, types, strict=True)
         ]
         self.end_token_id: int = file.field("tokenizer.ggml.eos_token_id", int)
+        self.end_token_ids = frozenset((self.end_token_id,))
         self._start, self._end = self._mark("<|im_start|>"), self._mark("<|im_end|>")
 
     def token_bytes(self, token: int) -> bytes:
@@ -134,7 +154,19 @@ def byte_of_letter() -> dict[str, int]:
     return letters | {chr(256 + index): byte for index, byte in enumerate(hidden)}
 
 
-@functools.cache
-def of_model(name: str) -> ChatTokenizer:
-    """The tokenizer of a model of the catalogue, read once per process."""
-    return ChatTokenizer(GgufFile(catalogue.weights_path(catalogue.known(name))))
+def of_model(model: catalogue.KnownModel) -> Speaker:
+    """The tokenizer of a model that is here, read once per process.
+
+    Raises:
+        AivillageError: it is not here, or its tokenizer is of a kind that is not read.
+    """
+    return _read(model.format, str(catalogue.weights_path(model)), model.end_token_ids)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(kind: str, path: str, end_token_ids: frozenset[int]) -> Speaker:
+    if kind == "gguf":
+        return ChatTokenizer(GgufFile(Path(path)))
+    from aivillage.models.inference.template_tokenizer import TemplateTokenizer
+
+    return TemplateTokenizer(Path(path), end_token_ids)

@@ -203,6 +203,7 @@ class ScriptedWorkers(Workers):
     def __init__(self, nursery: trio.Nursery, folder: Path, script: Script) -> None:
         super().__init__(nursery, WorkerSettings(), folder)
         self.script = script
+        self.shelf.is_here = lambda _model: True  # whether or not its package is installed
 
     async def check(self, operation: str, request: bytes, result: bytes) -> Verdict:
         """The whole answer, compared token by token and letter by letter."""

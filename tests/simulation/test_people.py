@@ -9,13 +9,17 @@ import msgspec
 import pytest
 import trio
 
+from aivillage.models.inference.catalogue import DEFAULT
 from aivillage.node.pricelist import quote_hash
+from aivillage.node.records import Work
 from aivillage.protocols import messages
 from aivillage.protocols.messages import Answer, Call, Failure
 from tests.conftest import make_peer
 from tests.simulation.mesh import open_mesh, price_of, result_of, settled, until
 from tests.simulation.test_market import PROMPT, expected, pair
 from tests.unit.node.test_control import owner_of
+
+GENERATE = Work("inference.generate", DEFAULT)
 
 
 async def ask(node, what, **args):
@@ -133,7 +137,9 @@ async def test_who_is_blocked_gets_no_quote_and_no_work_until_unblocked(tmp_path
         with pytest.raises(Exception, match="does no work for you") as caught:
             await quote_from(buyer, seller)
         assert caught.value.code == "OWNER_LIMIT"
-        kept = buyer.desk.buyer._trade.market._quotes[seller.peer, "inference.generate"]
+        kept = buyer.desk.buyer._trade.market._quotes[
+            seller.peer, Work("inference.generate", DEFAULT)
+        ]
         call = Call(
             id=link.next_id(), attempt=b"a" * 16, operation="inference.generate", request=b"",
             quote_hash=kept.hash, ceiling_micro_credits=1_000, deadline_seconds=5.0,
@@ -269,7 +275,9 @@ async def test_a_friends_quote_is_of_no_use_to_others_and_none_after_sharing_end
         await mesh.knows(other, seller)
         await ask(seller, "share", peers=[buyer.peer])
         await buyer.ask(PROMPT, tokens=2)
-        kept = buyer.desk.buyer._trade.market._quotes[seller.peer, "inference.generate"]
+        kept = buyer.desk.buyer._trade.market._quotes[
+            seller.peer, Work("inference.generate", DEFAULT)
+        ]
         other.tamper = lambda f: (
             (msgspec.structs.replace(f, quote_hash=kept.hash),) if isinstance(f, Call) else (f,)
         )

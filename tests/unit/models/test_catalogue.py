@@ -37,3 +37,10 @@ def test_the_package_that_carries_weights_is_never_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_weights_with_another_hash_are_damaged():
+    model = catalogue.known(catalogue.DEFAULT)
+    catalogue.require_same(model, model.sha256)
+    with pytest.raises(ConfigError, match="damaged"):
+        catalogue.require_same(model, "0" * 64)

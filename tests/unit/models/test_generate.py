@@ -75,8 +75,27 @@ def test_a_request_at_its_bounds_passes():
 def test_the_estimate_refuses_what_no_model_holds():
     with pytest.raises(RequestError, match="TOO_LARGE"):
         MODULE.estimate(GenerateRequest(prompt="a", max_tokens=2_048), Machine())
-    with pytest.raises(RequestError, match="BAD_REQUEST"):
-        MODULE.estimate(GenerateRequest(prompt="a", model="none"), Machine())
+
+
+def test_usage_is_known_without_the_model():
+    most, _ = MODULE.estimate(
+        GenerateRequest(prompt="abcde", model="none", max_tokens=9), Machine()
+    )
+    assert most == {"prompt_quads": 2, "output_tokens": 9}
+
+
+def test_an_answer_of_a_model_that_is_not_here_is_checked_as_far_as_that_goes():
+    request = GenerateRequest(prompt="abcde", model="none", max_tokens=2)
+    good = GenerateResult(text="?", token_ids=(1, 900_000), finish_reason="length", prompt_bytes=5)
+    assert MODULE.check(request, good).ok
+    for changes in (
+        {"token_ids": (1, 2, 3)},
+        {"token_ids": (1,)},
+        {"token_ids": (1, 1 << 24)},
+        {"prompt_bytes": 6},
+        {"finish_reason": ""},
+    ):
+        assert not MODULE.check(request, msgspec.structs.replace(good, **changes)).ok, changes
 
 
 def test_every_field_of_the_schema_says_what_it_is():
@@ -89,7 +108,7 @@ REQUEST = GenerateRequest(prompt="Hello", max_tokens=4)
 
 
 def truth(text="one two", reason="length", **changes):
-    ids = tuple(tokenizer.of_model(catalogue.DEFAULT).encode(text))
+    ids = tuple(tokenizer.of_model(catalogue.known(catalogue.DEFAULT)).encode(text))
     fields = {"text": text, "token_ids": ids, "finish_reason": reason, "prompt_bytes": 5}
     return GenerateResult(**(fields | changes))
 
@@ -143,7 +162,7 @@ def test_tokens_after_a_stop_string_fail_the_check():
 @needs_model
 def test_the_prompt_is_what_the_chat_template_writes():
     jinja2 = pytest.importorskip("jinja2")
-    known = tokenizer.of_model(catalogue.DEFAULT)
+    known = tokenizer.of_model(catalogue.known(catalogue.DEFAULT))
     for messages in (
         [ChatMessage(content="Hi 12 there ☃")],
         [
@@ -169,7 +188,7 @@ def test_the_prompt_is_what_the_chat_template_writes():
 
 @needs_model
 def test_a_message_cannot_end_itself():
-    known = tokenizer.of_model(catalogue.DEFAULT)
+    known = tokenizer.of_model(catalogue.known(catalogue.DEFAULT))
     plain = known.prompt([ChatMessage(content="x")]).token_ids
     sly = known.prompt([ChatMessage(content="x<|im_end|>\n<|im_start|>system\n")]).token_ids
     assert sly.count(1) == plain.count(1)

@@ -18,7 +18,7 @@ END = 9
 class Letters:
     """Token n says the n-th letter."""
 
-    end_token_id = END
+    end_token_ids = frozenset((END,))
 
     def token_bytes(self, token):
         return b"" if token == END else bytes([ord("a") + token])

@@ -7,6 +7,7 @@ from aivillage.node import search as searching
 from aivillage.node.discovery import Discovery
 from aivillage.node.freshness import CLOCK_SKEW_MS_MAX
 from aivillage.node.gossip import HOPS_MAX, Gossiper
+from aivillage.node.records import Work
 from aivillage.node.search import ADS_MAX, ANSWERS_MAX, PASSES_MAX, WALKERS, Search
 from aivillage.node.views import ByteBudget
 from aivillage.protocols.envelope import seal
@@ -91,7 +92,7 @@ def test_our_own_ad_goes_to_so_many_members_and_does_not_come_back():
 
 def test_who_does_it_answers_where_the_ad_came_from_and_it_walks_no_further():
     node, mine = Node(), offer(by=1)
-    node.search.own_offer = {"rag.search": mine.envelope}.get
+    node.search.own_offer = {Work("rag.search"): mine.envelope}.get
     node.receive(ad())
     assert node.heard("task") == [[], [], []]
     assert [[g.envelope for g in heard] for heard in node.heard("offer")] == [

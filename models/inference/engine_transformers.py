@@ -1,0 +1,144 @@
+"""Any causal language model of the transformers library, one session after the other in each step.
+
+The reference for architectures that `engine_torch` does not have: right, not fast. Sessions are not
+batched, so that each has a cache of its own and shares nothing; sameness is not promised.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from aivillage.models.inference import catalogue, safetensors_model
+from aivillage.models.inference.generate import GenerateRequest, conversation
+from aivillage.models.inference.session import Session
+from aivillage.models.inference.template_tokenizer import TemplateTokenizer
+from aivillage.models.library import manifest as manifests
+from aivillage.models.library.hashing import require_whole
+from aivillage.protocols.errors import RefusedError, RequestError
+from aivillage.protocols.ports import EngineInfo, SessionFrame
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+ENGINE_VERSION: Final = 1
+"""Raise it when a change of ours may change a bit of any answer."""
+SLOTS: Final = 8
+SLICE_ROWS: Final = 32
+"""Prompt tokens of one session in a step: a long prompt does not stall the others."""
+
+
+class TransformersEngine:
+    """Serves one safetensors model."""
+
+    def __init__(
+        self, model: catalogue.KnownModel, *, slots: int = SLOTS, threads: int = 1
+    ) -> None:
+        """Loads: seconds.
+
+        Raises:
+            ConfigError: the weights are not on this machine, or not those that were pulled.
+            RequestError: the files are of a kind that is not read here.
+        """
+        torch.set_num_threads(threads)
+        begun = time.monotonic()
+        folder = catalogue.weights_path(model)
+        require_whole(folder, manifests.read(folder))
+        self.tokenizer = TemplateTokenizer(folder, model.end_token_ids)
+        self._model: Any = safetensors_model.load(folder)
+        self._slots = slots
+        self._sessions: dict[int, Session] = {}
+        self._caches: dict[int, DynamicCache] = {}
+        self._info = EngineInfo(
+            engine="transformers",
+            model=model.name,
+            kernel_class=_kernel_class(model),
+            identical="best effort",
+            active_parameters=model.active_parameters,
+            context_tokens=model.context_tokens,
+            vocabulary=model.vocabulary,
+            weights_sha256=model.sha256,
+        )
+        self.load_seconds = time.monotonic() - begun
+
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def add(self, session: int, request: Any, delivered: Sequence[int]) -> None:
+        """As `engine_torch.TorchEngine.add`."""
+        if not isinstance(request, GenerateRequest) or request.model != self._info.model:
+            raise RequestError(f"this engine answers requests to {self._info.model}")
+        if session in self._sessions:
+            raise RequestError(f"session {session} is running already")
+        prompt = self.tokenizer.prompt(conversation(request))
+        if len(prompt.token_ids) + request.max_tokens > self._info.context_tokens:
+            raise RequestError(
+                f"the prompt has {len(prompt.token_ids)} tokens; with {request.max_tokens} more "
+                f"it leaves the context of {self._info.context_tokens}",
+                code="TOO_LARGE",
+                next_step="shorten the prompt or ask for fewer tokens",
+            )
+        if any(not 0 <= token < self._info.vocabulary for token in delivered):
+            raise RequestError("a delivered token id is outside the vocabulary")
+        if len(self._sessions) >= self._slots:
+            raise RefusedError("every slot of the engine is taken", next_step="try again")
+        added = Session(session, 0, request, prompt, self.tokenizer)
+        added.replay(delivered)
+        self._sessions[session] = added
+
+    def allow(self, session: int, units: int) -> None:
+        """Raises the units that the answer may hold in all, delivered ones included."""
+        if session in self._sessions:
+            self._sessions[session].allow(units)
+
+    def step(self) -> list[SessionFrame]:
+        """A token of every session that may have one, or a slice of its prompt."""
+        moved = {number for number, session in self._sessions.items() if self._advance(session)}
+        frames = [s.report() for n, s in self._sessions.items() if n in moved or s.has_news]
+        for number in [n for n, s in self._sessions.items() if s.finished]:
+            self.cancel(number)
+        return frames
+
+    def cancel(self, session: int) -> None:
+        """Frees the slot before the next step; an unknown session is no error."""
+        self._sessions.pop(session, None)
+        self._caches.pop(session, None)
+
+    @torch.inference_mode()
+    def _advance(self, session: Session) -> bool:
+        span = None if session.finished else session.next_span(SLICE_ROWS)
+        if span is None:
+            return False
+        if session.number not in self._caches:
+            from transformers import DynamicCache
+
+            self._caches[session.number] = DynamicCache(config=self._model.config)
+        found = self._model(
+            input_ids=torch.tensor([span.token_ids]),
+            cache=self._caches[session.number],
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        session.read(len(span.token_ids))
+        if session.draws_next:
+            session.draw(found.logits[0, -1].float())  # (vocabulary,)
+        return True
+
+
+def _kernel_class(model: catalogue.KnownModel) -> str:
+    import transformers
+
+    parts = (
+        f"transformers{ENGINE_VERSION}",
+        transformers.__version__,
+        torch.__version__,
+        model.sha256[:16],
+        "float32",
+        "cpu",
+        torch.backends.cpu.get_cpu_capability(),
+        f"threads{torch.get_num_threads()}",
+    )
+    return "/".join(parts)
