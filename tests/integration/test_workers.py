@@ -380,7 +380,7 @@ def fields(request):
 
 async def test_an_unknown_model_is_refused_before_a_worker_starts(tmp_path):
     async with opened(tmp_path) as workers:
-        with pytest.raises(RequestError, match="BAD_REQUEST"):
+        with pytest.raises(RefusedError, match="NOT_OFFERED"):
             await workers.engine("no-such-model")
         assert list((tmp_path / "scratch").iterdir()) == []
 
