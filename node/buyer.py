@@ -16,8 +16,9 @@ from aivillage.node.jobs import JobRow
 from aivillage.node.links import Link
 from aivillage.node.local import LocalJob
 from aivillage.node.market import Need
-from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit, Say, Trade, Verify
+from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
+from aivillage.node.trade import Say, Trade, Verify
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, RequestError
 from aivillage.protocols.job import State
@@ -58,6 +59,8 @@ class Buyer:
     async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
         """Records a job and starts it. `order` says for which module, if for one.
 
+        `say` hears its id once that outlasts a kill of this node.
+
         Raises:
             AivillageError: the request is wrong, or this node takes no work now.
         """
@@ -65,6 +68,8 @@ class Buyer:
         self._starting += 1
         try:
             row = await self._record(submit, order.parent if order else "")
+            note = messages.Progress(id=0, done=0, note=f"job {row.id}")
+            self._trade.jobs.add_soon(row, lambda: say(note))
             pursuit = self._pursuit(row, say, order.sub_jobs if order else None)
             if submit.verify and isinstance(pursuit, Pursuit):
                 pursuit.verify = self.verify
@@ -81,7 +86,7 @@ class Buyer:
         self._require_room()
         self._starting += 1
         try:
-            await self._trade.jobs.add(row)
+            self._trade.jobs.add_soon(row, _noted)
             return self._start(pursuit or self._pursuit(row, _unheard))
         finally:
             self._starting -= 1
@@ -124,7 +129,7 @@ class Buyer:
         refusal = self.refusal()
         if refusal is not None:
             raise refusal
-        await self._trade.jobs.add(row)
+        self._trade.jobs.add_soon(row, _noted)
         return await self._to_its_end(self._start(self._pursuit(row, _unheard)))
 
     async def _to_its_end(self, running: Running) -> Running:
@@ -144,7 +149,7 @@ class Buyer:
             raise RequestError("a local job is done here", next_step="leave out --verify")
         await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
-        row = JobRow(
+        return JobRow(
             id=JobId(secrets.token_hex(16)),
             operation=submit.operation,
             request=submit.request,
@@ -158,8 +163,6 @@ class Buyer:
             prefer=self._preference(submit.prefer),
             mesh=submit.mesh or submit.verify,
         )
-        await self._trade.jobs.add(row)
-        return row
 
     def _preference(self, said: str) -> str:
         """Raises: RequestError: nobody can prefer that."""
@@ -246,6 +249,10 @@ class Buyer:
         """What a job is doing now; jobs.db knows only how it began and ended."""
         running = self._running.get(row.id)
         return running.pursuit.state if running else row.state
+
+    async def recorded(self) -> None:
+        """Returns once all jobs taken so far outlast a kill of this node."""
+        await self._trade.jobs.written()
 
     async def metered(self, row: JobRow) -> Usage:
         """What a job took in all, by our own meter; a stranger's one runs in a worker.
@@ -349,6 +356,9 @@ class Buyer:
 
     async def _store_end(self, pursuit: Pursuit | LocalJob, error: AivillageError | None) -> None:
         receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
+        if receipt is not None and isinstance(pursuit, Pursuit) and pursuit.is_kept:
+            self._trade.jobs.end_passed(pursuit.row.id, pursuit.state, receipt)
+            return
         try:
             await self._trade.jobs.end(
                 pursuit.row.id,
@@ -362,6 +372,10 @@ class Buyer:
             self._trade.events.emit(
                 "end_not_stored", level=40, job=pursuit.row.id, reason=str(failure)
             )
+
+
+def _noted() -> None:
+    """Nobody asks when it was stored."""
 
 
 def _unheard(_frame: Frame) -> None:

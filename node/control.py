@@ -167,11 +167,12 @@ class Control:
             return
         job = {"job": running.pursuit.row.id}
         if not submit.follow:
+            await self._buyer.recorded()
             client.say(Answer(id=submit.id, value=job))
             return
         client.jobs[submit.id] = running
-        client.say(messages.Progress(id=submit.id, done=0, note=f"job {job['job']}"))
         await running.ended.wait()
+        del client.jobs[submit.id]
         if running.error is not None:
             client.say(_failure(submit.id, running.error))
             return

@@ -44,11 +44,11 @@ from aivillage.node.pairs import Pairs
 from aivillage.node.paths import Paths
 from aivillage.node.people_desk import PeopleDesk
 from aivillage.node.pricelist import PriceList
-from aivillage.node.pursuit import Trade
 from aivillage.node.replication import open_replicator
 from aivillage.node.reputation_desk import ReputationDesk
 from aivillage.node.seller import Seller
 from aivillage.node.switch import Switch
+from aivillage.node.trade import Trade
 from aivillage.node.villagers import Villagers
 from aivillage.node.worker_process import WorkerLimits
 from aivillage.node.workers import Workers, WorkerSettings, open_workers

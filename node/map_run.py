@@ -31,7 +31,7 @@ from aivillage.node.jobs import JobRow
 from aivillage.node.map_store import REDUCE_LINE, MapRow, MapStore, Tally, line_of, parent_of
 from aivillage.node.one_try import Had, OneTry
 from aivillage.node.pricelist import listed
-from aivillage.node.pursuit import Trade
+from aivillage.node.trade import Trade
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.messages import Frame
 from aivillage.protocols.pricing import Terms, Usage

@@ -49,9 +49,9 @@ from aivillage.node.market import Choice, Market
 from aivillage.node.membership import VILLAGE_SETTING
 from aivillage.node.pairs import Pairs
 from aivillage.node.pricelist import PriceList
-from aivillage.node.pursuit import Trade
 from aivillage.node.seller import Seller
 from aivillage.node.switch import Switch
+from aivillage.node.trade import Trade
 from aivillage.node.transport.loopback import LoopbackNetwork
 from aivillage.node.villagers import Villagers
 from aivillage.protocols.codec import frame as framed

@@ -24,7 +24,7 @@ def row(job=JOB, **changes):
 
 async def with_attempt(jobs):
     await jobs.add(row())
-    await jobs.begin_attempt(ATTEMPT, JOB, make_peer(1))
+    jobs.begin_attempt(ATTEMPT, JOB, make_peer(1))
 
 
 async def kept(jobs, *bodies, first=0, price=0):
