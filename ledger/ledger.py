@@ -24,7 +24,7 @@ from aivillage.ledger.compaction import Compacted, Cursor, compact
 from aivillage.ledger.compare import View, view
 from aivillage.ledger.core import Ledger, PartnerView
 from aivillage.ledger.desk import Clock, Done, Failed, Settings
-from aivillage.ledger.exposure import Word
+from aivillage.ledger.exposure import Word, exposure_of
 from aivillage.ledger.opening import SystemClock, open_file, read_file, unusable
 from aivillage.ledger.queries import (
     Balance,
@@ -312,9 +312,13 @@ class NodeBook:
         return [self._ledger.view(pair.peer) for pair in self._ledger.desk.pairs()]
 
     def policy(self, peer: PeerId) -> Policy:
-        view = self.view(peer)
+        pair = self._ledger.desk.pair(peer)
+        exposure = exposure_of(pair, self._ledger.desk.settings.stranger_pool)
         return Policy(
-            known=view.known, exposure=view.exposure, blocked=view.blocked, shared=view.shared
+            known=bool(pair.known),
+            exposure=exposure,
+            blocked=bool(pair.blocked),
+            shared=bool(pair.shared),
         )
 
     async def balance(self) -> Balance:

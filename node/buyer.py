@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import time
 from collections.abc import Callable
@@ -56,10 +57,17 @@ class Buyer:
         """A job on the mesh ended, and its owner heard of it."""
         self.verify: Verify | None = None
 
-    async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
+    async def submit(
+        self,
+        submit: Submit,
+        say: Say,
+        order: Order | None = None,
+        recorded: Callable[[JobId], None] = lambda _job: None,
+    ) -> Running:
         """Records a job and starts it. `order` says for which module, if for one.
 
-        `say` hears its id once that outlasts a kill of this node.
+        `recorded` hears its id once that outlasts a kill of this node: with the job's first
+        output, or soon.
 
         Raises:
             AivillageError: the request is wrong, or this node takes no work now.
@@ -68,8 +76,7 @@ class Buyer:
         self._starting += 1
         try:
             row = await self._record(submit, order.parent if order else "")
-            note = messages.Progress(id=0, done=0, note=f"job {row.id}")
-            self._trade.jobs.add_soon(row, lambda: say(note))
+            self._trade.jobs.add_soon(row, functools.partial(recorded, row.id))
             pursuit = self._pursuit(row, say, order.sub_jobs if order else None)
             if submit.verify and isinstance(pursuit, Pursuit):
                 pursuit.verify = self.verify

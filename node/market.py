@@ -270,19 +270,22 @@ class Market:
     async def _ask(self, seen: _Seen, candidates: list[Candidate]) -> None:
         """Quotes from all of them at once; who is much later than the first is not waited for."""
 
-        async def ask(candidate: Candidate) -> None:
+        async def ask(candidate: Candidate, scope: trio.CancelScope | None = None) -> None:
             try:
                 seen.found[candidate.peer] = await self._quoted(seen.need, candidate)
             except AivillageError as error:
                 seen.reasons[candidate.peer] = error
             else:
-                soon = trio.current_time() + OTHERS_SECONDS
-                nursery.cancel_scope.deadline = min(nursery.cancel_scope.deadline, soon)
+                if scope is not None:
+                    scope.deadline = min(scope.deadline, trio.current_time() + OTHERS_SECONDS)
 
+        seen.asked |= {candidate.peer for candidate in candidates}
+        if len(candidates) == 1:
+            return await ask(candidates[0])
         async with trio.open_nursery() as nursery:
             for candidate in candidates:
-                seen.asked.add(candidate.peer)
-                nursery.start_soon(ask, candidate)
+                nursery.start_soon(ask, candidate, nursery.cancel_scope)
+        return None
 
     def _decide(self, seen: _Seen) -> Choice | Here | None:
         """Among those that said yes and this machine; None: ask on."""

@@ -259,7 +259,7 @@ class Pursuit:
                 await attempt.leave(
                     call.id, stopped=outcome == "stopped", finished=outcome == "done"
                 )
-            del self._trade.attempts[choice.link, call.id]
+            self._trade.attempts.end(choice.link, call.id, had_place=outcome != "BUSY")
             if outcome == "stopped" and self._overtook(attempt):
                 outcome = "late"
             with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
@@ -418,8 +418,9 @@ class Pursuit:
             self._trade.jobs.rate_peer(attempt.seller, record)
 
     def _note_failure(self, peer: PeerId, error: AivillageError) -> None:
-        """A quote that did not lead to a result is not used again."""
-        self._trade.market.forget_quote(peer, self.row.operation)
+        """A quote that did not lead to a result is not used again, unless it was only too soon."""
+        if error.code != "BUSY":
+            self._trade.market.forget_quote(peer, self.row.operation)
         self._trade.events.emit(
             "attempt_failed", job=self.row.id, peer=peer, code=error.code, reason=error.message
         )
@@ -440,8 +441,7 @@ class Pursuit:
             await self._begin_anew()  # what is had does not fit a call: done again, it need not
             return
         if error.code in {"BUSY", "QUOTE_EXPIRED"}:
-            self._busy += 1
-            await trio.sleep(min(0.1 * 2**self._busy, 10.0) if error.code == "BUSY" else 0)
+            await self._wait_for_place(peer, error)
             return
         if error.code == "PEER_LOST" and trade.market.is_back(link):
             return  # while we settled with it
@@ -451,6 +451,15 @@ class Pursuit:
         what = "is gone" if error.code == "PEER_LOST" else f"failed ({error.message})"
         note = f"{peer[-8:]} {what}; going on elsewhere"
         self.say(messages.Progress(id=0, done=0, note=note))
+
+    async def _wait_for_place(self, peer: PeerId, error: AivillageError) -> None:
+        """Until a job of ours ends there; where none does, ever longer, and not for ever."""
+        with trio.move_on_after(min(0.2 * 2**self._busy, 10.0)):
+            if error.code == "BUSY":
+                await self._trade.attempts.one_ends(peer)
+                return
+        self._trade.market.forget_quote(peer, self.row.operation)
+        self._busy += 1
 
     def move(self, event: JobEvent) -> None:
         """In memory: a restarted job begins anew, whatever it was doing."""

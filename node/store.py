@@ -59,7 +59,7 @@ class Store:
         self._db = db
         self._token = trio.lowlevel.current_trio_token()
         # Bounded by who waits: 64 jobs and 32 commands have a few writes each under way.
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Job]] = queue.SimpleQueue()
         self._later: list[_Job] = []
         self._is_later = trio.Event()
         self._seldom: dict[Hashable, Callable[[], Work[None]]] = {}
@@ -97,8 +97,8 @@ class Store:
     async def stop(self) -> None:
         """Writes what waits and closes the connection; returns when the thread has ended."""
         self._flush_seldom()
-        self._flush()
-        self._queue.put(None)
+        self._queue.put(self._later)
+        self._queue.put([])
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(self._thread.join)
             self._db.close()
@@ -149,8 +149,9 @@ class Store:
     # ------------------------------------------------------------------ to the thread and back
     async def _asked(self, job: _Job) -> Any:
         await trio.lowlevel.checkpoint_if_cancelled()
-        self._flush()
-        self._queue.put(job)
+        self._later.append(job)
+        together, self._later = self._later, []
+        self._queue.put(together)
         await trio.lowlevel.wait_task_rescheduled(_until_done)
         if job.error is not None:
             raise job.error
@@ -161,11 +162,6 @@ class Store:
         for make in self._seldom.values():
             self._later.append(_Job(make()))
         self._seldom.clear()
-
-    def _flush(self) -> None:
-        for job in self._later:
-            self._queue.put(job)
-        self._later.clear()
 
     def _hand_back(self, jobs: list[_Job]) -> None:
         def release() -> None:
@@ -188,14 +184,12 @@ class Store:
             self._run_all(group)
 
     def _take(self) -> tuple[list[_Job], bool]:
-        """Waits for a job and takes what else is there; False: it was asked to stop."""
+        """Waits for jobs and takes what else is there; False: it was asked to stop."""
         group: list[_Job] = []
-        job = self._queue.get()
-        while job is not None:
-            group.append(job)
-            if job.alone or len(group) >= GROUP_MAX or self._queue.empty():
+        while together := self._queue.get():
+            group += together
+            if group[-1].alone or len(group) >= GROUP_MAX or self._queue.empty():
                 return group, True
-            job = self._queue.get()
         return group, False
 
     def _run_all(self, group: list[_Job]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import msgspec
+import trio
 
 from aivillage.node.attempt import Attempt
 from aivillage.node.discovery import Discovery
@@ -39,6 +40,27 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """For `--verify`: who did it again before the owner got it, or why nobody did."""
 
 
+class Attempts(dict[tuple[Link, int], Attempt]):
+    """Those under way, by link and call: ids begin anew on every link."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lots: dict[PeerId, trio.lowlevel.ParkingLot] = {}
+
+    def end(self, link: Link, call: int, *, had_place: bool) -> None:
+        """It is over: one of those who wait for a place at its seller may have its own."""
+        del self[link, call]
+        lot = self._lots.get(link.peer)
+        if lot is not None and had_place:
+            lot.unpark()
+            if not lot:
+                del self._lots[link.peer]
+
+    async def one_ends(self, peer: PeerId) -> None:
+        """Returns when an attempt at `peer` has ended, in turn with others who wait for that."""
+        await self._lots.setdefault(peer, trio.lowlevel.ParkingLot()).park()
+
+
 class Trade(msgspec.Struct, frozen=True):
     """What a job needs of the node."""
 
@@ -48,8 +70,7 @@ class Trade(msgspec.Struct, frozen=True):
     discovery: Discovery
     workers: Workers
     events: Events
-    attempts: dict[tuple[Link, int], Attempt]
-    """By link, not by peer: ids begin anew on every link."""
+    attempts: Attempts
 
 
 class RejectedError(PeerError):
