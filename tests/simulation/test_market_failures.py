@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from aivillage.models.mesh.noop import NoopRequest
+from aivillage.node.attempt import Attempt
 from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
@@ -347,6 +348,27 @@ async def test_a_peer_that_comes_back_is_used_again(tmp_path):
         await running.ended.wait()
         assert result_of(running) == expected(PROMPT, 12)
         assert running.pursuit.spent == price_of(PROMPT, 12)
+        await settled(buyer, seller, price_of(PROMPT, 12))
+
+
+async def test_a_peer_that_is_back_before_its_attempt_is_left_is_used_again(tmp_path, monkeypatch):
+    async with open_mesh(tmp_path) as mesh:
+        buyer = await mesh.add("buyer", serve=False)
+        seller = await mesh.add("seller")
+        await mesh.knows(buyer, seller)
+        running = await paused_job(buyer, seller)
+        lost, leave = buyer.desk.links.get(seller.peer), Attempt.leave
+
+        async def late(attempt, *args, **options):
+            await leave(attempt, *args, **options)
+            await until(lambda: buyer.desk.links.get(seller.peer) not in (None, lost))
+
+        monkeypatch.setattr(Attempt, "leave", late)
+        seller.script.pause_at = None
+        mesh.network.cut("buyer", "seller")
+        await mesh.link(buyer, seller)
+        await running.ended.wait()
+        assert result_of(running) == expected(PROMPT, 12)
         await settled(buyer, seller, price_of(PROMPT, 12))
 
 
