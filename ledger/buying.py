@@ -1,7 +1,7 @@
 """The buyer's memory: what was accepted, and when to sign for it.
 
 A voucher goes out when the unsigned work reaches half of the exposure that the seller grants,
-when an attempt ends and nothing is being signed for that seller, or after 250 ms.
+when 16 attempts ended, soon after the first of them did, or after 250 ms.
 """
 
 from __future__ import annotations
@@ -40,16 +40,44 @@ _RESEND_MAX = 64  # vouchers in one go; the rest waits for the next
 class Buying:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
+        self._intents: dict[tuple[PeerId, AttemptId], payer.Intent] = {}
+        """Those that are not stored yet: as many as attempts run."""
 
     def intend(
         self, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
     ) -> None:
+        self.intend_soon(peer, attempt, quote_hash, ceiling)
+        self.keep_intents()
+
+    def intend_soon(
+        self, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
+    ) -> None:
+        """For what may be over before the next tick, and is not owed piece by piece."""
         partner = self._desk.partner(peer)
         partner.purchases[attempt] = Purchase(quote_hash, ceiling)
         name, at_ms = partner.pair.peer, self._desk.clock.unix_ms()
-        self._desk.submit(
-            lambda db: payer.intend(db, name, attempt, quote_hash, ceiling, at_ms), lambda _: None
-        )
+        self._intents[name, attempt] = payer.Intent(name, attempt, quote_hash, ceiling, at_ms)
+
+    def keep_intents(self) -> None:
+        """Stores what was asked for and is not over: only that can be claimed after a crash."""
+        if not self._intents:
+            return
+        kept, self._intents = self._intents, {}
+
+        def job(db: apsw.Connection) -> None:
+            for intent in kept.values():
+                payer.intend(db, *intent)
+
+        self._desk.submit(job, lambda _: None, lambda _: self._intend_again(kept))
+
+    def _intend_again(self, kept: dict[tuple[PeerId, AttemptId], payer.Intent]) -> None:
+        """They were not stored; those whose attempt is over meanwhile are not needed."""
+        running = {
+            key: intent
+            for key, intent in kept.items()
+            if (partner := self._desk.partners.get(key[0])) and key[1] in partner.purchases
+        }
+        self._intents = running | self._intents
 
     def accept(
         self, peer: PeerId, attempt: AttemptId, amount: MicroCredits, out_hash: bytes
@@ -60,8 +88,15 @@ class Buying:
             LedgerError: INSUFFICIENT_CREDITS, `amount` is above the attempt's ceiling;
                 BAD_REQUEST, `attempt` is not 16 bytes or `out_hash` not 32.
         """
-        check_item(attempt, out_hash)
         partner = self._desk.partner(peer)
+        self._accept(partner, attempt, amount, out_hash)
+        if partner.unpaid * 2 >= partner.pair.received_exposure:
+            self.flush(partner)
+
+    def _accept(
+        self, partner: Partner, attempt: AttemptId, amount: MicroCredits, out_hash: bytes
+    ) -> None:
+        check_item(attempt, out_hash)
         purchase = partner.purchases.get(attempt)
         if purchase is None or purchase.closing or amount <= purchase.accepted:
             return
@@ -71,8 +106,6 @@ class Buying:
         purchase.accepted, purchase.out_hash = amount, out_hash
         if partner.unpaid_since is None:
             partner.unpaid_since = self._desk.now()
-        if partner.unpaid * 2 >= partner.pair.received_exposure:
-            self.flush(partner)
 
     def settle(
         self,
@@ -88,24 +121,54 @@ class Buying:
         What was done for nothing (its ceiling was 0) is signed for too: the books tell who helped.
         """
         partner = self._desk.partner(peer)
-        self.accept(peer, attempt, amount, out_hash)
+        if not self._close(partner, attempt, amount, out_hash, (done, failed)):
+            return done()
+        partner.hurry = True
+        if not partner.signing:
+            self.flush(partner)
+        return None
+
+    def settle_soon(
+        self,
+        peer: PeerId,
+        attempt: AttemptId,
+        amount: MicroCredits,
+        out_hash: bytes,
+        failed: Failed,
+    ) -> None:
+        """As `settle`, but the voucher waits for other ends, as long as the exposure lets it."""
+        partner = self._desk.partner(peer)
+        if self._close(partner, attempt, amount, out_hash, (_unheard, failed)):
+            much = partner.unpaid * 2 >= partner.pair.received_exposure
+            if much or _ended(partner) >= ITEMS_MAX:
+                self.flush(partner)
+
+    def _close(
+        self,
+        partner: Partner,
+        attempt: AttemptId,
+        amount: MicroCredits,
+        out_hash: bytes,
+        waiter: tuple[Done, Failed],
+    ) -> bool:
+        """Nothing more is accepted of an attempt; whether its end is to be signed."""
+        self._accept(partner, attempt, amount, out_hash)
         purchase = partner.purchases.get(attempt)
         if purchase is None:
-            return done()
+            return False
         if purchase.ceiling == 0 and out_hash != _NOTHING:
             purchase.out_hash = out_hash
         elif purchase.accepted == 0:
             del partner.purchases[attempt]
             name = partner.pair.peer
-            self._desk.submit(lambda db: payer.drop_intent(db, name, attempt), lambda _: None)
-            return done()
+            if self._intents.pop((name, attempt), None) is None:
+                self._desk.submit(lambda db: payer.drop_intent(db, name, attempt), lambda _: None)
+            return False
         purchase.closing = True
-        purchase.waiters.append((done, failed))
-        if partner.unpaid_since is None:
-            partner.unpaid_since = self._desk.now()
-        if not partner.signing:
-            self.flush(partner)
-        return None
+        purchase.waiters.append(waiter)
+        if partner.ended_since is None:
+            partner.ended_since = self._desk.now()
+        return True
 
     def abandon(self, peer: PeerId, attempt: AttemptId, done: Done, failed: Failed) -> None:
         """Signs nothing more for `attempt`; `done` once no claim on it can be paid either."""
@@ -117,6 +180,7 @@ class Buying:
             for _, settle_failed in purchase.waiters:
                 settle_failed(gone)
         name = partner.pair.peer
+        self._intents.pop((name, attempt), None)
         self._desk.submit(lambda db: payer.drop_intent(db, name, attempt), lambda _: done(), failed)
 
     def give(
@@ -153,9 +217,18 @@ class Buying:
         )
         return None
 
+    def sign_ended(self) -> bool:
+        """Signs for every attempt that ended, at once; whether there is anything unsigned."""
+        partners = list(self._desk.partners.values())
+        for partner in partners:
+            if partner.ended_since is not None:
+                self.flush(partner)
+        return any(partner.signing for partner in partners)
+
     def flush(self, partner: Partner) -> None:
         """Signs for all that is accepted and unsigned, at most 16 attempts a voucher."""
-        partner.unpaid, partner.unpaid_since = 0, None
+        partner.unpaid, partner.unpaid_since, partner.ended_since = 0, None, None
+        partner.hurry = False
         due = [
             (attempt, purchase)
             for attempt, purchase in partner.purchases.items()
@@ -167,19 +240,28 @@ class Buying:
 
     def _sign(self, partner: Partner, batch: dict[AttemptId, Purchase]) -> None:
         peer, wallet, at_ms = partner.pair.peer, self._desk.wallet, self._desk.clock.unix_ms()
-        items = []
+        items, kept = [], {}
         for attempt, p in batch.items():
             p.submitted, p.closing_submitted = p.accepted, p.closing
             items.append(Item(JOB, attempt, p.quote_hash, p.accepted, p.out_hash, p.closing))
+            if (intent := self._intents.pop((peer, attempt), None)) is not None:
+                kept[peer, attempt] = intent
+        needed = [kept[peer, a] for a, p in batch.items() if (peer, a) in kept and not p.closing]
 
         def job(db: apsw.Connection) -> Voucher | None:
+            for intent in needed:
+                payer.intend(db, *intent)
             return payer.make_voucher(db, wallet, peer, items, at_ms)
+
+        def unsigned(error: AivillageError) -> None:
+            self._intend_again(kept)
+            self._unsigned(partner, batch, error)
 
         partner.signing += 1
         self._desk.submit(
             paired(job, peer),
             lambda result: self._signed(partner, items, *result),
-            lambda error: self._unsigned(partner, batch, error),
+            unsigned,
         )
 
     def _signed(
@@ -198,7 +280,7 @@ class Buying:
                 del partner.purchases[AttemptId(item.id)]
                 for done, _ in purchase.waiters:
                     done()
-        if not partner.signing and any(p.closing for p in partner.purchases.values()):
+        if not partner.signing and (partner.hurry or _ended(partner) >= ITEMS_MAX):
             self.flush(partner)
 
     def _unsigned(
@@ -245,7 +327,9 @@ class Buying:
     def tick(self, partner: Partner) -> None:
         now, settings = self._desk.now(), self._desk.settings
         since = partner.unpaid_since
-        if since is not None and now - since >= settings.voucher_seconds:
+        ended = partner.ended_since
+        is_due = since is not None and now - since >= settings.voucher_seconds
+        if is_due or (ended is not None and now - ended >= settings.settle_seconds):
             self.flush(partner)
         if partner.link is not None and partner.unconfirmed and now >= partner.resend_at:
             partner.resend_wait = min(partner.resend_wait * 2, settings.resend_seconds_max)
@@ -262,3 +346,12 @@ class Buying:
                     partner.link.send(encode(self._desk.epoch, voucher))
 
         self._desk.submit(lambda db: payer.unreceipted(db, peer, _RESEND_MAX), found)
+
+
+def _ended(partner: Partner) -> int:
+    """Attempts whose end is still to be signed for."""
+    return sum(p.closing and not p.closing_submitted for p in partner.purchases.values())
+
+
+def _unheard() -> None:
+    """Nobody waits for it."""

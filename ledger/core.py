@@ -340,6 +340,7 @@ class Ledger:
             if link is not None and not link.synced and now - link.asked_at >= wait:
                 self._ask(partner, link)
 
+        self.buying.keep_intents()
         self.routing.tick()
         self.desk.forget_idle()
         if now >= self._upkeep_at:
@@ -366,18 +367,26 @@ class Ledger:
         for partner in list(self.desk.partners.values()):
             self.buying.flush(partner)
             self.selling.heal(partner)
+        self.buying.keep_intents()
+
+    def balance_with(self, peer: PeerId) -> MicroCredits:
+        """What `peer` owes me, less what I owe it; work that ended counts, signed for or not."""
+        partner = self.desk.partners.get(self.desk.name(peer))
+        ended = partner.purchases.values() if partner else ()
+        return self.desk.pair(peer).balance - sum(p.accepted - p.signed for p in ended if p.closing)
 
     def view(self, peer: PeerId) -> PartnerView:
         name, pool = self.desk.name(peer), self.desk.settings.stranger_pool
         partner, pair = self.desk.partners.get(name), self.desk.pair(peer)
+        balance = self.balance_with(peer)
         return PartnerView(
             peer=peer,
             known=bool(pair.known),
             line=exposure.line_of(pair, pool),
             exposure=exposure.exposure_of(pair, pool),
             received_line=pair.received_line,
-            owed_to_me=max(0, pair.balance),
-            owed_by_me=max(0, -pair.balance),
+            owed_to_me=max(0, balance),
+            owed_by_me=max(0, -balance),
             delivered=partner.delivered if partner else pair.reserved,
             paid=pair.paid,
             written_off=pair.written_off,

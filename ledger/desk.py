@@ -59,6 +59,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     stranger_pool: MicroCredits = 0
     """What all strangers together may owe."""
     voucher_seconds: Seconds = 0.25
+    settle_seconds: Seconds = 0.05
+    """How long an ended attempt waits for others, to be signed for together."""
     receipt_seconds: Seconds = 1.0
     resend_seconds: Seconds = 5.0
     resend_seconds_max: Seconds = 60.0
@@ -154,6 +156,10 @@ class Partner:
     retry_at: Seconds = 0.0
     unpaid: MicroCredits = 0
     unpaid_since: Seconds | None = None
+    ended_since: Seconds | None = None
+    """When an attempt ended that is still to be signed for."""
+    hurry: bool = False
+    """Somebody waits for the next voucher."""
     signing: int = 0
     unconfirmed: int = 0
     resend_at: Seconds = 0.0

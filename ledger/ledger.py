@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,13 +18,14 @@ import apsw
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aivillage.ledger import books, corrections
+from aivillage.ledger import corrections
 from aivillage.ledger.audit import AuditReport, audit
 from aivillage.ledger.compaction import Compacted, Cursor, compact
 from aivillage.ledger.compare import View, view
 from aivillage.ledger.core import Ledger, PartnerView
 from aivillage.ledger.desk import Clock, Done, Failed, Settings
-from aivillage.ledger.exposure import Word
+from aivillage.ledger.exposure import Word, exposure_of
+from aivillage.ledger.opening import SystemClock, open_file, read_file, unusable
 from aivillage.ledger.queries import (
     Balance,
     Favour,
@@ -36,26 +36,16 @@ from aivillage.ledger.queries import (
     favours,
     history,
     open_transfers,
-    run,
 )
 from aivillage.ledger.signing import Ed25519Signer
 from aivillage.ledger.store import Store
-from aivillage.protocols.errors import AivillageError, ConfigError, NodeError
+from aivillage.protocols.errors import AivillageError, NodeError
 from aivillage.protocols.ports import Book, Policy
-from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds, peer_id
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, peer_id
 
 T = TypeVar("T")
 TICK_SECONDS: Final = 0.05
-_PRIVATE: Final = 0o600
 log = logging.getLogger(__name__)
-
-
-class SystemClock:
-    def unix_ms(self) -> int:
-        return time.time_ns() // 1_000_000
-
-    def monotonic_seconds(self) -> Seconds:
-        return time.monotonic()
 
 
 class NodeBook:
@@ -244,9 +234,16 @@ class NodeBook:
     # buyer
 
     def intend(
-        self, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
+        self,
+        peer: PeerId,
+        attempt: AttemptId,
+        quote_hash: bytes,
+        ceiling: MicroCredits,
+        *,
+        soon: bool = False,
     ) -> None:
-        self._ledger.buying.intend(peer, attempt, quote_hash, ceiling)
+        buying = self._ledger.buying
+        (buying.intend_soon if soon else buying.intend)(peer, attempt, quote_hash, ceiling)
 
     def accept(
         self, peer: PeerId, attempt: AttemptId, amount: MicroCredits, out_hash: bytes
@@ -259,15 +256,25 @@ class NodeBook:
         settle = self._ledger.buying.settle
         await self._durable(functools.partial(settle, peer, attempt, amount, out_hash))
 
+    def settle_soon(
+        self,
+        peer: PeerId,
+        attempt: AttemptId,
+        amount: MicroCredits,
+        out_hash: bytes,
+        failed: Failed,
+    ) -> None:
+        self._ledger.buying.settle_soon(peer, attempt, amount, out_hash, failed)
+
     async def abandon(self, peer: PeerId, attempt: AttemptId) -> None:
         """A cancelled call may not have begun; one that waits goes on."""
         await self._durable(functools.partial(self._ledger.buying.abandon, peer, attempt))
 
     def owed_to(self, peer: PeerId) -> MicroCredits:
-        return max(0, -self._ledger.desk.pair(peer).balance)
+        return max(0, -self._ledger.balance_with(peer))
 
     def owed_by(self, peer: PeerId) -> MicroCredits:
-        return max(0, self._ledger.desk.pair(peer).balance)
+        return max(0, self._ledger.balance_with(peer))
 
     # seller
 
@@ -305,9 +312,13 @@ class NodeBook:
         return [self._ledger.view(pair.peer) for pair in self._ledger.desk.pairs()]
 
     def policy(self, peer: PeerId) -> Policy:
-        view = self.view(peer)
+        pair = self._ledger.desk.pair(peer)
+        exposure = exposure_of(pair, self._ledger.desk.settings.stranger_pool)
         return Policy(
-            known=view.known, exposure=view.exposure, blocked=view.blocked, shared=view.shared
+            known=bool(pair.known),
+            exposure=exposure,
+            blocked=bool(pair.blocked),
+            shared=bool(pair.shared),
         )
 
     async def balance(self) -> Balance:
@@ -331,7 +342,12 @@ class NodeBook:
         return await self._read(audit(signer.verify))
 
     async def _read(self, query: Query[T]) -> T:
-        """Over a connection of its own, in a snapshot: readers never wait for the writer."""
+        """Over a connection of its own, in a snapshot that has all that ended before the question.
+
+        Readers wait for the writer only where something is still to be signed.
+        """
+        if self._ledger.buying.sign_ended():
+            await self._answer(_nothing)
         return await trio.to_thread.run_sync(read_file, self._path, query)
 
     async def _answer(self, job: Callable[[apsw.Connection], T]) -> T:
@@ -385,59 +401,12 @@ if TYPE_CHECKING:
     _checked: type[Book] = NodeBook
 
 
+def _nothing(_db: apsw.Connection) -> None:
+    """Only what was asked for before it."""
+
+
 def _log_error(error: AivillageError) -> None:
     log.error("ledger_step_failed", extra={"code": error.code, "reason": error.message})
-
-
-def read_file(path: Path, query: Query[T]) -> T:
-    """Answers `query` from a book that is there, and up to date."""
-    db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-    try:
-        db.execute("PRAGMA query_only=1")
-        return run(db, query)
-    finally:
-        db.close()
-
-
-def _keep_private(path: Path) -> None:
-    """The owner alone may read it; SQLite gives its side files the mode of the database."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _PRIVATE))
-    for suffix in ("", "-wal", "-shm"):
-        file = path.with_name(path.name + suffix)
-        if file.exists():
-            file.chmod(_PRIVATE)
-
-
-def open_file(path: Path, signer: Ed25519Signer, clock: Clock) -> apsw.Connection:
-    """The book of `signer` in `path`, made if missing, brought up to date.
-
-    Raises:
-        ConfigError: CONFIG, the file is no ledger, or another key's.
-    """
-    try:
-        _keep_private(path)
-        db = apsw.Connection(str(path))
-    except (OSError, apsw.CantOpenError) as error:
-        raise ConfigError(f"cannot open {path}: {error}", next_step="check the folder") from None
-    try:
-        db.set_busy_timeout(5000)
-        books.configure(db)
-        books.prepare(db, signer.public_key, clock.unix_ms())
-    except ConfigError:
-        db.close()
-        raise
-    except apsw.Error as error:
-        db.close()
-        raise _unusable(path, error) from None
-    return db
-
-
-def _unusable(path: Path, error: apsw.Error) -> ConfigError:
-    damaged = apsw.NotADBError | apsw.CorruptError | apsw.SQLError | apsw.ConstraintError
-    if isinstance(error, damaged):
-        message = f"{path} is not a ledger, or a damaged one: {error}"
-        return ConfigError(message, next_step="restore it from a backup")
-    return ConfigError(f"{path} cannot be opened: {error}", next_step="is the disk full, or slow?")
 
 
 @asynccontextmanager
@@ -464,7 +433,7 @@ async def open_ledger(
         try:
             ledger = await trio.to_thread.run_sync(make)
         except apsw.Error as error:
-            raise _unusable(path, error) from None
+            raise unusable(path, error) from None
         book = NodeBook(path, ledger)
         store.on_fatal = book.stop_for
         store.start()

@@ -50,6 +50,16 @@ class Wallet(NamedTuple):
     lane: bytes
 
 
+class Intent(NamedTuple):
+    """What was asked of a peer, and what it may cost."""
+
+    peer: PeerId
+    attempt: AttemptId
+    quote_hash: bytes
+    ceiling: MicroCredits
+    at_ms: int
+
+
 def intend(
     db: apsw.Connection,
     peer: PeerId,

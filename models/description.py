@@ -5,8 +5,10 @@ from __future__ import annotations
 import msgspec
 
 from aivillage.models import registry
+from aivillage.protocols.codec import unpack
+from aivillage.protocols.errors import RequestError
 from aivillage.protocols.messages import OperationInfo
-from aivillage.protocols.ports import Module
+from aivillage.protocols.ports import Module, Verdict
 from aivillage.protocols.pricing import Terms
 
 
@@ -21,3 +23,12 @@ def described(module: Module, operation: str) -> OperationInfo:
         result_schema=msgspec.json.schema(module.Result),
         terms=Terms(prices_micro_credits=module.prices_micro_credits()),
     )
+
+
+def checked(module: Module, request: msgspec.Struct, result: bytes) -> Verdict:
+    """What the module says of a result; one that is none of its type is a verdict too."""
+    try:
+        typed = unpack(module.Result, result)
+    except RequestError as error:
+        return Verdict(ok=False, reason=error.message)
+    return module.check(request, typed)

@@ -33,6 +33,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """A resident engine serves its sessions; `run` is for library use and local jobs."""
     by_node: bool = False
     """The node itself does it, since a worker has neither its files nor its links."""
+    checks_anywhere: bool = False
+    """`check` is as pure and cheap as `meter`: it reads nothing but its two arguments, once."""
 
 
 BUILT_IN: Final = {
@@ -48,6 +50,7 @@ BUILT_IN: Final = {
             operation="mesh.noop",
             target="aivillage.models.mesh.noop:MODULE",
             source="measures what the mesh itself costs",
+            checks_anywhere=True,
         ),
         Entry(
             operation="mesh.fetch",
@@ -105,6 +108,12 @@ def built_in(operation: str) -> Module | None:
     """Our own module of that name, which any process may hold; None for third-party ones."""
     known = BUILT_IN.get(operation)
     return load(known.target) if known else None
+
+
+def checks_anywhere(operation: str) -> bool:
+    """Whether any process may run its `check`. Never for third-party modules."""
+    known = BUILT_IN.get(operation)
+    return known is not None and known.checks_anywhere
 
 
 def is_served_by_engine(operation: str) -> bool:

@@ -17,17 +17,16 @@ import msgspec
 
 from aivillage.models import registry, sandbox
 from aivillage.models import worker_messages as say
-from aivillage.models.description import described
+from aivillage.models.description import checked, described
 from aivillage.models.file_fence import fence_files
 from aivillage.models.inference import catalogue
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import (
     AivillageError,
     JobError,
-    RequestError,
     from_code,
 )
-from aivillage.protocols.ports import Engine, Module, ResultEvent, Verdict
+from aivillage.protocols.ports import Engine, Module, ResultEvent
 
 COMMANDS_WAITING_MAX: Final = 4_096
 """A daemon waits at the pipe beyond this."""
@@ -60,8 +59,9 @@ class Pipes:
             return None
         return say.commands.decode(self._commands.read(int.from_bytes(header, "big")))
 
-    def write(self, reply: say.Reply) -> None:
-        self._replies.write(say.framed(reply))
+    def write(self, *replies: say.Reply) -> None:
+        for reply in replies:
+            self._replies.write(say.framed(reply))
         self._replies.flush()
 
     def is_cancelled(self, run: int) -> bool:
@@ -172,31 +172,26 @@ def _answer(
     if isinstance(command, say.Estimate):
         usage, seconds = module.estimate(request, command.machine)
         return say.Estimated(id=command.id, usage=dict(usage), seconds=seconds)
-    try:
-        result = unpack(module.Result, command.result)
-    except RequestError as error:
-        if isinstance(command, say.Check):
-            return say.Checked(id=command.id, verdict=Verdict(ok=False, reason=error.message))
-        raise
-    if isinstance(command, say.Meter):
-        return say.Metered(id=command.id, usage=dict(module.meter(request, result)))
-    return say.Checked(id=command.id, verdict=module.check(request, result))
+    if isinstance(command, say.Check):
+        return say.Checked(id=command.id, verdict=checked(module, request, command.result))
+    result = unpack(module.Result, command.result)
+    return say.Metered(id=command.id, usage=dict(module.meter(request, result)))
 
 
 def _run(module: Module, run: say.Run, pipes: Pipes) -> None:
     request = unpack(module.Request, run.request)
     sandbox.limit_cpu(run.deadline_seconds)
     context = RunContext(run, pipes)
-    ended = False
     for event in module.run(request, context):
-        ended = isinstance(event, ResultEvent)
-        pipes.write(say.Ran(id=run.id, event=event))
-        if ended or context.cancelled():
+        ran = say.Ran(id=run.id, event=event)
+        if isinstance(event, ResultEvent):  # nothing that comes after it counts
+            pipes.write(ran, say.RunEnded(id=run.id))
+            return
+        pipes.write(ran)
+        if context.cancelled():
             break
-    if not ended:
-        code = "CANCELLED" if context.cancelled() else "JOB_FAILED"
-        raise JobError(f"{run.operation} ended without a result", code=code)
-    pipes.write(say.RunEnded(id=run.id))
+    code = "CANCELLED" if context.cancelled() else "JOB_FAILED"
+    raise JobError(f"{run.operation} ended without a result", code=code)
 
 
 def _as_job_error(operation: str, error: Exception) -> JobError:

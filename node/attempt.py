@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 import trio
 
+from aivillage.models import registry
 from aivillage.models.inference.generate import Piece
 from aivillage.models.inference.generate import usage as units
 from aivillage.node.gossip import send_or_drop
@@ -19,6 +20,7 @@ from aivillage.node.jobs import Jobs
 from aivillage.node.link import as_error
 from aivillage.node.market import Choice
 from aivillage.node.module_runs import EVENT_BYTES_MIN, RUN_BYTES_MAX
+from aivillage.node.verifier import Share
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
 from aivillage.protocols.errors import AivillageError, JobError, PeerError
@@ -124,6 +126,14 @@ class Attempt:
         return self.choice.link.peer
 
     @property
+    def share(self) -> Share:
+        """What it gave of an answer, all of it in its last word."""
+        return Share(
+            attempt=self.attempt, seller=self.seller, kernel="", identical="", first=0, count=0,
+            quote=self.choice.envelope,
+        )  # fmt: skip
+
+    @property
     def delivered_something(self) -> bool:
         """Whether any output of this job came from this attempt, paid or given away."""
         return self._number > 0
@@ -151,7 +161,10 @@ class Attempt:
         """
         link = self.choice.link
         inbox = self._inbox = link.open_inbox(call.id)
-        self._book.intend(self.seller, self.attempt, call.quote_hash, call.ceiling_micro_credits)
+        self._book.intend(
+            self.seller, self.attempt, call.quote_hash, call.ceiling_micro_credits,
+            soon=not registry.is_served_by_engine(call.operation),
+        )  # fmt: skip
         link.send(call)
         with self._scope:
             await self._acknowledge(inbox)
@@ -320,7 +333,7 @@ class Attempt:
             await self._all_stored.wait()
         if self._is_named_late:
             self._is_named_late = False
-            await self._jobs.name_kernel(self.attempt, self.kernel)
+            self._jobs.name_kernel(self.attempt, self.kernel)
 
 
 async def next_frame(inbox: trio.MemoryReceiveChannel[Frame]) -> Frame:

@@ -19,8 +19,9 @@ from aivillage.node.blob_plan import Run
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.market import Choice
 from aivillage.node.pricelist import listed
-from aivillage.node.pursuit import BLAMED, Trade
+from aivillage.node.pursuit import BLAMED
 from aivillage.node.records import Work
+from aivillage.node.trade import Trade
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
 from aivillage.protocols.errors import AivillageError, PeerError
@@ -102,9 +103,7 @@ class ChunkCall:
             AivillageError: why it ended before; what came is paid.
         """
         trade, outcome = self._trade, "stopped"
-        await trade.jobs.begin_attempt(
-            self.attempt, self._job, self.seller, quote=self._choice.envelope
-        )
+        trade.jobs.begin_attempt(self.attempt, self._job, self.seller, quote=self._choice.envelope)
         inbox = self._link.open_inbox(self._id)
         try:
             with self._scope:
@@ -226,9 +225,9 @@ class ChunkCall:
             self._all_stored = trio.Event()
             await self._all_stored.wait()
         await self._pay()
-        await self._trade.jobs.end_attempt(self.attempt, self.amount, outcome)
+        self._trade.jobs.end_attempt(self.attempt, self.amount, outcome)
         if outcome == "done" or outcome in BLAMED:
-            await self._rate(good=outcome == "done")
+            self._rate(good=outcome == "done")
 
     async def _drain(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
         """Returns at the source's last word; the chunk that it was at is taken."""
@@ -249,10 +248,10 @@ class ChunkCall:
         except AivillageError as error:
             trade.events.emit("settle_failed", level=40, peer=peer, reason=str(error))
 
-    async def _rate(self, *, good: bool) -> None:
+    def _rate(self, *, good: bool) -> None:
         record = self._trade.discovery.record_of(self.seller)
         record.rate(good=good)
         if good:
             seconds = max(time.monotonic() - self.started, 1e-3)
             record.measure(Work(NAME), "", self.number / seconds)
-        await self._trade.jobs.rate_peer(self.seller, record)
+        self._trade.jobs.rate_peer(self.seller, record)

@@ -22,7 +22,7 @@ from aivillage.node.blob_sources import Sources
 from aivillage.node.blob_swarm import ALONE_SECONDS, Accuse, Swarm, Tab, require_patience, terms
 from aivillage.node.blobs import Blobs
 from aivillage.node.jobs import JobRow
-from aivillage.node.pursuit import Receipt, Say, Trade
+from aivillage.node.trade import Receipt, Say, Trade
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import AivillageError, PeerError, RequestError
@@ -81,7 +81,7 @@ class BlobFetch:
             if attempt.price:
                 tab.sellers.append(attempt.seller)
             if not attempt.outcome:
-                await jobs.end_attempt(AttemptId(attempt.id), attempt.price, "stopped")
+                jobs.end_attempt(AttemptId(attempt.id), attempt.price, "stopped")
         tab.chunks = len(await jobs.delivered(self.row.id))
 
     async def run(self) -> None:

@@ -17,10 +17,10 @@ from aivillage.node.gate import Gate
 from aivillage.node.guard import Tasks
 from aivillage.node.jobs import JobRow
 from aivillage.node.paths import Paths
-from aivillage.node.pursuit import Say, Trade
 from aivillage.node.replication import Replicator
 from aivillage.node.reputation import Key
 from aivillage.node.seller import Seller
+from aivillage.node.trade import Say, Trade
 from aivillage.node.villagers import Villagers
 from aivillage.protocols.codec import pack
 from aivillage.protocols.errors import AivillageError, RefusedError

@@ -18,8 +18,8 @@ from aivillage.node.blob_draft import Draft
 from aivillage.node.blob_plan import RUN_MAX, Plan, Run
 from aivillage.node.blob_sources import Sources
 from aivillage.node.market import Choice, Need
-from aivillage.node.pursuit import Say, Trade
 from aivillage.node.records import Work
+from aivillage.node.trade import Say, Trade
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
 from aivillage.protocols.errors import AivillageError, RefusedError, RequestError

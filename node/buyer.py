@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import time
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from aivillage.node.jobs import JobRow
 from aivillage.node.links import Link
 from aivillage.node.local import LocalJob
 from aivillage.node.market import Need
-from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit, Say, Trade, Verify
+from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
+from aivillage.node.trade import Say, Trade, Verify
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, RequestError
 from aivillage.protocols.job import State
@@ -62,8 +64,17 @@ class Buyer:
         self.by_node: dict[str, Callable[[JobRow, Say], BlobFetch]] = {}
         """Operations that no worker does: what pursues a job of theirs."""
 
-    async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
+    async def submit(
+        self,
+        submit: Submit,
+        say: Say,
+        order: Order | None = None,
+        recorded: Callable[[JobId], None] = lambda _job: None,
+    ) -> Running:
         """Records a job and starts it. `order` says for which module, if for one.
+
+        `recorded` hears its id once that outlasts a kill of this node: with the job's first
+        output, or soon.
 
         Raises:
             AivillageError: the request is wrong, or this node takes no work now.
@@ -72,6 +83,7 @@ class Buyer:
         self._starting += 1
         try:
             row = await self._record(submit, order.parent if order else "")
+            self._trade.jobs.add_soon(row, functools.partial(recorded, row.id))
             pursuit = self._pursuit(row, say, order.sub_jobs if order else None)
             if submit.verify and isinstance(pursuit, Pursuit):
                 pursuit.verify = self.verify
@@ -88,7 +100,7 @@ class Buyer:
         self._require_room()
         self._starting += 1
         try:
-            await self._trade.jobs.add(row)
+            self._trade.jobs.add_soon(row, _noted)
             return self._start(pursuit or self._pursuit(row, _unheard))
         finally:
             self._starting -= 1
@@ -131,7 +143,7 @@ class Buyer:
         refusal = self.refusal()
         if refusal is not None:
             raise refusal
-        await self._trade.jobs.add(row)
+        self._trade.jobs.add_soon(row, _noted)
         return await self._to_its_end(self._start(self._pursuit(row, _unheard)))
 
     async def _to_its_end(self, running: Running) -> Running:
@@ -156,7 +168,7 @@ class Buyer:
             )
         await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
-        row = JobRow(
+        return JobRow(
             id=JobId(secrets.token_hex(16)),
             operation=submit.operation,
             request=submit.request,
@@ -170,8 +182,6 @@ class Buyer:
             prefer=self._preference(submit.prefer),
             mesh=submit.mesh or submit.verify,
         )
-        await self._trade.jobs.add(row)
-        return row
 
     def _preference(self, said: str) -> str:
         """Raises: RequestError: nobody can prefer that."""
@@ -262,6 +272,10 @@ class Buyer:
         """What a job is doing now; jobs.db knows only how it began and ended."""
         running = self._running.get(row.id)
         return running.pursuit.state if running else row.state
+
+    async def recorded(self) -> None:
+        """Returns once all jobs taken so far outlast a kill of this node."""
+        await self._trade.jobs.written()
 
     async def metered(self, row: JobRow) -> Usage:
         """What a job took in all, by our own meter; a stranger's one runs in a worker.
@@ -365,6 +379,9 @@ class Buyer:
 
     async def _store_end(self, pursuit: AnyJob, error: AivillageError | None) -> None:
         receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
+        if receipt is not None and isinstance(pursuit, Pursuit) and pursuit.is_kept:
+            self._trade.jobs.end_passed(pursuit.row.id, pursuit.state, receipt)
+            return
         try:
             await self._trade.jobs.end(
                 pursuit.row.id,
@@ -378,6 +395,10 @@ class Buyer:
             self._trade.events.emit(
                 "end_not_stored", level=40, job=pursuit.row.id, reason=str(failure)
             )
+
+
+def _noted() -> None:
+    """Nobody asks when it was stored."""
 
 
 def _unheard(_frame: Frame) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,12 +27,14 @@ from aivillage.protocols.errors import (
     RequestError,
 )
 from aivillage.protocols.messages import Answer, Ask, Cancel, Failure, Frame, Submit
-from aivillage.protocols.types import PeerId
+from aivillage.protocols.types import JobId, PeerId
 
 CLIENTS_MAX: Final = 32
 """A person's terminals and one gateway; more is a mistake."""
 UNSENT_MAX: Final = 4096
 """Frames for a client that does not read; its job goes on without it."""
+WRITTEN_MAX: Final = 64
+"""Frames in one write: a turn's worth."""
 UNSENT_BYTES_MAX: Final = 32 << 20
 """The same in bytes: sixteen of the largest answers, twice."""
 TEXT_MAX: Final = 4096
@@ -123,8 +125,13 @@ class Control:
         self, wire: _SocketStream, frames: trio.MemoryReceiveChannel[bytes], client: _Client
     ) -> None:
         async for framed in frames:
-            await wire.write(framed)
-            client.unsent_bytes -= len(framed)
+            together = [framed]
+            with suppress(trio.WouldBlock):  # what was said meanwhile leaves in the same write
+                while len(together) < WRITTEN_MAX:
+                    together.append(frames.receive_nowait())
+            joined = b"".join(together)
+            await wire.write(joined)
+            client.unsent_bytes -= len(joined)
 
     async def _read(self, wire: _SocketStream, client: _Client) -> None:
         reader = FrameReader(wire, codec.FRAME_BYTES_MAX)
@@ -160,18 +167,25 @@ class Control:
         def say(frame: Frame) -> None:
             client.say(msgspec.structs.replace(frame, id=submit.id))
 
+        def recorded(job: JobId) -> None:
+            say(messages.Progress(id=0, done=0, note=f"job {job}"))
+
         try:
-            running = await self._buyer.submit(submit, say if submit.follow else _unheard)
+            if submit.follow:
+                running = await self._buyer.submit(submit, say, recorded=recorded)
+            else:
+                running = await self._buyer.submit(submit, _unheard)
         except AivillageError as error:
             client.say(_failure(submit.id, error))
             return
         job = {"job": running.pursuit.row.id}
         if not submit.follow:
+            await self._buyer.recorded()
             client.say(Answer(id=submit.id, value=job))
             return
         client.jobs[submit.id] = running
-        client.say(messages.Progress(id=submit.id, done=0, note=f"job {job['job']}"))
         await running.ended.wait()
+        del client.jobs[submit.id]
         if running.error is not None:
             client.say(_failure(submit.id, running.error))
             return

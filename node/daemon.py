@@ -48,11 +48,11 @@ from aivillage.node.pairs import Pairs
 from aivillage.node.paths import Paths
 from aivillage.node.people_desk import PeopleDesk
 from aivillage.node.pricelist import PriceList
-from aivillage.node.pursuit import Trade
 from aivillage.node.replication import open_replicator
 from aivillage.node.reputation_desk import ReputationDesk
 from aivillage.node.seller import Seller
 from aivillage.node.switch import Switch
+from aivillage.node.trade import Attempts, Trade
 from aivillage.node.villagers import Villagers
 from aivillage.node.worker_process import WorkerLimits
 from aivillage.node.workers import Workers, WorkerSettings, open_workers
@@ -141,7 +141,7 @@ async def open_node(
         market = Market(links, discovery, ledger, herald.advertise)
         clearing = Clearing(ledger, villagers.hubs, events)
         market.clear, market.debt_of = clearing.try_clear, ledger.owed_by
-        trade = Trade(jobs, ledger, market, discovery, workers, events, {})
+        trade = Trade(jobs, ledger, market, discovery, workers, events, Attempts())
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.buy, seller.acquainted = buyer.buy, villagers.acquainted
         market.home = Home(workers, discovery, buyer, seller).facts

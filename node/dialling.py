@@ -77,6 +77,36 @@ async def reach_peer(
     return await first_to_answer(addresses, reach, seconds=seconds)
 
 
+async def reach_mover(
+    links: Links,
+    peer: PeerId,
+    addresses: Iterable[str],
+    newest: Callable[[], Iterable[str]],
+    *,
+    seconds: Seconds,
+) -> Link:
+    """The link with `peer` at `addresses`, or where it says that it is by then.
+
+    A node behind NAT says first where it is itself, and a moment later where its relay is.
+
+    Raises:
+        AivillageError: it is nowhere; as `reach_peer`.
+    """
+    tried: set[str] = set()
+    while True:
+        fresh = [address for address in addresses if address not in tried]
+        link = links.get(peer)
+        if link is not None:
+            return link
+        try:
+            return await reach_peer(links, peer, fresh, seconds=seconds)
+        except AivillageError:
+            tried.update(fresh)
+            addresses = newest()
+            if tried.issuperset(addresses):
+                raise
+
+
 class _Race(Generic[T]):
     """How the addresses do, by their place in line."""
 

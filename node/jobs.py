@@ -20,7 +20,6 @@ import trio
 
 from aivillage.node import records, store
 from aivillage.node.records import PeerStore
-from aivillage.node.store import typed
 from aivillage.protocols.errors import ConfigError, NodeError
 from aivillage.protocols.job import State
 from aivillage.protocols.pricing import Usage
@@ -140,6 +139,10 @@ def _select(kind: type[msgspec.Struct], table: str) -> str:
     return f"SELECT {', '.join(kind.__struct_fields__)} FROM {table} "  # noqa: S608 ours alone
 
 
+_ADD: Final = (
+    "INSERT INTO job(id, operation, request, state, ceiling, deadline, peer, created,"
+    " local, parent, prefer, mesh) VALUES(?,?,?,?,?,?,?,?,?,?,?,?)"
+)
 _JOB: Final = _select(JobRow, "job")
 _ATTEMPT: Final = _select(AttemptRow, "attempt")
 
@@ -154,12 +157,11 @@ class Jobs(PeerStore):
 
     # ------------------------------------------------------------------ jobs
     async def add(self, job: JobRow) -> None:
-        await self._write(
-            "INSERT INTO job(id, operation, request, state, ceiling, deadline, peer, created,"
-            " local, parent, prefer, mesh) VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
-            (job.id, job.operation, job.request, job.state, job.ceiling, job.deadline, job.peer,
-             job.created, int(job.local), job.parent, job.prefer, int(job.mesh)),
-        )  # fmt: skip
+        await self._write(_ADD, _added(job))
+
+    def add_soon(self, job: JobRow, recorded: Callable[[], None]) -> None:
+        """As `add`, but nobody waits: it is stored with what follows. Then `recorded` is called."""
+        self.later(lambda db: _run(db, _ADD, _added(job)), recorded)
 
     async def end(
         self,
@@ -174,6 +176,13 @@ class Jobs(PeerStore):
         await self._keep_writing(
             "UPDATE job SET state=?, ended=?, result=?, receipt=?, code=?, message=? WHERE id=?",
             (state, time.time(), result, receipt, code, message, job),
+        )
+
+    def end_passed(self, job: JobId, state: State, receipt: bytes) -> None:
+        """As `end`, for a job whose result is stored: a restart would end it too."""
+        row = (state, time.time(), receipt, job)
+        self.later(
+            lambda db: _run(db, "UPDATE job SET state=?, ended=?, receipt=? WHERE id=?", row)
         )
 
     async def keep_here(self, job: JobId) -> None:
@@ -196,7 +205,7 @@ class Jobs(PeerStore):
         return [_row(JobRow, row) for row in rows]
 
     # ------------------------------------------------------------------ attempts, output
-    async def begin_attempt(
+    def begin_attempt(
         self,
         attempt: AttemptId,
         job: JobId,
@@ -206,23 +215,22 @@ class Jobs(PeerStore):
         done: Usage | None = None,
         choice: bytes = b"",
     ) -> None:
-        """`quote` is the accepted one as the seller signed it; what is `done` is not paid again."""
+        """`quote` is the accepted one as the seller signed it; what is `done` is not paid again.
+
+        This and what follows of an attempt is stored soon: with the output or the job's end.
+        """
         had = msgspec.msgpack.encode(dict(done or {}))
-        await self._keep_writing(
-            "INSERT INTO attempt(id, job, seller, created, quote, done, choice)"
-            " VALUES(?,?,?,?,?,?,?)",
-            (attempt, job, seller, time.time(), quote, had, choice),
-        )
+        row = (attempt, job, seller, time.time(), quote, had, choice)
+        sql = "INSERT INTO attempt(id, job, seller, created, quote, done, choice)"
+        self.later(lambda db: _run(db, f"{sql} VALUES(?,?,?,?,?,?,?)", row))
 
-    async def end_attempt(self, attempt: AttemptId, price: MicroCredits, outcome: str) -> None:
-        await self._keep_writing(
-            "UPDATE attempt SET price=?, outcome=? WHERE id=?", (price, outcome, attempt)
-        )
+    def end_attempt(self, attempt: AttemptId, price: MicroCredits, outcome: str) -> None:
+        row = (price, outcome, attempt)
+        self.later(lambda db: _run(db, "UPDATE attempt SET price=?, outcome=? WHERE id=?", row))
 
-    async def name_kernel(self, attempt: AttemptId, kernel: tuple[str, str]) -> None:
-        await self._keep_writing(
-            "UPDATE attempt SET kernel=?, identical=? WHERE id=?", (*kernel, attempt)
-        )
+    def name_kernel(self, attempt: AttemptId, kernel: tuple[str, str]) -> None:
+        row = (*kernel, attempt)
+        self.later(lambda db: _run(db, "UPDATE attempt SET kernel=?, identical=? WHERE id=?", row))
 
     async def attempts(self, job: JobId) -> list[AttemptRow]:
         rows = await self._read(_ATTEMPT + "WHERE job=? ORDER BY created", job)
@@ -333,18 +341,16 @@ class Jobs(PeerStore):
     async def set_durably(self, key: str, value: bytes) -> None:
         """A setting that outlasts a power cut too: what is counted against a cap."""
 
-        def work() -> None:
+        def work(db: apsw.Connection) -> None:
             try:
-                self._db.pragma("synchronous", 2)
-                with self._db:
-                    self._db.execute("INSERT OR REPLACE INTO setting VALUES(?,?)", (key, value))
-            except apsw.Error as error:
-                raise typed(error) from error
+                db.pragma("synchronous", 2)
+                with db:
+                    db.execute("INSERT OR REPLACE INTO setting VALUES(?,?)", (key, value))
             finally:
-                self._db.pragma("synchronous", 1)
+                db.pragma("synchronous", 1)
 
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(work, limiter=self._limiter)
+            await self._alone(work)
 
 
 @asynccontextmanager
@@ -359,11 +365,11 @@ async def open_jobs(path: Path) -> AsyncIterator[Jobs]:
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(jobs.flush_forever)
+            nursery.start_soon(jobs.write_later_forever)
             yield jobs
             nursery.cancel_scope.cancel()
     finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(db.close)
+        await jobs.stop()
 
 
 def _open(path: Path) -> apsw.Connection:
@@ -408,6 +414,18 @@ def _upgrade(db: apsw.Connection) -> None:
                 db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
         db.execute(records.SCHEMA)
         db.pragma("user_version", SCHEMA_VERSION)
+
+
+def _run(db: apsw.Connection, sql: str, row: tuple[Any, ...]) -> None:
+    db.execute(sql, row)
+
+
+def _added(job: JobRow) -> tuple[Any, ...]:
+    """What a new job has."""
+    return (
+        job.id, job.operation, job.request, job.state, job.ceiling, job.deadline, job.peer,
+        job.created, int(job.local), job.parent, job.prefer, int(job.mesh),
+    )  # fmt: skip
 
 
 def _row(kind: type[T], row: tuple[Any, ...]) -> T:

@@ -87,6 +87,8 @@ class LinkLimits:
     ping_seconds: Seconds = 10.0
     ping_misses_max: int = 3
     flush_seconds: Seconds = 1.0
+    ride_seconds: Seconds = 0.005
+    """How long a frame that may ride waits for one to ride with."""
 
 
 class LinkOwner(Protocol):
@@ -130,6 +132,8 @@ class Link:
         self._ids = itertools.count(1 if dialled else 2, 2)
         self._queue: deque[bytes] = deque()
         self._queue_bytes = 0
+        self._riders: list[bytes] = []
+        self._has_riders = trio.Event()
         self._wake = trio.Event()
         self._leaving = trio.lowlevel.ParkingLot()
         self._hearing = trio.lowlevel.ParkingLot()
@@ -142,8 +146,10 @@ class Link:
         """A fresh id for a call that this side opens: odd if it dialled, else even."""
         return next(self._ids)
 
-    def send(self, message: Frame) -> None:
+    def send(self, message: Frame, *, may_ride: bool = False) -> None:
         """Queues `message`; what is queued together leaves in one write.
+
+        `may_ride`: before the next frame, in its write, or alone after `ride_seconds`.
 
         Raises:
             PeerError: PEER_LOST, the link is closed or this send found the peer too slow.
@@ -158,7 +164,12 @@ class Link:
                 code="TOO_LARGE",
                 next_step="make the request smaller, or choose another peer",
             )
-        self._enqueue(framed)
+        if may_ride:
+            self._riders.append(framed)
+            self._queue_bytes += len(framed)
+            self._has_riders.set()
+        else:
+            self._enqueue(framed)
         if self._overflowing():
             self.close("the peer reads too slowly")
             raise self._lost()
@@ -228,6 +239,7 @@ class Link:
             return
         if say is not None:
             self._enqueue(codec.frame(say))
+        self._board()
         self.closed_because = reason
         self._scope.deadline = trio.current_time() + self._limits.flush_seconds
         self._wake.set()
@@ -253,7 +265,8 @@ class Link:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
-                    for loop in (self._write_loop, self._read_loop, self._ping_loop):
+                    loops = (self._write_loop, self._read_loop, self._ping_loop, self._ride_loop)
+                    for loop in loops:
                         nursery.start_soon(self._guarded, loop)
         finally:
             self.close("the node is stopping")
@@ -282,14 +295,32 @@ class Link:
     # ------------------------------------------------------------------ writing
 
     def _enqueue(self, framed: bytes) -> None:
+        self._board()
         self._queue.append(framed)
         self._queue_bytes += len(framed)
         self._wake.set()
 
+    def _board(self) -> None:
+        """What may ride goes first: it was said first."""
+        if self._riders:
+            self._queue.extend(self._riders)
+            self._riders.clear()
+
+    async def _ride_loop(self) -> None:
+        """Sends off what found nothing to ride with."""
+        while True:
+            await self._has_riders.wait()
+            await trio.sleep(self._limits.ride_seconds)
+            self._has_riders = trio.Event()
+            if self._riders:
+                self._board()
+                self._wake.set()
+
     def _overflowing(self) -> bool:
         limits = self._limits
         return (
-            len(self._queue) > limits.queue_frames_max or self._queue_bytes > limits.queue_bytes_max
+            len(self._queue) + len(self._riders) > limits.queue_frames_max
+            or self._queue_bytes > limits.queue_bytes_max
         )
 
     async def _write_loop(self) -> None:

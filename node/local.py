@@ -27,8 +27,9 @@ from aivillage.node.choice import Explanation
 from aivillage.node.engines import EngineClient
 from aivillage.node.jobs import JobRow
 from aivillage.node.module_runs import OnCall
-from aivillage.node.pursuit import BLAMED, DEADLINE_SECONDS, SETTLE_SECONDS, Receipt, Say, Trade
+from aivillage.node.pursuit import BLAMED, DEADLINE_SECONDS
 from aivillage.node.records import work_of
+from aivillage.node.trade import Receipt, Say, Trade
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError
@@ -82,7 +83,7 @@ class LocalJob:
         attempt = AttemptId(secrets.token_bytes(16))
         peer = self._trade.discovery.peer
         laid_open = msgspec.json.encode(self._choice) if self._choice else b""
-        await self._trade.jobs.begin_attempt(attempt, self.row.id, peer, choice=laid_open)
+        self._trade.jobs.begin_attempt(attempt, self.row.id, peer, choice=laid_open)
         outcome = "stopped"
         try:
             self.move("acknowledged")
@@ -90,15 +91,14 @@ class LocalJob:
             seconds = time.monotonic() - self._worked_from
             await self._conclude(body)
             outcome = "done"
-            await self._measure(seconds)
+            self._measure(seconds)
         except AivillageError as error:
             outcome = error.code
             if outcome in BLAMED:
                 self._trade.discovery.record_of(peer).rate(good=False)
             raise
         finally:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
-                await self._trade.jobs.end_attempt(attempt, 0, outcome)
+            self._trade.jobs.end_attempt(attempt, 0, outcome)
 
     def receipt(self) -> Receipt:
         return Receipt(
@@ -122,7 +122,7 @@ class LocalJob:
     def move(self, event: JobEvent) -> None:
         self.state = step(self.state, event)
 
-    async def _measure(self, seconds: Seconds) -> None:
+    def _measure(self, seconds: Seconds) -> None:
         """How fast this machine is, as one candidate among others."""
         peer = self._trade.discovery.peer
         record = self._trade.discovery.record_of(peer)
@@ -130,7 +130,7 @@ class LocalJob:
         work = work_of(self.row.operation, self.row.request)
         made = sum(self._usage.values())
         record.measure(work, self._kernel, made / max(seconds, 1e-3))
-        await self._trade.jobs.rate_peer(peer, record)
+        self._trade.jobs.rate_peer(peer, record)
 
     # ------------------------------------------------------------------ work
     async def _work(self) -> bytes:

@@ -32,8 +32,8 @@ from aivillage.node.map_store import REDUCE_LINE, MapRow, MapStore, Tally, line_
 from aivillage.node.offers import terms_offered
 from aivillage.node.one_try import Had, OneTry
 from aivillage.node.pricelist import listed
-from aivillage.node.pursuit import Trade
 from aivillage.node.records import work_of
+from aivillage.node.trade import Trade
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.messages import Frame
 from aivillage.protocols.pricing import Usage

@@ -16,8 +16,8 @@ from aivillage.node.buyer import Buyer
 from aivillage.node.config import Settings
 from aivillage.node.map_run import MapRun
 from aivillage.node.map_store import REDUCE_LINE, LineEnd, LineRow, MapRow, MapStore
-from aivillage.node.pursuit import Trade
 from aivillage.node.reduction import reduce_request, require_reducer
+from aivillage.node.trade import Trade
 from aivillage.protocols.codec import FRAME_BYTES_MAX
 from aivillage.protocols.errors import AivillageError, RefusedError, RequestError
 from aivillage.protocols.types import AMOUNT_MAX, Amount

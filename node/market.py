@@ -6,6 +6,7 @@ import time
 from collections import ChainMap, Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from contextlib import suppress
+from functools import partial
 from random import Random
 from typing import Final
 
@@ -27,7 +28,7 @@ from aivillage.node.choice import (
     why_not,
     why_of,
 )
-from aivillage.node.dialling import reach_peer
+from aivillage.node.dialling import reach_mover
 from aivillage.node.discovery import Candidate, Discovery
 from aivillage.node.links import Link, Links
 from aivillage.node.offers import price_offered
@@ -271,19 +272,22 @@ class Market:
     async def _ask(self, seen: _Seen, candidates: list[Candidate]) -> None:
         """Quotes from all of them at once; who is much later than the first is not waited for."""
 
-        async def ask(candidate: Candidate) -> None:
+        async def ask(candidate: Candidate, scope: trio.CancelScope | None = None) -> None:
             try:
                 seen.found[candidate.peer] = await self._quoted(seen.need, candidate)
             except AivillageError as error:
                 seen.reasons[candidate.peer] = error
             else:
-                soon = trio.current_time() + OTHERS_SECONDS
-                nursery.cancel_scope.deadline = min(nursery.cancel_scope.deadline, soon)
+                if scope is not None:
+                    scope.deadline = min(scope.deadline, trio.current_time() + OTHERS_SECONDS)
 
+        seen.asked |= {candidate.peer for candidate in candidates}
+        if len(candidates) == 1:
+            return await ask(candidates[0])
         async with trio.open_nursery() as nursery:
             for candidate in candidates:
-                seen.asked.add(candidate.peer)
-                nursery.start_soon(ask, candidate)
+                nursery.start_soon(ask, candidate, nursery.cancel_scope)
+        return None
 
     def _decide(self, seen: _Seen) -> Choice | Here | None:
         """Among those that said yes and this machine; None: ask on."""
@@ -352,17 +356,12 @@ class Market:
         return max(0, price - self._room(link, quoted)) if price else 0
 
     async def _reach(self, candidate: Candidate) -> Link:
-        peer, addresses, tried = candidate.peer, candidate.addresses, set[str]()
-        while fresh := [address for address in addresses if address not in tried]:
-            link = self._links.get(peer)
-            if link is not None:
-                return link
-            with suppress(AivillageError):  # said below, if there is no newer address
-                return await reach_peer(self._links, peer, fresh, seconds=CONNECT_SECONDS)
-            # Where it says that it is by now: a node behind NAT says first where it is itself,
-            # and a moment later where its relay is.
-            tried.update(fresh)
-            addresses = self._discovery.addresses_of(peer)
+        peer = candidate.peer
+        newest = partial(self._discovery.addresses_of, peer)
+        with suppress(AivillageError):  # said below
+            return await reach_mover(
+                self._links, peer, candidate.addresses, newest, seconds=CONNECT_SECONDS
+            )
         self._discovery.unreachable(peer)
         raise PeerError(f"{peer} cannot be reached", code="PEER_LOST")
 

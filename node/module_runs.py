@@ -12,7 +12,7 @@ import trio
 from aivillage.models import worker_messages as say
 from aivillage.node.worker_process import WorkerProcess
 from aivillage.protocols.errors import AivillageError, JobError, from_code
-from aivillage.protocols.ports import Event
+from aivillage.protocols.ports import Event, ResultEvent
 
 RUN_BYTES_MAX: Final = 64 << 20
 """All events of one run together: what a run may fill of the daemon's memory and disk."""
@@ -122,6 +122,8 @@ class ModuleRun:
                 if isinstance(reply, say.SubCall):
                     await self._answer(reply)
                 elif (event := self._event(reply)) is not None:
+                    if isinstance(event, ResultEvent):
+                        self._see_end()
                     return event
                 else:
                     raise StopAsyncIteration
@@ -161,6 +163,12 @@ class ModuleRun:
             self._worker.kill()
             raise JobError(f"{self._run.operation} sent more than {RUN_BYTES_MAX:,} bytes")
         return reply.event
+
+    def _see_end(self) -> None:
+        """A result and the end of its run are written together: mostly both are here."""
+        reply = self._worker.next_nowait()
+        if reply is not None:
+            self._event(reply)
 
     def _end(self) -> None:
         self.ended = True

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -17,14 +16,13 @@ from aivillage.models import registry
 from aivillage.models.inference.generate import GenerateResult, Piece, usage
 from aivillage.node.attempt import Attempt, Output
 from aivillage.node.choice import Explanation
-from aivillage.node.discovery import Discovery
-from aivillage.node.events import Events
-from aivillage.node.jobs import JobRow, Jobs
+from aivillage.node.jobs import JobRow
 from aivillage.node.link import Link
-from aivillage.node.market import Choice, Here, Market, Need
+from aivillage.node.market import Choice, Here, Need
 from aivillage.node.pricelist import listed_by
 from aivillage.node.records import work_of
-from aivillage.node.workers import Workers
+from aivillage.node.trade import DoubtfulError, Receipt, RejectedError, Say, Trade, Verify
+from aivillage.node.verifier import Share
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import (
@@ -35,8 +33,7 @@ from aivillage.protocols.errors import (
     RequestError,
 )
 from aivillage.protocols.job import JobEvent, State, step
-from aivillage.protocols.messages import Call, Finished, Frame
-from aivillage.protocols.ports import Book
+from aivillage.protocols.messages import Call, Finished
 from aivillage.protocols.pricing import Usage, price_of_rest
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 
@@ -54,47 +51,6 @@ BLAMED: Final = frozenset(
 REJECTED: Final = frozenset({"rejected", "doubtful"})
 """Ends after a failed verdict."""
 
-Say = Callable[[Frame], None]
-Verify = Callable[[JobRow, bytes, PeerId], Awaitable[str]]
-"""(job, result, seller) -> how it was done again. Raises: RejectedError: it is wrong."""
-
-
-class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """One line for the person: who, what, how long, how much, why."""
-
-    job: str
-    operation: str
-    sellers: tuple[PeerId, ...]
-    usage: dict[str, int]
-    seconds: Seconds
-    price_micro_credits: MicroCredits
-    attempts: int
-    identical: str
-    why: str
-    checked: str = ""
-    """For `--verify`: who did it again before the owner got it, or why nobody did."""
-
-
-class Trade(msgspec.Struct, frozen=True):
-    """What a job needs of the node."""
-
-    jobs: Jobs
-    book: Book
-    market: Market
-    discovery: Discovery
-    workers: Workers
-    events: Events
-    attempts: dict[tuple[Link, int], Attempt]
-    """By link, not by peer: ids begin anew on every link."""
-
-
-class RejectedError(PeerError):
-    """The verdict on a result failed: no final voucher, and nothing of it is kept."""
-
-
-class DoubtfulError(RejectedError):
-    """It failed on what more than one seller made: nobody knows whose part is wrong."""
-
 
 class Pursuit:
     """A job on its way. `say` shows it to whoever follows; nobody has to."""
@@ -111,6 +67,10 @@ class Pursuit:
         self.verify: Verify | None = None
         """Done before anybody gets the result, where its owner asked for that."""
         self.checked = ""
+        self.is_kept = False
+        """Its result is stored: a restart has only to end it."""
+        self.maker: Share | None = None
+        """Of a module's whole result, where one attempt was enough."""
         self._trade = trade
         self._is_engine = registry.is_served_by_engine(row.operation)
         self._sellers: list[PeerId] = []
@@ -133,9 +93,9 @@ class Pursuit:
                 self._sellers.append(attempt.seller)
                 self._kernels.add((attempt.kernel, attempt.identical))
             if not attempt.outcome:
-                await jobs.end_attempt(AttemptId(attempt.id), attempt.price, "stopped")
+                jobs.end_attempt(AttemptId(attempt.id), attempt.price, "stopped")
         if row.state == "settling" and row.result is not None:
-            self.state, self.result = "settling", row.result
+            self.state, self.result, self.is_kept = "settling", row.result, True
             self._usage = await self._trade.workers.meter(row.operation, row.request, row.result)
             return
         for body in await jobs.delivered(row.id):
@@ -279,7 +239,7 @@ class Pursuit:
             ),
         )
         call = self._call(attempt)
-        await self._trade.jobs.begin_attempt(
+        self._trade.jobs.begin_attempt(
             attempt.attempt, self.row.id, attempt.seller, quote=choice.envelope, done=attempt.done,
             choice=msgspec.json.encode(choice.explanation),
         )  # fmt: skip
@@ -299,7 +259,7 @@ class Pursuit:
                 await attempt.leave(
                     call.id, stopped=outcome == "stopped", finished=outcome == "done"
                 )
-            del self._trade.attempts[choice.link, call.id]
+            self._trade.attempts.end(choice.link, call.id, had_place=outcome != "BUSY")
             if outcome == "stopped" and self._overtook(attempt):
                 outcome = "late"
             with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
@@ -359,6 +319,7 @@ class Pursuit:
             await self._trade.jobs.passed(
                 row.id, self.state, finished.result, attempt.attempt, attempt.amount
             )
+        self.is_kept = True
 
     async def _require_ok(self, result: bytes, *, continued: bool) -> None:
         """Raises: RejectedError: the verdict is no."""
@@ -392,6 +353,9 @@ class Pursuit:
             self._sellers.append(attempt.seller)
             self._kernels.add(attempt.kernel)
         self._why = attempt.choice.why
+        is_whole = not (self._is_engine or self.output.bodies)
+        if outcome == "done" and self._attempts == 1 and is_whole:
+            self.maker = attempt.share
         if attempt.delivered_something and outcome == "OWNER_LIMIT":
             self._stopped_by.add(attempt.seller)
         await self._pay(attempt, owed=outcome not in REJECTED)
@@ -401,26 +365,31 @@ class Pursuit:
             await self._begin_anew()  # what a liar delivered is no base to go on from
         elif outcome != "done":
             self._forget_reading()
-        # Last, since a full disk keeps these waiting until the caller's patience ends.
-        await self._trade.jobs.end_attempt(attempt.attempt, attempt.amount, outcome)
+        self._trade.jobs.end_attempt(attempt.attempt, attempt.amount, outcome)
         if outcome == "done" or outcome in BLAMED:
-            await self._rate(attempt, outcome)
+            self._rate(attempt, outcome)
 
     async def _pay(self, attempt: Attempt, *, owed: bool) -> None:
         """The final item, or after a failed verdict the end of what could be claimed.
 
-        A book that cannot be written loses nothing: the seller claims it at the next SYNC.
+        Nobody waits for the voucher: until it goes out, with those of other jobs, the seller's
+        exposure covers it, as it covered the work. A book that cannot be written loses nothing:
+        the seller claims it at the next SYNC.
         """
         book, peer = self._trade.book, attempt.seller
         try:
             if owed:
-                await book.settle(peer, attempt.attempt, attempt.amount, attempt.out_hash)
+                due = (attempt.attempt, attempt.amount, attempt.out_hash)
+                book.settle_soon(peer, *due, lambda error: self._not_paid(peer, error))
             else:
                 await book.abandon(peer, attempt.attempt)
         except AivillageError as error:
-            self._trade.events.emit(
-                "settle_failed", level=40, job=self.row.id, peer=peer, reason=str(error)
-            )
+            self._not_paid(peer, error)
+
+    def _not_paid(self, peer: PeerId, error: AivillageError) -> None:
+        self._trade.events.emit(
+            "settle_failed", level=40, job=self.row.id, peer=peer, reason=str(error)
+        )
 
     async def _note_favour(self, attempt: Attempt) -> None:
         """What was done for nothing, at the default prices: the seller counts the same."""
@@ -435,7 +404,7 @@ class Pursuit:
                 "favour_not_noted", level=30, peer=attempt.seller, reason=str(error)
             )
 
-    async def _rate(self, attempt: Attempt, outcome: str) -> None:
+    def _rate(self, attempt: Attempt, outcome: str) -> None:
         """What we saw of a seller, kept over restarts; never what it says of itself."""
         record = self._trade.discovery.record_of(attempt.seller)
         record.rate(good=outcome == "done")
@@ -444,12 +413,15 @@ class Pursuit:
             seconds = max(time.monotonic() - attempt.started, 1e-3)
             work = work_of(self.row.operation, self.row.request)
             record.measure(work, attempt.kernel[0], made / seconds)
-        await self._trade.jobs.rate_peer(attempt.seller, record)
+            self._trade.jobs.rate_peer_seldom(attempt.seller, record)
+        else:
+            self._trade.jobs.rate_peer(attempt.seller, record)
 
     def _note_failure(self, peer: PeerId, error: AivillageError) -> None:
-        """A quote that did not lead to a result is not used again."""
-        work = work_of(self.row.operation, self.row.request)
-        self._trade.market.forget_quote(peer, work)
+        """A quote that did not lead to a result is not used again, unless it was only too soon."""
+        if error.code != "BUSY":
+            work = work_of(self.row.operation, self.row.request)
+            self._trade.market.forget_quote(peer, work)
         self._trade.events.emit(
             "attempt_failed", job=self.row.id, peer=peer, code=error.code, reason=error.message
         )
@@ -470,8 +442,7 @@ class Pursuit:
             await self._begin_anew()  # what is had does not fit a call: done again, it need not
             return
         if error.code in {"BUSY", "QUOTE_EXPIRED"}:
-            self._busy += 1
-            await trio.sleep(min(0.1 * 2**self._busy, 10.0) if error.code == "BUSY" else 0)
+            await self._wait_for_place(peer, error)
             return
         if error.code == "PEER_LOST" and trade.market.is_back(link):
             return  # while we settled with it
@@ -481,6 +452,16 @@ class Pursuit:
         what = "is gone" if error.code == "PEER_LOST" else f"failed ({error.message})"
         note = f"{peer[-8:]} {what}; going on elsewhere"
         self.say(messages.Progress(id=0, done=0, note=note))
+
+    async def _wait_for_place(self, peer: PeerId, error: AivillageError) -> None:
+        """Until a job of ours ends there; where none does, ever longer, and not for ever."""
+        with trio.move_on_after(min(0.2 * 2**self._busy, 10.0)):
+            if error.code == "BUSY":
+                await self._trade.attempts.one_ends(peer)
+                return
+        work = work_of(self.row.operation, self.row.request)
+        self._trade.market.forget_quote(peer, work)
+        self._busy += 1
 
     def move(self, event: JobEvent) -> None:
         """In memory: a restarted job begins anew, whatever it was doing."""

@@ -15,6 +15,7 @@ import msgspec
 from aivillage.models import registry
 from aivillage.models.inference.generate import GenerateRequest
 from aivillage.node.store import Store
+from aivillage.node.store import Work as Writing
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.types import PeerId
 
@@ -127,8 +128,15 @@ class PeerStore(Store):
 
         await self.transaction(work)
 
-    async def rate_peer(self, peer: PeerId, record: Record) -> None:
+    def rate_peer(self, peer: PeerId, record: Record) -> None:
         """Keeps what was counted and measured of a peer; of this machine only its speeds."""
+        self.later(self._rating(peer, record))
+
+    def rate_peer_seldom(self, peer: PeerId, record: Record) -> None:
+        """The same after a good job, of which a kill may lose some."""
+        self.seldom(("rating", peer), lambda: self._rating(peer, record))
+
+    def _rating(self, peer: PeerId, record: Record) -> Writing[None]:
         rows = [
             (peer, *done, kernel, speed.units_per_second, speed.at)
             for (done, kernel), speed in record.speeds.items()
@@ -140,9 +148,10 @@ class PeerStore(Store):
             db.execute("DELETE FROM peer_speed WHERE peer=?", (peer,))
             db.executemany("INSERT INTO peer_speed VALUES(?,?,?,?,?,?)", rows)
 
-        await self._patiently(lambda: self.transaction(work))
+        return work
 
     async def known_peers(self) -> list[KnownPeer]:
+        self._flush_seldom()
         rows = await self._read(
             "SELECT id, addresses, seen, good, bad FROM known_peer ORDER BY seen DESC LIMIT 1000"
         )

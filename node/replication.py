@@ -26,8 +26,9 @@ from aivillage.node.config import Settings
 from aivillage.node.discovery import Candidate
 from aivillage.node.guard import Tasks
 from aivillage.node.jobs import CHECK_OF, JobRow
-from aivillage.node.pursuit import DoubtfulError, Pursuit, RejectedError, Trade
+from aivillage.node.pursuit import Pursuit
 from aivillage.node.reputation import Key, Reputation
+from aivillage.node.trade import DoubtfulError, RejectedError, Trade
 from aivillage.node.verifier import (
     TRUSTED_FROM,
     Answer,
@@ -62,6 +63,8 @@ class Sample(msgspec.Struct, frozen=True):
     spent: MicroCredits
     is_verified: bool
     """Done again before its owner got it."""
+    maker: Share | None = None
+    """Who made all of it at the one attempt that there was; None: jobs.db knows."""
 
 
 class Unchecked(RefusedError):  # noqa: N818 nothing went wrong
@@ -106,8 +109,9 @@ class Replicator:
             return  # booked by who asked for it
         self.reputation.spent(pursuit.spent, is_check=False)
         sample = Sample(
-            pursuit.row, pursuit.result, pursuit.spent, is_verified=bool(pursuit.checked)
-        )
+            pursuit.row, pursuit.result, pursuit.spent, is_verified=bool(pursuit.checked),
+            maker=pursuit.maker,
+        )  # fmt: skip
         if not registry.is_served_by_engine(pursuit.row.operation) and pursuit.result:
             sample = msgspec.structs.replace(sample, result=b"")  # not compared, and may be large
         try:
@@ -135,12 +139,16 @@ class Replicator:
 
     async def _look_at(self, sample: Sample) -> None:
         row = sample.row
-        await self._note_rejected(row)
+        if sample.maker is None:
+            await self._note_rejected(row)
         if sample.result is None:
             return
-        answer = await self._answer(row, sample.result)
+        if sample.maker is None:
+            answer = await self._answer(row, sample.result)
+        else:
+            answer = Answer(token_ids=(), shares=(sample.maker,), result=sample.result)
         keys = _keys(row, answer, [share.seller for share in answer.shares])
-        await self.reputation.change(keys, Trust.after_done)
+        self.reputation.done(keys)
         if sample.is_verified or not self._settings.verify_percent_max:
             return
         trusts = [self.reputation.of(key) for key in keys]
@@ -167,7 +175,7 @@ class Replicator:
             and not self.reputation.is_cut_off(attempt.seller, row.operation)
         ]
         if keys:
-            await self.reputation.change(keys, Trust.after_wrong)
+            self.reputation.change(keys, Trust.after_wrong)
 
     # ------------------------------------------------------------------ before the answer
     async def verify(self, row: JobRow, result: bytes) -> Verified:
@@ -274,7 +282,7 @@ class Replicator:
         await self.reputation.found_wrong(key, row.id, reason, *answers)
         record = self._trade.discovery.record_of(key.peer)
         record.rate(good=False)
-        await self._trade.jobs.rate_peer(key.peer, record)
+        self._trade.jobs.rate_peer(key.peer, record)
         self.tell("result_wrong", job=row.id, peer=key.peer, reason=reason)
 
     def tell(self, event: str, **fields: Any) -> None:
@@ -312,7 +320,7 @@ class _Check:
         if finding == "best effort":
             raise Unchecked(ANOTHER_CLASS)
         if finding == "same":
-            await self._right(first, second)
+            self._right(first, second)
             return Verified(said=f"the same at {_who(second, self._by.me)}")
         return await self._disagree(first, second, place)
 
@@ -335,7 +343,7 @@ class _Check:
         reason = f"token {place} is not what {_who(right, self._by.me)} computed"
         if third is not None:
             reason += f", and {_who(third, self._by.me)}"
-            await self._right(right, third)
+            self._right(right, third)
         await self._by.accuse(key, self._row, reason, answers)
         return Verified((loser,) if verdict == "first" else (), reason)
 
@@ -345,16 +353,16 @@ class _Check:
         """Nobody is accused, and nobody is trusted meanwhile."""
         reputation, row = self._by.reputation, self._row
         keys = self._keys(first) + self._keys(second)
-        await reputation.change(keys, Trust.after_unsettled)
+        reputation.change(keys, Trust.after_unsettled)
         reason = f"token {place} differs from {_who(second, self._by.me)}'s; nobody could decide"
         await reputation.keep_evidence("", row.operation, row.id, reason, *answers)
         self._by.tell("disagreement_unsettled", job=row.id, reason=reason)
         return Verified(said=reason)
 
-    async def _right(self, *answers: Answer) -> None:
+    def _right(self, *answers: Answer) -> None:
         """They agree: everybody in them is trusted more."""
         keys = [key for answer in answers for key in self._keys(answer)]
-        await self._by.reputation.change(keys, Trust.after_same)
+        self._by.reputation.change(keys, Trust.after_same)
 
     def _keys(self, answer: Answer) -> list[Key]:
         others = [seller for seller in answer.sellers() if seller != self._by.me]
@@ -384,7 +392,7 @@ class _Check:
                 continue
             if answer.kernel == kernel:
                 return answer
-            await by.reputation.change(_keys(row, answer, [peer]), _seen)  # not asked for it again
+            by.reputation.change(_keys(row, answer, [peer]), _seen)  # not asked for it again
             why = ANOTHER_CLASS
         if me_too and (here := await by.here_again(row, kernel, cold=True)):
             self._tried.add(by.me)

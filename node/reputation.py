@@ -6,6 +6,7 @@ nobody's word about somebody else is taken.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
@@ -15,6 +16,7 @@ import msgspec
 
 from aivillage.node import verifier
 from aivillage.node.jobs import CHECK_OF, Jobs
+from aivillage.node.store import Work as Writing
 from aivillage.node.verifier import Answer, CutOff, Trust
 from aivillage.protocols.errors import AivillageError, PeerError
 from aivillage.protocols.types import JobId, MicroCredits, PeerId
@@ -160,18 +162,28 @@ class Reputation:
     def left_out(self, reason: str) -> None:
         self.unchecked[reason] = self.unchecked.get(reason, 0) + 1
 
-    async def change(self, keys: Iterable[Key], how: Callable[[Trust], Trust]) -> None:
-        """Moves what is known of each key one step on, and stores it."""
-        rows = []
-        for key in dict.fromkeys(map(self._kept_key, keys)):
+    def change(self, keys: Iterable[Key], how: Callable[[Trust], Trust]) -> None:
+        """Moves what is known of each key one step on, and stores it soon."""
+        changed = dict.fromkeys(map(self._kept_key, keys))
+        for key in changed:
             self._trust[key] = how(self.of(key))
-            rows.append((*key, *msgspec.structs.astuple(self._trust[key])))
+        self._jobs.later(self._stored(changed))
+
+    def done(self, keys: Iterable[Key]) -> None:
+        """A result came of each: counted at once, stored with many others."""
+        for key in dict.fromkeys(map(self._kept_key, keys)):
+            self._trust[key] = self.of(key).after_done()
+            self._jobs.seldom(("trust", key), functools.partial(self._stored, [key]))
+
+    def _stored(self, keys: Iterable[Key]) -> Writing[None]:
+        """What stores these, as they are now."""
+        rows = [(*key, *msgspec.structs.astuple(self.of(key))) for key in keys]
+        sql = "INSERT OR REPLACE INTO trust VALUES(?,?,?,?,?,?,?,?,?)"
 
         def work(db: apsw.Connection) -> None:
-            sql = "INSERT OR REPLACE INTO trust VALUES(?,?,?,?,?,?,?,?,?)"
             db.executemany(sql, rows)
 
-        await self._jobs.transaction(work)
+        return work
 
     def _kept_key(self, key: Key) -> Key:
         """The key itself, or where its peer made up too many the one for all further ones."""
@@ -184,7 +196,7 @@ class Reputation:
         """A result of its was wrong: trust begins anew, and it is left out for a while."""
         place = (key.peer, key.operation)
         self._cut[place] = cut = self._cut.get(place, CutOff()).after_wrong(time.time())
-        await self.change([key], Trust.after_wrong)
+        self.change([key], Trust.after_wrong)
         await self._store_cut(place, cut)
         await self.keep_evidence(key.peer, key.operation, job, reason, *answers)
 

@@ -12,7 +12,7 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.ledger import books
-from aivillage.ledger.ledger import SystemClock, open_file, read_file
+from aivillage.ledger.opening import SystemClock, open_file, read_file
 from aivillage.ledger.queries import keys
 from aivillage.ledger.signing import Ed25519Signer
 from aivillage.node import identity, lock, succession, village

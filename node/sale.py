@@ -15,8 +15,9 @@ from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.job import running_hash
 from aivillage.protocols.messages import Call, Progress
 from aivillage.protocols.pricing import Terms, Usage, is_free, price_of_rest
-from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 
+DEADLINE_SECONDS_MAX: Final = 3600.0
 BEAT_SECONDS: Final = 2.0
 """A sign of life while nothing can be delivered yet: a model loads, a prompt is read."""
 
@@ -101,3 +102,8 @@ async def _beat(sale: Sale, note: str) -> None:
     while True:
         await trio.sleep(BEAT_SECONDS)
         send_or_drop(sale.link, Progress(id=sale.call.id, done=0, note=note))
+
+
+def deadline_seconds(call: Call) -> Seconds:
+    """For the whole work: what the buyer said, within what a seller takes part in."""
+    return min(max(call.deadline_seconds, 1.0), DEADLINE_SECONDS_MAX)

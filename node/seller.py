@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import time
 from collections.abc import Awaitable, Callable
@@ -29,7 +30,7 @@ from aivillage.node.gossip import send_or_drop
 from aivillage.node.links import Link
 from aivillage.node.module_runs import OnCall
 from aivillage.node.pricelist import PriceList, listed
-from aivillage.node.sale import Sale, Till, beating
+from aivillage.node.sale import Sale, Till, beating, deadline_seconds
 from aivillage.node.steps import StepWriter
 from aivillage.node.sub_jobs import Buy, SubJobs, buy_nothing
 from aivillage.node.workers import Workers
@@ -48,11 +49,10 @@ from aivillage.protocols.job import token_bytes
 from aivillage.protocols.messages import Call, OperationInfo, QuoteRequest, StepItem
 from aivillage.protocols.ports import Book, PartEvent, ProgressEvent, ResultEvent
 from aivillage.protocols.pricing import Terms, Usage, dearest_unit, is_free, price
-from aivillage.protocols.types import AMOUNT_MAX, AttemptId, MicroCredits, PeerId, Seconds
+from aivillage.protocols.types import AMOUNT_MAX, AttemptId, MicroCredits, PeerId
 
 ATTEMPTS_REMEMBERED: Final = 65_536
 """Against replayed calls; an attempt id is 16 random bytes of the buyer's."""
-DEADLINE_SECONDS_MAX: Final = 3600.0
 LOOKAHEAD_UNITS: Final = 32
 """The engine may compute one prompt slice ahead of what may be delivered."""
 ROOM_SECONDS: Final = 15.0
@@ -124,7 +124,8 @@ class Seller:
             self._refuse(link, call.id, error)
             return
         self._sales[link, call.id] = sale
-        send_or_drop(link, messages.Accepted(id=call.id))
+        with contextlib.suppress(PeerError, RequestError):  # it may just have gone
+            link.send(messages.Accepted(id=call.id), may_ride=True)
         self._nursery.start_soon(self._serve, sale)
 
     def on_cancel(self, link: Link, call_id: int) -> None:
@@ -231,7 +232,7 @@ class Seller:
     # ------------------------------------------------------------------ work
     async def _serve(self, sale: Sale) -> None:
         """One attempt, from acknowledged to its typed end."""
-        seconds = _deadline(sale.call)
+        seconds = deadline_seconds(sale.call)
         error: AivillageError | None = None
         with sale.scope:
             try:
@@ -422,7 +423,7 @@ class Seller:
             call.operation,
             call.request,
             delivered=call.delivered,
-            deadline_seconds=_deadline(call),
+            deadline_seconds=deadline_seconds(call),
             on_call=self._sub_jobs(sale, most),
         ) as events:
             async for event in events:
@@ -450,7 +451,7 @@ class Seller:
             self.buy,
             parent=sale.attempt.hex(),
             ceiling=min(sale.call.ceiling_micro_credits, earns),
-            deadline_seconds=_deadline(sale.call),
+            deadline_seconds=deadline_seconds(sale.call),
         )
 
         async def call(operation: str, request: bytes, budget: int) -> bytes:
@@ -489,10 +490,6 @@ class Seller:
                 id=call_id, code=error.code, message=error.message, next_step=error.next_step
             ),
         )
-
-
-def _deadline(call: Call) -> Seconds:
-    return min(max(call.deadline_seconds, 1.0), DEADLINE_SECONDS_MAX)
 
 
 async def _at_once(_peer: PeerId) -> None:

@@ -56,6 +56,8 @@ class WorkerProcess:
         self._stdout = _taken(process.stdout)
         self._stderr = _taken(process.stderr)
         self._queued, self._queue = trio.open_memory_channel[bytes](COMMANDS_QUEUED_MAX)
+        self._unwritten = 0
+        """Frames that wait for `write_all`: nothing may overtake them."""
         self._received = bytearray()
         self._last_words = b""
         self._fell_silent = trio.Event()
@@ -73,10 +75,22 @@ class WorkerProcess:
             JobError: JOB_FAILED, the worker is dead or has stopped reading.
         """
         try:
-            self._queued.send_nowait(say.framed(command))
+            rest = self._written_at_once(say.framed(command))
+            if rest:
+                self._unwritten += 1
+                self._queued.send_nowait(rest)
         except (trio.WouldBlock, trio.ClosedResourceError, trio.BrokenResourceError):
             self.kill()
             raise self._death("it stopped reading") from None
+
+    def _written_at_once(self, frame: bytes) -> bytes:
+        """What the pipe did not take of `frame`: mostly nothing, and no task has to wake."""
+        if self._unwritten or self.dead:
+            return frame
+        try:
+            return frame[os.write(self._stdin.fileno(), frame) :]
+        except OSError:  # it is full; or broken, which `write_all` finds out
+            return frame
 
     async def next(self) -> say.Reply:
         """The next reply. Cancelling loses none.
@@ -87,6 +101,10 @@ class WorkerProcess:
         size_bytes = await self._peek_size()
         while len(self._received) < say.LENGTH_BYTES + size_bytes:
             await self._receive_more()
+        return self._reply(size_bytes)
+
+    def _reply(self, size_bytes: int) -> say.Reply:
+        """The reply of that size that was received."""
         body = bytes(self._received[say.LENGTH_BYTES : say.LENGTH_BYTES + size_bytes])
         del self._received[: say.LENGTH_BYTES + size_bytes]
         try:
@@ -94,6 +112,15 @@ class WorkerProcess:
         except (msgspec.DecodeError, RecursionError, ValueError) as error:
             self.kill()
             raise self._death(f"it wrote what is no reply ({error})") from None
+
+    def next_nowait(self) -> say.Reply | None:
+        """The next reply where all of it is here already. Raises as `next`."""
+        if len(self._received) < say.LENGTH_BYTES:
+            return None
+        size_bytes = int.from_bytes(self._received[: say.LENGTH_BYTES], "big")
+        if len(self._received) < say.LENGTH_BYTES + size_bytes:
+            return None
+        return self._reply(size_bytes)
 
     def kill(self) -> None:
         """Ends the process now; never raises."""
@@ -118,6 +145,7 @@ class WorkerProcess:
         try:
             async for frame in self._queue:
                 await self._stdin.send_all(frame)
+                self._unwritten -= 1
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.kill()
 

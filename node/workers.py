@@ -1,7 +1,7 @@
 """What this node can do, done in worker processes: module calls, and resident engines.
 
-The daemon never runs `run`, `check` or a line of third-party code, and never imports torch.
-Built-in modules' `estimate` and `meter` are pure and run here.
+The daemon never runs `run` or a line of third-party code, and never imports torch. Built-in
+modules' `estimate` and `meter` are pure and run here, and `check` where the registry says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import trio
 
 from aivillage.models import registry
 from aivillage.models import worker_messages as say
-from aivillage.models.description import described
+from aivillage.models.description import checked, described
 from aivillage.models.inference import catalogue
 from aivillage.models.inference.catalogue import KnownModel
 from aivillage.models.inference.generate import GenerateRequest, require_fits
@@ -191,11 +191,14 @@ class Workers:
             return (await ask(worker, command, say.Metered)).usage
 
     async def check(self, operation: str, request: bytes, result: bytes) -> Verdict:
-        """Whether `result` can be the answer; always told in a worker. Raises as `estimate` does.
+        """Whether `result` can be the answer; told in a worker. Raises as `estimate` does.
 
-        A result that is none of the operation's type is a verdict, not an error.
+        A result that is none of the operation's type is a verdict, not an error. Here only where
+        our own module says that its check is as pure as its meter.
         """
         self.describe(operation)
+        if registry.checks_anywhere(operation) and (module := self.module(operation)):
+            return checked(module, unpack(module.Request, request), result)
         command = say.Check(id=next(self._ids), operation=operation, request=request, result=result)
         async with self._worker(self._short, operation) as worker:
             return (await ask(worker, command, say.Checked)).verdict

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from aivillage.protocols.errors import PeerError
+from aivillage.protocols.errors import AivillageError, PeerError
 from aivillage.protocols.pricing import Usage
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 
@@ -237,9 +237,18 @@ class Book(Protocol):
 
     # buyer
     def intend(
-        self, peer: PeerId, attempt: AttemptId, quote_hash: bytes, ceiling: MicroCredits
+        self,
+        peer: PeerId,
+        attempt: AttemptId,
+        quote_hash: bytes,
+        ceiling: MicroCredits,
+        *,
+        soon: bool = False,
     ) -> None:
-        """An intent row in the next group commit; nobody waits for it."""
+        """An intent row in the next group commit; nobody waits for it.
+
+        `soon`: within a twentieth of a second, and none where the attempt is signed for by then.
+        """
         ...
 
     def accept(
@@ -252,6 +261,24 @@ class Book(Protocol):
         self, peer: PeerId, attempt: AttemptId, amount: MicroCredits, out_hash: bytes
     ) -> None:
         """The final item: returns when the voucher that carries it is durable here."""
+        ...
+
+    def settle_soon(
+        self,
+        peer: PeerId,
+        attempt: AttemptId,
+        amount: MicroCredits,
+        out_hash: bytes,
+        failed: Callable[[AivillageError], None],
+    ) -> None:
+        """As `settle`, for who does not wait: its voucher may carry the ends of 16 attempts.
+
+        It goes out at once where the unsigned work reaches X/2, else within a tenth of a second.
+        `failed` hears of a book that cannot be written.
+
+        Raises:
+            LedgerError: as `accept`.
+        """
         ...
 
     async def abandon(self, peer: PeerId, attempt: AttemptId) -> None:

@@ -49,9 +49,9 @@ from aivillage.node.market import Choice, Market
 from aivillage.node.membership import VILLAGE_SETTING
 from aivillage.node.pairs import Pairs
 from aivillage.node.pricelist import PriceList
-from aivillage.node.pursuit import Trade
 from aivillage.node.seller import Seller
 from aivillage.node.switch import Switch
+from aivillage.node.trade import Attempts, Trade
 from aivillage.node.transport.loopback import LoopbackNetwork
 from aivillage.node.villagers import Villagers
 from aivillage.protocols import messages
@@ -199,7 +199,7 @@ class Member:
         clearing = Clearing(book, villagers.hubs, events)
         market.clear, market.debt_of = clearing.try_clear, book.owed_by
         market.choose = self._timed(market.choose)  # type: ignore[method-assign]
-        trade = Trade(self.jobs, book, market, discovery, workers, events, {})
+        trade = Trade(self.jobs, book, market, discovery, workers, events, Attempts())
         self.buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
         seller.acquainted = villagers.acquainted
         pairs = Pairs(book, tasks)

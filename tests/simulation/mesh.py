@@ -125,9 +125,9 @@ class Node:
         def on_up(link: Link) -> None:
             real_send = link.send
 
-            def send(frame: Frame) -> None:
+            def send(frame: Frame, *, may_ride: bool = False) -> None:
                 for said in self.tamper(frame):
-                    real_send(said)
+                    real_send(said, may_ride=may_ride)
 
             link.send = send  # type: ignore[method-assign]
             up(link)

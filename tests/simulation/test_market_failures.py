@@ -12,6 +12,7 @@ import trio
 
 from aivillage.models.mesh.noop import NoopRequest
 from aivillage.node import market
+from aivillage.node.attempt import Attempt
 from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
@@ -352,6 +353,27 @@ async def test_a_peer_that_comes_back_is_used_again(tmp_path):
         await settled(buyer, seller, price_of(PROMPT, 12))
 
 
+async def test_a_peer_that_is_back_before_its_attempt_is_left_is_used_again(tmp_path, monkeypatch):
+    async with open_mesh(tmp_path) as mesh:
+        buyer = await mesh.add("buyer", serve=False)
+        seller = await mesh.add("seller")
+        await mesh.knows(buyer, seller)
+        running = await paused_job(buyer, seller)
+        lost, leave = buyer.desk.links.get(seller.peer), Attempt.leave
+
+        async def late(attempt, *args, **options):
+            await leave(attempt, *args, **options)
+            await until(lambda: buyer.desk.links.get(seller.peer) not in (None, lost))
+
+        monkeypatch.setattr(Attempt, "leave", late)
+        seller.script.pause_at = None
+        mesh.network.cut("buyer", "seller")
+        await mesh.link(buyer, seller)
+        await running.ended.wait()
+        assert result_of(running) == expected(PROMPT, 12)
+        await settled(buyer, seller, price_of(PROMPT, 12))
+
+
 async def test_a_restarted_seller_is_asked_for_a_fresh_quote(tmp_path):
     async with open_mesh(tmp_path) as mesh:
         buyer = await mesh.add("buyer", serve=False)
@@ -411,14 +433,9 @@ async def test_a_crash_does_not_let_a_job_spend_above_its_ceiling(tmp_path):
         assert attempt.outcome == "stopped"
 
 
-async def test_a_restart_after_the_verdict_only_settles(tmp_path, monkeypatch):
+async def test_a_restart_after_the_verdict_only_settles(tmp_path):
     async with three(tmp_path) as (mesh, buyer, first, _second):
-
-        async def never(*_args, **_options):
-            await trio.sleep_forever()
-
-        monkeypatch.setattr("aivillage.node.buyer.SETTLE_SECONDS", 0.1)
-        buyer.desk.jobs.end = never
+        buyer.desk.jobs.end_passed = lambda *_args: None  # as if it had been killed just then
         running = await buyer.submit(PROMPT, tokens=4)
         await until(lambda: running.pursuit.state == "done")
         made = first.script.made

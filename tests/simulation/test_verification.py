@@ -314,7 +314,7 @@ async def test_a_peer_that_makes_up_classes_fills_no_book(tmp_path):
         reputation = buyer.desk.replicator.reputation
         for number in range(KEYS_PER_PEER_MAX + 5):
             key = Key(one.peer, OPERATION, "m", f"class {number}")
-            await reputation.change([key], Trust.after_done)
+            reputation.change([key], Trust.after_done)
         assert len(reputation.listing(one.peer)) == KEYS_PER_PEER_MAX + 1
         assert sum(row["done"] for row in reputation.listing(one.peer)) == KEYS_PER_PEER_MAX + 5
 

@@ -21,7 +21,7 @@ async def _with_an_attempt(path):
             peer="", created=1.0,
         )  # fmt: skip
         await jobs.add(row)
-        await jobs.begin_attempt(ATTEMPT, JOB, PeerId("somebody"))
+        jobs.begin_attempt(ATTEMPT, JOB, PeerId("somebody"))
 
 
 @pytest.mark.parametrize(

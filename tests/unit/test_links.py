@@ -370,3 +370,24 @@ async def test_links_that_share_a_write_leave_together(two, autojump_clock):
         await settle()
         assert len(writes) == 1
         assert len(b.frames) == 1000
+
+
+async def test_a_frame_that_may_ride_goes_before_the_next_one(two, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        link.send(Accepted(id=1), may_ride=True)
+        link.send(Progress(id=1, done=1.0))
+        await settle(0.0001)
+        assert b.frames == [Accepted(id=1), Progress(id=1, done=1.0)]
+
+
+async def test_a_frame_that_finds_nothing_to_ride_with_goes_alone(two, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        await settle(1)  # the first ping would be a frame to ride with
+        for number in (1, 3):
+            link.send(Accepted(id=number), may_ride=True)
+            await settle(0.9 * LIMITS.ride_seconds)
+            assert Accepted(id=number) not in b.frames
+            await settle(0.2 * LIMITS.ride_seconds)
+            assert b.frames[-1] == Accepted(id=number)

@@ -8,7 +8,8 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.ledger import books
-from aivillage.ledger.ledger import SystemClock, open_file, open_ledger
+from aivillage.ledger.ledger import open_ledger
+from aivillage.ledger.opening import SystemClock, open_file
 from aivillage.ledger.signing import Ed25519Signer
 from aivillage.protocols.envelope import is_signed_by
 from aivillage.protocols.errors import ConfigError, RequestError

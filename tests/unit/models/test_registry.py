@@ -43,3 +43,9 @@ def test_nobody_replaces_one_of_ours(monkeypatch):
     point = registry.importlib.metadata.EntryPoint("mesh.noop", "evil:MODULE", "aivillage.modules")
     monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: [point])
     assert registry.entries()["mesh.noop"].target == "aivillage.models.mesh.noop:MODULE"
+
+
+def test_only_our_own_modules_that_say_so_are_checked_outside_a_worker():
+    assert registry.checks_anywhere("mesh.noop")
+    assert not registry.checks_anywhere("inference.generate")  # it reads a tokenizer's file
+    assert not registry.checks_anywhere("somebody.elses")

@@ -118,7 +118,7 @@ class ShowingBuyer:
     def __init__(self, *frames):
         self.frames = frames
 
-    async def submit(self, _submit, say):
+    async def submit(self, _submit, say, recorded):
         for frame in self.frames:
             say(frame)
         raise codec.RequestError("that was all")

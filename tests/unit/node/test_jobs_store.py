@@ -1,10 +1,13 @@
 """jobs.db: what was delivered counts once it is stored, and a damaged file is said."""
 
+import time
+
 import apsw
 import pytest
 import trio
 
 from aivillage.node import jobs as store
+from aivillage.node import records
 from aivillage.node.jobs import JobRow, open_jobs
 from aivillage.protocols.errors import ConfigError, NodeError
 from aivillage.protocols.types import AttemptId, JobId
@@ -24,7 +27,7 @@ def row(job=JOB, **changes):
 
 async def with_attempt(jobs):
     await jobs.add(row())
-    await jobs.begin_attempt(ATTEMPT, JOB, make_peer(1))
+    jobs.begin_attempt(ATTEMPT, JOB, make_peer(1))
 
 
 async def kept(jobs, *bodies, first=0, price=0):
@@ -191,3 +194,77 @@ async def test_a_folder_that_is_not_there_is_said(tmp_path):
     with pytest.raises(ConfigError):
         async with open_jobs(tmp_path / "no" / "jobs.db"):
             pass
+
+
+# ------------------------------------------------------------------ what nobody waits for
+
+
+async def test_a_question_finds_what_was_left_for_later(tmp_path):
+    async with open_jobs(tmp_path / "jobs.db") as jobs:
+        heard = []
+        jobs.add_soon(row(), lambda: heard.append("stored"))
+        jobs.begin_attempt(ATTEMPT, JOB, make_peer(1))
+        jobs.end_attempt(ATTEMPT, 7, "done")
+        assert not heard
+        assert [(a.price, a.outcome) for a in await jobs.attempts(JOB)] == [(7, "done")]
+        assert heard == ["stored"]
+
+
+async def test_what_was_left_for_later_goes_by_itself(tmp_path):
+    async with open_jobs(tmp_path / "jobs.db") as jobs:
+        stored = trio.Event()
+        jobs.add_soon(row(), stored.set)
+        with trio.fail_after(5):
+            await stored.wait()
+
+
+async def test_what_was_left_for_later_is_stored_at_a_clean_stop(tmp_path):
+    record = records.Record(good=3)
+    async with open_jobs(tmp_path / "jobs.db") as jobs:
+        await jobs.saw_peer(make_peer(1), ())
+        jobs.add_soon(row(), lambda: None)
+        jobs.rate_peer_seldom(make_peer(1), record)
+        record.rate(good=True)  # it is stored as it is by then
+    async with open_jobs(tmp_path / "jobs.db") as jobs:
+        assert len(await jobs.unfinished()) == 1
+        assert [known.good for known in await jobs.known_peers()] == [4]
+
+
+async def test_later_on_a_full_disk_waits_its_turn_and_is_not_overtaken(tmp_path):
+    async with open_jobs(tmp_path / "jobs.db") as jobs:
+        pages = "PRAGMA max_page_count = {}"
+        await jobs.transaction(lambda db: db.execute(pages.format(1)).fetchall())
+        jobs.add_soon(row(request=bytes(1 << 16)), lambda: None)
+        with pytest.raises(NodeError) as caught:
+            await jobs.transaction(lambda db: db.execute("SELECT 1").fetchall())
+        assert caught.value.code == "DISK_FULL"
+        # The next group begins with what the disk owes, so an end never comes before its job.
+        jobs._db.execute(pages.format(1_000_000)).fetchall()
+        await jobs.end(JOB, "failed", code="NO_PEER")
+        assert (await jobs.get(JOB)).state == "failed"
+
+
+async def test_a_piece_of_work_that_fails_takes_nobody_with_it(tmp_path):
+    async with open_jobs(tmp_path / "jobs.db") as jobs:
+        await jobs.add(row())
+
+        def breaks(db):
+            db.execute("UPDATE job SET ceiling=1")
+            raise ZeroDivisionError
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(jobs.add, row(OTHER))
+            with pytest.raises(ZeroDivisionError):
+                await jobs.transaction(breaks)
+        assert [found.ceiling for found in await jobs.latest(5)] == [100, 100]
+
+
+async def test_a_write_that_nobody_waits_for_any_more_is_done(tmp_path):
+    async with open_jobs(tmp_path / "jobs.db") as jobs:
+        with trio.CancelScope() as scope:
+            scope.deadline = trio.current_time() + 0.001
+            await jobs.transaction(lambda db: (time.sleep(0.05), db.execute(_ADD_ONE))[0])
+        assert await jobs.setting("k") == b"v"
+
+
+_ADD_ONE = "INSERT INTO setting VALUES('k', x'76')"

@@ -75,9 +75,9 @@ async def test_what_was_seen_of_a_peer_survives_a_restart_and_follows_its_key(tm
     own.measure(NOOP, "", 800.0)
     async with open_jobs(tmp_path / "jobs.db") as jobs:
         await jobs.saw_peer(make_peer(1), ())
-        await jobs.rate_peer(make_peer(1), record)
-        await jobs.rate_peer(make_peer(1), record)
-        await jobs.rate_peer(make_peer(9), own)
+        jobs.rate_peer(make_peer(1), record)
+        jobs.rate_peer(make_peer(1), record)
+        jobs.rate_peer(make_peer(9), own)
         await jobs.rename_peer(make_peer(1), make_peer(2))
     async with open_jobs(tmp_path / "jobs.db") as jobs:
         assert await jobs.records() == {make_peer(2): record, make_peer(9): own}
