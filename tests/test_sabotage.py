@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from tests import sabotage
+
+ROOT = Path(__file__).parents[1]
 
 QUICK = "tests/unit/protocols/test_errors.py::test_no_code_belongs_to_two_exceptions"
 
@@ -43,6 +49,19 @@ def test_a_fault_that_proves_nothing_is_reported(tmp_path, capsys, patch, test, 
     (tmp_path / "fault.patch").write_text(f"# test: {test}\n# fault: a fault\n{patch}")
     assert sabotage.main(["--folder", str(tmp_path)]) == 1
     assert verdict in capsys.readouterr().out
+
+
+def test_every_planted_fault_still_fits_the_code():
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    stale = [
+        patch.stem
+        for patch in sorted((ROOT / "sabotage").glob("*.patch"))
+        if subprocess.run(
+            ["git", "apply", "--check", str(patch)], cwd=ROOT, capture_output=True, check=False
+        ).returncode
+    ]
+    assert not stale, "adapt each to the code as it is, and see it noticed"
 
 
 def test_a_patch_without_its_two_lines_is_reported(tmp_path, capsys):
