@@ -15,7 +15,7 @@ from aivillage.node.jobs import Jobs
 from aivillage.node.links import Link, Links
 from aivillage.node.punching import Punching
 from aivillage.node.relay import Relay, RelayLimits
-from aivillage.node.relay_tab import Till
+from aivillage.node.relay_tab import Toll
 from aivillage.node.seller import Seller
 from aivillage.node.villagers import Villagers
 from aivillage.protocols.ports import Book, Transport
@@ -43,7 +43,8 @@ class Detours:
     ) -> None:
         """Everything is there: relays, and dials for the links, from now on."""
         me, settings = self._transport.peer, self._settings
-        till = Till(me, book, settings.relay_price_micro_credits_per_gib)
+        toll = Toll(me, book, settings.relay_price_micro_credits_per_gib)
+        toll.acquainted = villagers.acquainted
         fares = Fares(
             me, book, settings.relay_price_max_micro_credits_per_gib, settings.ceiling_micro_credits
         )
@@ -53,7 +54,7 @@ class Detours:
 
         self._relay = Relay(
             transport=self._transport, is_member=villagers.is_member, limits=_limits(settings),
-            shelf=jobs, events=self._events, incoming=self.circuits.incoming, till=till,
+            shelf=jobs, events=self._events, incoming=self.circuits.incoming, toll=toll,
         )  # fmt: skip
         self.circuits.join(links, villagers.is_member, tasks, fares)
         self.circuits.meet = Punching(

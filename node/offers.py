@@ -35,6 +35,8 @@ class _Live(msgspec.Struct, frozen=True):
     ends: float
     slots: int
     """The most free ones that its offers said while we know it: all of them, idle."""
+    moved_unix_ms: int = 0
+    """As in `Held`."""
 
 
 class _LastWord(msgspec.Struct, frozen=True):
@@ -64,7 +66,8 @@ class Offers:
             if len(self._live) >= OFFERS_MAX:
                 return False
         slots = max(offer.free_slots, self.slots_of(seller))
-        self._live[seller] = _Live(offer, envelope, now + left / 1000, slots)
+        moved = _moved(self._live.get(seller), offer)
+        self._live[seller] = _Live(offer, envelope, now + left / 1000, slots, moved)
         self._note(seller, _LastWord(offer.seq, now + DEPARTED_SECONDS, departed=False))
         return True
 
@@ -98,7 +101,11 @@ class Offers:
     def held(self) -> list[Held]:
         """The live offers of members as they were signed."""
         self.all()
-        return [Held(live.offer, live.envelope) for live in self._live.values() if live.envelope]
+        return [
+            Held(live.offer, live.envelope, live.moved_unix_ms)
+            for live in self._live.values()
+            if live.envelope
+        ]
 
     def drop(self, peer: PeerId) -> bytes:
         """Makes room: an offer that is there goes, and may come again. Returns its envelope."""
@@ -143,6 +150,13 @@ def terms_offered(offered: OfferedOperation, model: str) -> Terms:
     if model in offered.models:
         prices = dict.fromkeys(prices, offered.models[model])
     return Terms(prices_micro_credits=prices)
+
+
+def _moved(before: _Live | None, offer: Offer) -> int:
+    if before is None:
+        return 0
+    same = before.offer.addresses == offer.addresses
+    return before.moved_unix_ms if same else offer.not_after_unix_ms
 
 
 def is_farewell(offer: Offer) -> bool:

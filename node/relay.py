@@ -18,7 +18,7 @@ import trio
 
 from aivillage.node.events import Events
 from aivillage.node.framing import RateLimit
-from aivillage.node.relay_tab import Tab, Till
+from aivillage.node.relay_tab import Tab, Toll
 from aivillage.node.relay_talk import ask, hear, refusal, say
 from aivillage.protocols.errors import AivillageError, PeerError, RefusedError
 from aivillage.protocols.ports import Stream, StreamHandler, Transport
@@ -107,7 +107,7 @@ class Relay:
         shelf: Shelf,
         events: Events,
         incoming: StreamHandler,
-        till: Till,
+        toll: Toll,
         unix_seconds: Callable[[], float] = time.time,
     ) -> None:
         """`limits`: None where the owner does not relay. `incoming` gets what is for this node."""
@@ -120,7 +120,7 @@ class Relay:
         self._day = Day(limits.bytes_a_day if limits else 0)
         self._rate = RateLimit(limits.bytes_per_second if limits else 1)
         self._reservations: dict[PeerId, Tab] = {}
-        self._till = till
+        self._toll = toll
         self._circuits: Counter[PeerId] = Counter()
         self._incoming = incoming
         transport.serve(RELAY_PROTOCOL, self.accept)
@@ -133,8 +133,8 @@ class Relay:
             "circuits": self._circuits.total(),
             "bytes_today": self._day.spent_bytes,
             "bytes_a_day": self._day.bytes_max,
-            "price_micro_credits_per_gib": self._till.price,
-            "earned_micro_credits": self._till.earned,
+            "price_micro_credits_per_gib": self._toll.price,
+            "earned_micro_credits": self._toll.earned,
         }
 
     async def run(self) -> None:
@@ -188,7 +188,7 @@ class Relay:
                 and stream.peer not in self._reservations
             ):
                 raise _busy("this relay has all the reservations that it takes")
-            return self._till.open(stream, question)
+            return await self._toll.open(stream, question)
         return await self._reach(stream.peer, question)
 
     def _check(self, peer: PeerId) -> None:

@@ -8,6 +8,7 @@ under way.
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 import trio
@@ -35,7 +36,7 @@ ROOM_CHECK_SECONDS: Final = 1.0
 """How long we rely on being told of room."""
 
 
-class Till:
+class Toll:
     """Opens tabs at one price. Without a price it needs no book, and nobody pays."""
 
     def __init__(self, me: PeerId, book: Book | None, price_micro_credits_per_gib: int) -> None:
@@ -43,9 +44,11 @@ class Till:
         self.earned: MicroCredits = 0
         """What was delivered since the start, paid or not."""
         self.book = book
+        self.acquainted: Callable[[PeerId], Awaitable[None]] = _at_once
+        """Returns once what a peer that just came may owe us is in the book."""
         self._me = me
 
-    def open(self, stream: Stream, asked: Reserve) -> Tab:
+    async def open(self, stream: Stream, asked: Reserve) -> Tab:
         """For whoever reserves on `stream`.
 
         Raises:
@@ -64,6 +67,7 @@ class Till:
         tab = Tab(self, stream, asked, granted, agreement(self._me, stream.peer, asked, granted))
         if self.price and self.book is not None:
             least = price_of(BILL_BYTES, self.price)
+            await self.acquainted(stream.peer)
             lent = min(self.book.headroom(stream.peer), self.book.policy(stream.peer).exposure)
             if lent < least:
                 raise LedgerError(
@@ -73,6 +77,9 @@ class Till:
             self.book.begin_sale(stream.peer, tab.attempt, tab.agreed, asked.ceiling_micro_credits)
             self.book.want_room(stream.peer, least)
         return tab
+
+
+async def _at_once(_peer: PeerId) -> None: ...
 
 
 class Circuit(Protocol):
@@ -86,7 +93,7 @@ class Tab:
     """One reservation: who holds it, what it was carried, and the circuits that end with it."""
 
     def __init__(
-        self, till: Till, stream: Stream, asked: Reserve, granted: Granted, agreed: bytes
+        self, toll: Toll, stream: Stream, asked: Reserve, granted: Granted, agreed: bytes
     ) -> None:
         self.stream = stream
         self.granted = granted
@@ -98,7 +105,7 @@ class Tab:
         self.amount: MicroCredits = 0
         self.unpaid = False
         """Nothing more is carried: no payment made room for it."""
-        self._till = till
+        self._toll = toll
         self._ceiling = asked.ceiling_micro_credits
         self._billed_bytes = 0
         self._turn = trio.Lock()
@@ -121,7 +128,7 @@ class Tab:
         """Bills what was carried; False: it is over, and everything with it."""
         async with self._turn:
             carried = self.carried_bytes
-            amount = price_of(carried, self._till.price)
+            amount = price_of(carried, self._toll.price)
             if amount > self.amount and not self.unpaid:
                 self.unpaid = not await self._delivered(amount, carried)
             self._billed_bytes = carried
@@ -131,7 +138,7 @@ class Tab:
 
     async def _delivered(self, amount: MicroCredits, carried: int) -> bool:
         """Once the ledger lets it owe us so much more; it hears how much it is."""
-        book = self._till.book
+        book = self._toll.book
         assert book is not None, "there is a price only where there is a book"
         if amount > self._ceiling:
             return False
@@ -140,7 +147,7 @@ class Tab:
                 book.want_room(self.holder, amount - self.amount)
                 with trio.move_on_after(ROOM_CHECK_SECONDS):
                     await book.room_changed(self.holder)
-            self._till.earned += amount - self.amount
+            self._toll.earned += amount - self.amount
             self.amount = amount
             try:
                 await say(self.stream, Bill(carried_bytes=carried))
@@ -153,5 +160,5 @@ class Tab:
         """The reservation is over, and so is whatever came in through it."""
         for circuit in self.circuits:
             circuit.scope.cancel()
-        if self._till.price and self._till.book is not None:
-            self._till.book.end_sale(self.holder, self.attempt)
+        if self._toll.price and self._toll.book is not None:
+            self._toll.book.end_sale(self.holder, self.attempt)

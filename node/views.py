@@ -31,6 +31,8 @@ class Held(msgspec.Struct, frozen=True):
 
     offer: Offer
     envelope: bytes
+    moved_unix_ms: int = 0
+    """When the first one ends that named the addresses of now; 0: they were never others here."""
 
 
 class ByteBudget:
@@ -138,7 +140,8 @@ def worth_sending(
 ) -> list[Held]:
     """What is news to an asker, the rarest first, then those that live longest.
 
-    News of a seller that it knows is what at least doubles the time that it still has.
+    News of a seller that it knows is what at least doubles the time that it still has, and where
+    the seller is now if what the asker has is from before it moved: an old address is of no use.
     """
     rare = rarities([each.offer for each in held])
     chosen: list[Held] = []
@@ -148,10 +151,15 @@ def worth_sending(
             if unknown_most <= 0:
                 continue
             unknown_most -= 1
-        elif each.offer.not_after_unix_ms - now_unix_ms < 2 * max(1, until_ms - now_unix_ms):
+        elif until_ms >= each.moved_unix_ms and not _doubles(each.offer, until_ms, now_unix_ms):
             continue
         bytes_most -= len(each.envelope)
         if bytes_most < 0 or len(chosen) == OFFERS_PER_ANSWER_MAX:
             break
         chosen.append(each)
     return chosen
+
+
+def _doubles(offer: Offer, until_ms: int, now_unix_ms: int) -> bool:
+    """Whether it lives twice as long as one that is good until then."""
+    return offer.not_after_unix_ms - now_unix_ms >= 2 * max(1, until_ms - now_unix_ms)

@@ -15,7 +15,7 @@ from aivillage.node.fares import Fares
 from aivillage.node.guard import Tasks
 from aivillage.node.links import LinkLimits, Links, open_links
 from aivillage.node.relay import Relay, RelayLimits
-from aivillage.node.relay_tab import Till
+from aivillage.node.relay_tab import Toll
 from aivillage.node.transport.libp2p import open_libp2p
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.ports import Transport
@@ -54,7 +54,7 @@ class Node:
         self.relay = Relay(
             transport=transport, is_member=self.is_member, limits=limits, shelf=self.shelf,
             events=self.events, incoming=self.circuits.incoming,
-            till=Till(transport.peer, None, 0),
+            toll=Toll(transport.peer, None, 0),
         )  # fmt: skip
         for service in (self.relay.run, *self.circuits.services):
             tasks.serve(service)

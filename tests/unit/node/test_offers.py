@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from aivillage.node import offers as board
@@ -196,3 +197,21 @@ def test_where_clocks_agree_an_offer_ends_everywhere_at_once(clock):
 )
 def test_what_is_left_of_news(lifetime_ms, left, expected):
     assert left_ms(NOW_MS + left, lifetime_ms, NOW_MS) == expected
+
+
+def test_a_seller_that_moved_is_held_as_moved_since_its_first_offer_there(clock):
+    found = Offers()
+
+    def said(seq, address):
+        clock.seconds += 1.0
+        offer = msgspec.structs.replace(clock.offer(seq), addresses=(address,))
+        assert found.take(offer, b"signed")
+        (held,) = found.held()
+        return held.moved_unix_ms, offer.not_after_unix_ms
+
+    assert said(1, "/here")[0] == 0
+    moved, since = said(2, "/there")
+    assert moved == since
+    assert said(3, "/there")[0] == since
+    again, at = said(4, "/here")
+    assert again == at > since

@@ -10,7 +10,7 @@ import trio
 
 from aivillage.node.events import Events
 from aivillage.node.relay import RESERVATIONS_MAX, Day, Relay, RelayLimits
-from aivillage.node.relay_tab import Till
+from aivillage.node.relay_tab import Toll
 from aivillage.node.relay_talk import ask, hear, say
 from aivillage.node.transport.loopback import LoopbackNetwork
 from aivillage.protocols.errors import PeerError, RefusedError
@@ -137,7 +137,7 @@ async def test_reservations_end_at_the_limit_and_at_one_more(autojump_clock, pee
         hub = await stack.enter_async_context(network.open("hub", peer_of(1)))
         relay = Relay(
             transport=hub, is_member=lambda peer: True, limits=LIMITS, shelf=Shelf(),
-            events=Events(), incoming=nothing, till=Till(hub.peer, None, 0),
+            events=Events(), incoming=nothing, toll=Toll(hub.peer, None, 0),
         )  # fmt: skip
         first, *_ = [await reserve(at) for at in range(2, 2 + RESERVATIONS_MAX)]
         assert relay.status()["reservations"] == RESERVATIONS_MAX

@@ -133,6 +133,14 @@ def test_an_expired_version_is_renewed():
     assert told([offer(1, "a", left_ms=50)], [offer(1, "a", left_ms=-10)], unknown=0)
 
 
+@pytest.mark.parametrize(("since_ms", "news"), [(-1, False), (0, False), (1, True)])
+def test_where_a_seller_is_now_is_news_to_who_knows_where_it_was(since_ms, news):
+    known = offer(1, "a", left_ms=100_000)
+    moved = Held(offer(1, "a"), b"1", known.not_after_unix_ms + since_ms)
+    has = views.heard(views.said([known]))
+    assert bool(views.worth_sending([moved], has, 0, NOW_MS, 10**6)) == news
+
+
 @pytest.mark.parametrize("over", [0, 1])
 def test_an_answer_has_a_size(over):
     assert len(told(many(OFFERS_PER_ANSWER_MAX + over, "a"), [])) == OFFERS_PER_ANSWER_MAX
