@@ -39,6 +39,9 @@ ADDRESS_CHARACTERS_MAX: Final = 256
 BLOBS_MAX: Final = 16
 """In one `Ledger` frame: each may cost a signature's check, and the loop waits for all."""
 
+FINGERPRINT_BYTES_MAX: Final = 256
+"""Of at most 32 tokens; 133 are used."""
+
 LedgerBlob: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=BLOB_BYTES_MAX)]
 Blobs: TypeAlias = Annotated[tuple[LedgerBlob, ...], msgspec.Meta(max_length=BLOBS_MAX)]
 Enveloped: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=ENVELOPE_BYTES_MAX)]
@@ -153,6 +156,8 @@ class Call(Message, frozen=True, kw_only=True, tag="call"):
     deadline_seconds: Measure
     delivered: tuple[bytes, ...] = ()
     done: Counts = {}
+    fingerprints: bool = False
+    """The buyer reads them in steps, and counts them in the running hash."""
 
 
 class Accepted(Message, frozen=True, kw_only=True, tag="accepted"):
@@ -369,6 +374,7 @@ class StepItem(msgspec.Struct, frozen=True, array_like=True):
 
     `first` is the position of `token_ids[0]` in the whole answer (earlier attempts included),
     `read_bytes` how much of the prompt has been read so far, `hash8` the running hash after it.
+    `fingerprint`, where the call asked for it: of the tokens since the last one.
     """
 
     session: U32
@@ -377,6 +383,7 @@ class StepItem(msgspec.Struct, frozen=True, array_like=True):
     text: str
     hash8: bytes
     read_bytes: Count = 0
+    fingerprint: Annotated[bytes, msgspec.Meta(max_length=FINGERPRINT_BYTES_MAX)] = b""
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):

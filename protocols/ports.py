@@ -6,7 +6,7 @@ Structural types; nothing inherits from them. Async methods belong to whatever l
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
@@ -396,10 +396,46 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int
     vocabulary: int
     weights_sha256: str
+    rechecks: bool = False
+    """Whether it is a `RecheckingEngine`."""
+
+
+class Claim(msgspec.Struct, frozen=True, array_like=True):
+    """An answer as it was sold: its tokens, and the fingerprints that came with them, in order."""
+
+    token_ids: tuple[int, ...]
+    fingerprints: tuple[bytes, ...] = ()
+
+
+class OddDraw(msgspec.Struct, frozen=True, array_like=True):
+    """At `position` another token is drawn here; `near`: rounding alone can explain it."""
+
+    position: int
+    near: bool
+
+
+class Deviation(msgspec.Struct, frozen=True, array_like=True):
+    """How far the fingerprint of `count` tokens is from ours: root mean square, relative."""
+
+    first: int
+    count: int
+    relative: float
+
+
+class Finding(msgspec.Struct, frozen=True, array_like=True):
+    """What reading a claimed answer showed. `odd`: at most 64, in order."""
+
+    tokens: int
+    odd: tuple[OddDraw, ...] = ()
+    spans: tuple[Deviation, ...] = ()
 
 
 class SessionFrame(msgspec.Struct, frozen=True, array_like=True):
-    """What one step gave one session. `finished`: "", "length", "stop", "eos" or an error."""
+    """What one step gave one session.
+
+    `finished`: "", "length", "stop", "eos", "rechecked" or an error. `fingerprint`: of tokens up
+    to this frame's, where a span of them is full or the last.
+    """
 
     session: int
     token_ids: tuple[int, ...]
@@ -407,6 +443,8 @@ class SessionFrame(msgspec.Struct, frozen=True, array_like=True):
     read_bytes: int
     finished: str = ""
     error: str = ""
+    fingerprint: bytes = b""
+    finding: Finding | None = None
 
 
 class Engine(Protocol):
@@ -433,4 +471,18 @@ class Engine(Protocol):
 
     def cancel(self, session: int) -> None:
         """Frees the slot before the next step; an unknown session is no error."""
+        ...
+
+
+@runtime_checkable
+class RecheckingEngine(Protocol):
+    """An engine that looks at answers of others as it draws its own; `EngineInfo.rechecks`."""
+
+    def recheck(self, session: int, request: Any, claim: Claim) -> None:
+        """Queues a session that reads `request` and `claim`; its last frame has the finding.
+
+        Raises:
+            RequestError: they do not fit the model or each other.
+            RefusedError: BUSY, no slot.
+        """
         ...

@@ -79,7 +79,7 @@ def test_an_unknown_optional_field_passes(frame):
 
 
 def test_an_unknown_element_at_the_end_of_a_step_passes():
-    assert codec.decode(raw([3, [[0, 1, [2], "a", b"h", 0, "new"]], None, "new"])) == Step(
+    assert codec.decode(raw([3, [[0, 1, [2], "a", b"h", 0, b"", "new"]], None, "new"])) == Step(
         seq=3, items=(StepItem(session=0, first=1, token_ids=(2,), text="a", hash8=b"h"),)
     )
 
