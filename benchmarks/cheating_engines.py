@@ -38,7 +38,8 @@ def quantised(bits: int) -> Callable[[LlamaWeights], LlamaWeights]:
 
     def rounded(matrix: Tensor) -> Tensor:
         scale = matrix.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
-        return (matrix / scale).round_().mul_(scale)
+        codes: Tensor = (matrix / scale).round_()
+        return codes.mul_(scale)
 
     return lambda weights: with_matrices(weights, rounded)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from aivillage.models.inference.fingerprint import packed, read
+from aivillage.models.inference.fingerprint import Fingerprint, packed, read
 from aivillage.models.inference.generate import Piece
 from aivillage.node.verifier import Trust
 from aivillage.protocols.codec import unpack
@@ -101,7 +101,8 @@ async def test_a_fingerprint_of_the_wrong_span_ends_the_attempt(tmp_path):
         buyer.has_measured(liar.peer, 9_000.0)
 
         def moved(mark):
-            return packed(msgspec.structs.replace(read(mark), first=1))
+            whole = read(mark)
+            return packed(Fingerprint(whole.first + 1, whole.values[1:]))
 
         liar.script.mark = moved
         running = await bought(buyer)
