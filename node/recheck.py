@@ -156,7 +156,7 @@ class Rechecks:
 
     async def _engine_info(self, model: str, answer: Answer, *, cold: bool) -> EngineInfo | None:
         known = self._own.get(model)
-        if known is not None and not judgeable(answer, known):
+        if known is not None and not (known.rechecks and judgeable(answer, known)):
             return None  # not worth loading it
         if not cold and not self._trade.workers.is_loaded(model):
             return None

@@ -8,9 +8,12 @@ import pytest
 pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
 
+from aivillage.models import worker  # noqa: E402
+from aivillage.models import worker_messages as say  # noqa: E402
 from aivillage.models.inference import gguf_model, sampling  # noqa: E402
 from aivillage.models.inference.fingerprint import (  # noqa: E402
     DEVIATION_MAX,
+    DRAW_MARGIN_MAX,
     LOGIT_MARGIN,
     packed,
     read,
@@ -18,7 +21,7 @@ from aivillage.models.inference.fingerprint import (  # noqa: E402
 from aivillage.models.inference.generate import GenerateRequest  # noqa: E402
 from aivillage.models.inference.llama import Llama, Span  # noqa: E402
 from aivillage.models.inference.marks import Recorder, marks  # noqa: E402
-from aivillage.models.inference.recheck import Recheck, is_near  # noqa: E402
+from aivillage.models.inference.recheck import ODD_MAX, Recheck, is_near  # noqa: E402
 from aivillage.protocols.errors import RequestError  # noqa: E402
 from aivillage.protocols.ports import Claim  # noqa: E402
 from tests.unit.models import tiny_gguf  # noqa: E402
@@ -147,3 +150,31 @@ def test_a_draw_beside_an_edge_is_near_and_no_other():
     warm = GenerateRequest(prompt="x", temperature=1.0)
     for u, tokens in ((0.251, {0, 1}), (0.3, {1}), (0.999, {3})):
         assert {token for token in range(4) if is_near(line, warm, u, token)} == tokens
+
+
+def test_at_most_64_odd_draws_are_told(model):
+    asked = msgspec.structs.replace(GREEDY, max_tokens=ODD_MAX + 20)
+    right = [odd.position for odd in looked_at(model, asked, junk(ODD_MAX)).finding.odd]
+    assert right == sorted(set(right))
+    assert ODD_MAX - 4 <= len(right) <= ODD_MAX  # a wrong guess may hit
+    assert len(looked_at(model, asked, junk(ODD_MAX + 20)).finding.odd) == ODD_MAX
+
+
+def junk(count):
+    return Claim(tuple((7 * n + 3) % tiny_gguf.WORDS for n in range(count)))
+
+
+def test_a_cold_draw_is_forgiven_a_twentieth_and_no_more():
+    line = torch.tensor([0.0, 0.0])  # an edge at 0.5
+    cold = GenerateRequest(prompt="x", temperature=2 * LOGIT_MARGIN)
+    assert is_near(line, cold, 0.5 + DRAW_MARGIN_MAX - 0.001, 0)
+    assert not is_near(line, cold, 0.5 + DRAW_MARGIN_MAX + 0.001, 0)
+
+
+def test_an_engine_that_looks_at_nothing_says_so():
+    class Plain:
+        """Has no `recheck`."""
+
+    with pytest.raises(RequestError) as refused:
+        worker._add(Plain(), GREEDY, say.Add(session=1, request=b"", claim=Claim((1,))))
+    assert refused.value.code == "NOT_OFFERED"
