@@ -57,10 +57,10 @@ Made = list[tuple[GenerateRequest, Claim]]
 
 
 def requests(count: int, tokens: int) -> list[GenerateRequest]:
-    """Greedy, drawn, and drawn from the likeliest, in turn; prompts of one to five sentences."""
+    """Greedy, drawn, and drawn from the likeliest, in turn; prompts of one to three sentences."""
     return [
         GenerateRequest(
-            prompt=f"Write about {TOPICS[n % len(TOPICS)]}, part {n}. " * (1 + n % 5),
+            prompt=f"Write about {TOPICS[n % len(TOPICS)]}, part {n}. " * (1 + n % 3),
             max_tokens=tokens,
             temperature=(0.0, 0.9, 0.7)[n % 3],
             top_p=(1.0, 1.0, 0.9)[n % 3],
@@ -309,10 +309,10 @@ def measure(claims: Claims, args: argparse.Namespace) -> None:
         cheats(claims, engine, 2, 8, QUICK_MODELS)
         honest(claims, engine, 10, 8, machines=1)
     else:
-        cost(claims, engine, 3, 128)
+        cost(claims, engine, 2, 128)
         cost_beside_eight(claims, engine, 128)
-        cheats(claims, engine, 20, 36, (*OTHER_MODELS, *OTHER_PRECISIONS))
-        honest(claims, engine, 200, 34, machines=2)
+        cheats(claims, engine, 20, 33, (*OTHER_MODELS, *OTHER_PRECISIONS))
+        honest(claims, engine, 200, 20, machines=2)
 
 
 if __name__ == "__main__":
