@@ -13,7 +13,6 @@ from aivillage.protocols import codec
 from aivillage.protocols.errors import PeerError, RequestError
 from aivillage.protocols.messages import (
     CERTIFICATES_MAX,
-    FINGERPRINT_BYTES_MAX,
     GRANTS_MAX,
     PAIR_LANES_MAX,
     SUCCESSIONS_MAX,
@@ -30,6 +29,7 @@ from aivillage.protocols.messages import (
     Text,
     Tunnel,
 )
+from aivillage.protocols.types import FINGERPRINT_BYTES_MAX
 from aivillage.protocols.vouchers import BLOB_BYTES_MAX
 from tests.unit.protocols.samples import FULL, KINDS, SPARE, name
 
