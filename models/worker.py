@@ -24,9 +24,10 @@ from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import (
     AivillageError,
     JobError,
+    RequestError,
     from_code,
 )
-from aivillage.protocols.ports import Engine, Module, ResultEvent
+from aivillage.protocols.ports import Engine, Module, RecheckingEngine, ResultEvent
 
 COMMANDS_WAITING_MAX: Final = 4_096
 """A daemon waits at the pipe beyond this."""
@@ -243,9 +244,18 @@ def _apply(
         engine.cancel(command.session)
     elif isinstance(command, say.Add):
         try:
-            engine.add(command.session, unpack(request_type, command.request), command.delivered)
+            _add(engine, unpack(request_type, command.request), command)
         except AivillageError as error:
             pipes.write(say.failed(error, session=command.session))
+
+
+def _add(engine: Engine, request: msgspec.Struct, command: say.Add) -> None:
+    if command.claim is None:
+        engine.add(command.session, request, command.delivered)
+    elif isinstance(engine, RecheckingEngine):
+        engine.recheck(command.session, request, command.claim)
+    else:
+        raise RequestError("this engine rechecks nothing", code="NOT_OFFERED")
 
 
 if __name__ == "__main__":

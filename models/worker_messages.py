@@ -13,6 +13,7 @@ import msgspec
 from aivillage.protocols.errors import AivillageError, NodeError
 from aivillage.protocols.messages import OperationInfo
 from aivillage.protocols.ports import EngineInfo, Event, Machine, SessionFrame, Verdict
+from aivillage.protocols.rechecking import Claim
 
 FRAME_BYTES_MAX: Final = 4 << 20
 """Requests and results travel in frames of 1 MiB between peers; their wrapping is small."""
@@ -40,9 +41,12 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
 
 
 class Add(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
+    """A session that answers `request`, or looks at the answer that is claimed for it."""
+
     session: int
     request: bytes
     delivered: tuple[int, ...] = ()
+    claim: Claim | None = None
 
 
 class Allow(msgspec.Struct, frozen=True, kw_only=True, tag="allow"):

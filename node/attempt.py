@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from aivillage.models import registry
+from aivillage.models.inference.fingerprint import require_span
 from aivillage.models.inference.generate import Piece
 from aivillage.models.inference.generate import usage as units
 from aivillage.node.gossip import send_or_drop
@@ -23,7 +24,7 @@ from aivillage.node.module_runs import EVENT_BYTES_MIN, RUN_BYTES_MAX
 from aivillage.node.verifier import Share
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
-from aivillage.protocols.errors import AivillageError, JobError, PeerError
+from aivillage.protocols.errors import AivillageError, JobError, PeerError, RequestError
 from aivillage.protocols.job import running_hash, token_bytes
 from aivillage.protocols.messages import (
     Accepted,
@@ -106,6 +107,8 @@ class Attempt:
         self._acknowledged = acknowledged
         self._is_other_there = is_other_there
         self._number = 0
+        self._fingerprinted = len(output.ids)
+        """Up to this token fingerprints came: each begins where the one before it ended."""
         self._book = book
         self._jobs = jobs
         self._most = most
@@ -295,14 +298,27 @@ class Attempt:
         )
         if any(count > self._most.get(unit, 0) for unit, count in usage.items()):
             raise PeerError("more was delivered than was asked for", code="BAD_REQUEST")
-        self._fold(token_bytes(item.token_ids), item.hash8)
+        self._fold(token_bytes(item.token_ids) + item.fingerprint, item.hash8)
+        self._take_fingerprint(item)
         if not item.token_ids and item.read_bytes <= output.read_bytes:
             return  # nothing to store, nothing to pay, and no sign of work
-        body = output.add_piece(Piece(item.token_ids, item.text, item.read_bytes))
+        piece = Piece(item.token_ids, item.text, item.read_bytes, item.fingerprint)
+        body = output.add_piece(piece)
         self._keep(body, price_of_rest(self.choice.quote.terms, usage, self.done))
         self._beat(worked=True)
         if item.text:
             self._say(messages.Text(id=0, text=item.text))
+
+    def _take_fingerprint(self, item: StepItem) -> None:
+        """Raises: PeerError: it is of other tokens than those that came since the last one."""
+        if not item.fingerprint:
+            return
+        try:
+            self._fingerprinted = require_span(
+                item.fingerprint, self._fingerprinted, item.first + len(item.token_ids)
+            )
+        except RequestError as error:
+            raise PeerError(error.message, code="BAD_REQUEST") from error
 
     def _fold(self, body: bytes, hash8: bytes) -> None:
         self.out_hash = self.hash_with(body)

@@ -134,7 +134,7 @@ class Buyer:
         pursuit = running.pursuit
         return Bought(result=pursuit.result, spent=pursuit.spent, error=running.error)
 
-    async def again(self, row: JobRow) -> Running:
+    async def again(self, row: JobRow, pursuit: LocalJob | None = None) -> Running:
         """A job that does another one's work again, to its end. Cancelled, it ends too.
 
         Raises:
@@ -144,7 +144,7 @@ class Buyer:
         if refusal is not None:
             raise refusal
         self._trade.jobs.add_soon(row, _noted)
-        return await self._to_its_end(self._start(self._pursuit(row, _unheard)))
+        return await self._to_its_end(self._start(pursuit or self._pursuit(row, _unheard)))
 
     async def _to_its_end(self, running: Running) -> Running:
         """Whoever stops waiting for it wants it no more."""

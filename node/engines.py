@@ -13,6 +13,7 @@ from aivillage.models import worker_messages as say
 from aivillage.node.worker_process import WorkerProcess
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, from_code
 from aivillage.protocols.ports import EngineInfo, SessionFrame
+from aivillage.protocols.rechecking import Claim, Finding
 from aivillage.protocols.pricing import token_price
 from aivillage.protocols.types import MicroCredits
 
@@ -98,9 +99,11 @@ class EngineClient:
 
     @asynccontextmanager
     async def open_session(
-        self, request: bytes, delivered: Sequence[int] = ()
+        self, request: bytes, delivered: Sequence[int] = (), claim: Claim | None = None
     ) -> AsyncIterator[EngineSession]:
-        """Goes on after the token ids in `delivered`. Leaving the block frees the slot.
+        """Goes on after the token ids in `delivered`, or only reads `claim`.
+
+        Leaving the block frees the slot.
 
         Raises:
             RefusedError: BUSY, every slot is taken, or another model got its memory just now.
@@ -111,7 +114,10 @@ class EngineClient:
         if len(self._sessions) >= self.slots:
             raise RefusedError(f"all {self.slots} slots of the engine are taken")
         session = EngineSession(next(self._numbers), self)
-        self.send(say.Add(session=session.number, request=request, delivered=tuple(delivered)))
+        added = say.Add(
+            session=session.number, request=request, delivered=tuple(delivered), claim=claim
+        )
+        self.send(added)
         self._sessions[session.number] = session
         try:
             yield session
@@ -120,6 +126,19 @@ class EngineClient:
             self._worker.idle_since = trio.current_time()
             with suppress(JobError):  # a dead worker holds no slot
                 self.send(say.CancelSession(session=session.number))
+
+    async def recheck(self, request: bytes, claim: Claim) -> Finding:
+        """What reading an answer to `request` shows; between steps of whoever decodes meanwhile.
+
+        Raises:
+            RequestError: it can be no answer to it, or the engine rechecks nothing.
+            RefusedError, JobError: as in `open_session`.
+        """
+        async with self.open_session(request, claim=claim) as session:
+            async for frame in session:
+                if frame.finding is not None:
+                    return frame.finding
+        raise JobError("the engine stopped before the end")
 
     async def dispatch(self) -> None:
         """Hands every frame to its session, until the worker ends; then fails them all."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
 
 import msgspec
 import trio
@@ -37,6 +38,8 @@ from aivillage.protocols.job import JobEvent, State, step
 from aivillage.protocols.ports import PartEvent, ProgressEvent, ResultEvent, SessionFrame
 from aivillage.protocols.pricing import Usage
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
+
+T = TypeVar("T")
 
 BUSY_SECONDS: Final = 0.5
 """Between looks for a free slot, while others' paid jobs have them all."""
@@ -156,13 +159,7 @@ class LocalJob:
         engine = await self._trade.workers.engine(model)
         self._identical, self._kernel = engine.info.identical, engine.info.kernel_class
         self._worked_from = time.monotonic()
-        while True:
-            try:
-                return await self._session(engine)
-            except RefusedError as error:
-                if error.code != "BUSY":
-                    raise
-                await trio.sleep(BUSY_SECONDS)
+        return await once_free(lambda: self._session(engine))
 
     async def _session(self, engine: EngineClient) -> bytes:
         async with engine.open_session(self.row.request) as session:
@@ -205,6 +202,17 @@ class LocalJob:
                     self.output.bodies.append(event.body)
                     self.say(messages.Part(id=0, seq=seq, body=event.body))
         raise JobError("the module ended without a result")
+
+
+async def once_free(work: Callable[[], Awaitable[T]]) -> T:
+    """What `work` gives, once an engine has a slot for it; raises what else it raises."""
+    while True:
+        try:
+            return await work()
+        except RefusedError as error:
+            if error.code != "BUSY":
+                raise
+            await trio.sleep(BUSY_SECONDS)
 
 
 async def no_sub_jobs(_operation: str, _request: bytes, _budget: int) -> bytes:

@@ -281,6 +281,7 @@ class Pursuit:
             deadline_seconds=max(1.0, self.seconds_left()),
             delivered=self._delivered(),
             done=dict(attempt.done),
+            fingerprints=self._is_engine,
         )
 
     def _delivered(self) -> tuple[bytes, ...]:

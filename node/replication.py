@@ -11,7 +11,7 @@ import functools
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any, Final
 
@@ -21,12 +21,13 @@ import trio
 
 from aivillage.models import registry
 from aivillage.models.inference.generate import GenerateRequest, GenerateResult, Piece
-from aivillage.node.buyer import Buyer, Running
+from aivillage.node.buyer import Buyer
 from aivillage.node.config import Settings
 from aivillage.node.discovery import Candidate
 from aivillage.node.guard import Tasks
 from aivillage.node.jobs import CHECK_OF, JobRow
 from aivillage.node.pursuit import Pursuit
+from aivillage.node.recheck import Again, Rechecked, Rechecks
 from aivillage.node.reputation import Key, Reputation
 from aivillage.node.trade import DoubtfulError, RejectedError, Trade
 from aivillage.node.verifier import (
@@ -49,10 +50,6 @@ PEERS_TRIED_MAX: Final = 3
 """For one check; who refuses once does so for a reason that lasts."""
 BUDGET: Final = "the budget for checks was used up"
 ANOTHER_CLASS: Final = "done again in another kernel class"
-
-
-Again = Callable[[JobRow], Awaitable[Running]]
-"""Records a job and runs it to its end. Raises: AivillageError: it was not begun."""
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -98,6 +95,7 @@ class Replicator:
         self._settings = settings
         self._trade = trade
         self._again = again
+        self._rechecks = Rechecks(trade, again)
         self._send, self._receive = trio.open_memory_channel[Sample](WAITING_MAX)
         self._own: dict[str, str] = {}
         """Model -> the class of our own engine; empty where it guarantees nothing."""
@@ -202,10 +200,12 @@ class Replicator:
         rows = await self._trade.jobs.transaction(work)
         is_engine = registry.is_served_by_engine(row.operation)
         shares: list[Share] = []
+        marks: list[bytes] = []
         first = 0
         for (attempt, seller, kernel, identical, quote), pieces in groupby(rows, lambda r: r[:5]):
-            bodies = [piece[5] for piece in pieces]
-            count = sum(len(unpack(Piece, b).token_ids) for b in bodies) if is_engine else 0
+            parts = [unpack(Piece, piece[5]) for piece in pieces if is_engine and piece[5]]
+            count = sum(len(part.token_ids) for part in parts)
+            marks += [part.fingerprint for part in parts if part.fingerprint]
             shares.append(
                 Share(
                     attempt=AttemptId(attempt), seller=PeerId(seller), kernel=kernel,
@@ -215,15 +215,27 @@ class Replicator:
             first += count
         ids = unpack(GenerateResult, result).token_ids if is_engine else ()
         made = tuple(share for share in shares if share.count or not is_engine)
-        return Answer(token_ids=ids, shares=made, result=result)
+        return Answer(token_ids=ids, shares=made, result=result, fingerprints=tuple(marks))
 
     # ------------------------------------------------------------------ doing it again
+    async def recheck(self, row: JobRow, answer: Answer, tried: set[PeerId]) -> Rechecked | None:
+        """By our own engine in one pass, for nothing; None where it cannot tell.
+
+        A node that serves may load it where nobody else of the class is there.
+        """
+        model = _model_of(row)
+        if not model or not self._settings.serve:
+            return None
+        is_alone = not (answer.kernel and self.others(row, answer.kernel, tried))
+        check = _check_row(row, ceiling=0, local=True)
+        return await self._rechecks.of(check, model, answer, cold=is_alone)
+
     async def peer_again(
         self, row: JobRow, peer: PeerId, ceiling: MicroCredits
     ) -> tuple[Answer | AivillageError, MicroCredits]:
         """What a peer answered, or why it did not; and what that cost."""
         check = _check_row(row, ceiling=ceiling, peer=peer)
-        running = await self._again(check)
+        running = await self._again(check, None)
         spent, result = running.pursuit.spent, running.pursuit.result
         self.reputation.spent(spent, is_check=True)
         if result is None:
@@ -250,7 +262,7 @@ class Replicator:
         self._own[model] = info.kernel_class if info.identical == "guaranteed" else ""
         if self._own[model] != kernel:
             return None
-        running = await self._again(_check_row(row, ceiling=0, local=True))
+        running = await self._again(_check_row(row, ceiling=0, local=True), None)
         if running.pursuit.result is None:
             raise running.error or JobError("it ended without a result")
         result = running.pursuit.result
@@ -312,9 +324,11 @@ class _Check:
 
     async def of(self, first: Answer) -> Verified:
         """Raises: Unchecked: why it cannot be done again."""
+        self._tried |= {share.seller for share in first.shares}
+        if looked := await self._by.recheck(self._row, first, self._tried):
+            return await self._rechecked(first, looked)
         if not first.kernel:
             raise Unchecked("its kernel class guarantees nothing")
-        self._tried |= {share.seller for share in first.shares}
         second = await self._another(first.kernel)
         finding, place = compare(first, second)
         if finding == "best effort":
@@ -323,6 +337,18 @@ class _Check:
             self._right(first, second)
             return Verified(said=f"the same at {_who(second, self._by.me)}")
         return await self._disagree(first, second, place)
+
+    async def _rechecked(self, answer: Answer, looked: Rechecked) -> Verified:
+        """Our own engine read it: no third is needed."""
+        by, row, wrong = self._by, self._row, looked.wrong
+        if wrong is None:
+            keys = _keys(row, answer, [share.seller for share in looked.judged])
+            by.reputation.change(keys, Trust.after_same)
+            part = "" if len(looked.judged) == len(answer.shares) else ", in part"
+            return Verified(said=f"rechecked at this node{part}")
+        (key,) = _keys(row, answer, [wrong.seller])
+        await by.accuse(key, row, looked.reason, [answer])
+        return Verified((wrong.seller,), looked.reason)
 
     async def _disagree(self, first: Answer, second: Answer, place: int) -> Verified:
         """A third one decides; our own recomputation needs none."""

@@ -347,13 +347,14 @@ class Seller:
                 ids += frame.token_ids
                 text.append(frame.text)
                 usage = units(frame.read_bytes, len(ids))
-                body = token_bytes(frame.token_ids)
+                mark = frame.fingerprint if call.fingerprints else b""
+                body = token_bytes(frame.token_ids) + mark
                 await self._pace(sale, len(body) + len(frame.text.encode()))
                 out_hash = sale.fold(body)
                 await self._deliver(sale, usage, done, out_hash)
                 sale.steps.add(
                     StepItem(call.id, first, frame.token_ids, frame.text, out_hash[:8],
-                             frame.read_bytes)
+                             frame.read_bytes, mark)
                 )  # fmt: skip
                 self._allow(sale, session, sum(usage.values()))
                 if frame.finished:

@@ -96,6 +96,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...]
     shares: tuple[Share, ...]
     result: bytes = b""
+    fingerprints: tuple[bytes, ...] = ()
+    """As they came, in order; each lies within one share."""
 
     @property
     def kernel(self) -> str:

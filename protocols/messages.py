@@ -14,7 +14,18 @@ import msgspec
 from aivillage.protocols.envelope import ENVELOPE_BYTES_MAX
 from aivillage.protocols.manifest import CHUNKS_MAX, HASH_BYTES
 from aivillage.protocols.pricing import UNITS_MAX, ModelPrices, Models, Terms
-from aivillage.protocols.types import AMOUNT_MAX, U32, Amount, Count, Measure, MicroCredits, PeerId
+from aivillage.protocols.types import (
+    U32,
+    Amount,
+    BlobName,
+    Count,
+    Fingerprint,
+    KernelName,
+    Measure,
+    MicroCredits,
+    Net,
+    PeerId,
+)  # fmt: skip
 from aivillage.protocols.vouchers import BLOB_BYTES_MAX, Lane
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
@@ -46,17 +57,11 @@ Certificates: TypeAlias = Annotated[
     tuple[Enveloped, ...], msgspec.Meta(max_length=CERTIFICATES_MAX)
 ]
 Successions: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=SUCCESSIONS_MAX)]
-Net: TypeAlias = Annotated[int, msgspec.Meta(ge=-AMOUNT_MAX, le=AMOUNT_MAX)]
-"""Micro-credits either way."""
 Grants: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=GRANTS_MAX)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
 """Of a program, or of a kind of kernel."""
-KernelName: TypeAlias = Annotated[str, msgspec.Meta(max_length=256)]
-"""A whole kernel class, which the buyer keeps with the attempt."""
 Address: TypeAlias = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
 Addresses: TypeAlias = Annotated[tuple[Address, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
-BlobName: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-"""A `Cid` on the wire, or the root of a manifest."""
 Counts: TypeAlias = Annotated[dict[str, Count], msgspec.Meta(max_length=UNITS_MAX)]
 """Unit -> count, as in `Usage`."""
 
@@ -142,7 +147,10 @@ class QuoteReply(Message, frozen=True, kw_only=True, tag="quote"):
 
 
 class Call(Message, frozen=True, kw_only=True, tag="call"):
-    """Do this. `done` is usage accepted from earlier attempts: read again, not paid again."""
+    """Do this. `done` is usage accepted from earlier attempts: read again, not paid again.
+
+    `fingerprints`: the buyer wants them in steps, and counts them in the running hash.
+    """
 
     id: Count
     attempt: bytes
@@ -153,6 +161,7 @@ class Call(Message, frozen=True, kw_only=True, tag="call"):
     deadline_seconds: Measure
     delivered: tuple[bytes, ...] = ()
     done: Counts = {}
+    fingerprints: bool = False
 
 
 class Accepted(Message, frozen=True, kw_only=True, tag="accepted"):
@@ -369,6 +378,7 @@ class StepItem(msgspec.Struct, frozen=True, array_like=True):
 
     `first` is the position of `token_ids[0]` in the whole answer (earlier attempts included),
     `read_bytes` how much of the prompt has been read so far, `hash8` the running hash after it.
+    `fingerprint`, where the call asked for it: of the tokens since the last one.
     """
 
     session: U32
@@ -377,6 +387,7 @@ class StepItem(msgspec.Struct, frozen=True, array_like=True):
     text: str
     hash8: bytes
     read_bytes: Count = 0
+    fingerprint: Fingerprint = b""
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):

@@ -6,12 +6,13 @@ Structural types; nothing inherits from them. Async methods belong to whatever l
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
 from aivillage.protocols.errors import AivillageError, PeerError
 from aivillage.protocols.pricing import Usage
+from aivillage.protocols.rechecking import Claim, Finding
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 
 # --------------------------------------------------------------------------- transport
@@ -423,10 +424,16 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int
     vocabulary: int
     weights_sha256: str
+    rechecks: bool = False
+    """Whether it is a `RecheckingEngine`."""
 
 
 class SessionFrame(msgspec.Struct, frozen=True, array_like=True):
-    """What one step gave one session. `finished`: "", "length", "stop", "eos" or an error."""
+    """What one step gave one session.
+
+    `finished`: "", "length", "stop", "eos", "rechecked" or an error. `fingerprint`: of tokens up
+    to this frame's, where a span of them is full or the last.
+    """
 
     session: int
     token_ids: tuple[int, ...]
@@ -434,6 +441,8 @@ class SessionFrame(msgspec.Struct, frozen=True, array_like=True):
     read_bytes: int
     finished: str = ""
     error: str = ""
+    fingerprint: bytes = b""
+    finding: Finding | None = None
 
 
 class Engine(Protocol):
@@ -460,4 +469,18 @@ class Engine(Protocol):
 
     def cancel(self, session: int) -> None:
         """Frees the slot before the next step; an unknown session is no error."""
+        ...
+
+
+@runtime_checkable
+class RecheckingEngine(Protocol):
+    """An engine that looks at answers of others as it draws its own; `EngineInfo.rechecks`."""
+
+    def recheck(self, session: int, request: Any, claim: Claim) -> None:
+        """Queues a session that reads `request` and `claim`; its last frame has the finding.
+
+        Raises:
+            RequestError: they do not fit the model or each other.
+            RefusedError: BUSY, no slot.
+        """
         ...

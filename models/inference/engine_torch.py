@@ -1,6 +1,6 @@
 """The torch engine: many sessions, one batched step at a time, the same bits whatever the batch.
 
-A step gives every session that has allowance some rows: one where it decodes, a slice of up to 32
+A step gives every session that has allowance some rows: one where it decodes, a slice of up to 40
 where it still reads, so that a long prompt does not stall the others.
 """
 
@@ -18,16 +18,18 @@ from aivillage.models.inference.generate import GenerateRequest, conversation
 from aivillage.models.inference.gguf_file import GgufFile
 from aivillage.models.inference.linear import ROW_SIZES, rule
 from aivillage.models.inference.llama import Llama, Span
+from aivillage.models.inference.recheck import Recheck
 from aivillage.models.inference.session import Session
-from aivillage.models.inference.tokenizer import ChatTokenizer
+from aivillage.models.inference.tokenizer import ChatTokenizer, Prompt
 from aivillage.protocols.errors import RefusedError, RequestError
 from aivillage.protocols.ports import EngineInfo, SessionFrame
+from aivillage.protocols.rechecking import Claim
 
 ENGINE_VERSION: Final = 1
 """Raise it when a change of ours may change a bit of any answer."""
 SLOTS: Final = 8
-SLICE_ROWS: Final = ROW_SIZES[-1] - SLOTS
-"""Rows of a step that read prompts: 32, beside one row for each of 8 decoding sessions."""
+STEP_ROWS: Final = ROW_SIZES[-1]
+"""Of a step: one for each session, and what is left of 40 reads prompts in slices."""
 
 
 class TorchEngine:
@@ -62,9 +64,10 @@ class TorchEngine:
             context_tokens=self._context_tokens,
             vocabulary=weights.shape.vocabulary,
             weights_sha256=weights.sha256,
+            rechecks=True,
         )
         self._free_slots = list(range(slots))
-        self._sessions: dict[int, Session] = {}
+        self._sessions: dict[int, Session | Recheck] = {}
         self._turn = 0
         self.load_seconds = time.monotonic() - begun
 
@@ -79,6 +82,30 @@ class TorchEngine:
                 holds more than the request asks for.
             RefusedError: BUSY, no slot.
         """
+        prompt = self._prompt(session, request, delivered)
+        added = Session(session, self._free_slots[-1], request, prompt, self.tokenizer)
+        added.replay(delivered)
+        self._free_slots.pop()
+        self._sessions[session] = added
+
+    def recheck(self, session: int, request: Any, claim: Claim) -> None:
+        """Queues a look at an answer to `request` that somebody else gave.
+
+        Raises:
+            RequestError: it cannot be an answer to it, or a fingerprint is of the wrong span.
+            RefusedError: BUSY, no slot.
+        """
+        prompt = self._prompt(session, request, claim.token_ids)
+        added = Recheck(session, self._free_slots[-1], request, prompt.token_ids, claim)
+        self._free_slots.pop()
+        self._sessions[session] = added
+
+    def _prompt(self, session: int, request: Any, answered: Sequence[int]) -> Prompt:
+        """The prompt of a session that there is room for.
+
+        Raises:
+            RequestError, RefusedError: there is none.
+        """
         if not isinstance(request, GenerateRequest) or request.model != self._info.model:
             raise RequestError(f"this engine answers requests to {self._info.model}")
         if session in self._sessions:
@@ -91,14 +118,11 @@ class TorchEngine:
                 code="TOO_LARGE",
                 next_step="shorten the prompt or ask for fewer tokens",
             )
-        if any(not 0 <= token < self._info.vocabulary for token in delivered):
+        if any(not 0 <= token < self._info.vocabulary for token in answered):
             raise RequestError("a delivered token id is outside the vocabulary")
         if not self._free_slots:
             raise RefusedError("every slot of the engine is taken", next_step="try again")
-        added = Session(session, self._free_slots[-1], request, prompt, self.tokenizer)
-        added.replay(delivered)
-        self._free_slots.pop()
-        self._sessions[session] = added
+        return prompt
 
     def allow(self, session: int, units: int) -> None:
         """Raises the units that the answer may hold in all, delivered ones included.
@@ -110,8 +134,8 @@ class TorchEngine:
 
     def step(self) -> list[SessionFrame]:
         """One batched pass: a frame for every session that moved; empty when none could."""
-        plan: list[tuple[Session, Span]] = []
-        slice_rows = SLICE_ROWS
+        plan: list[tuple[Session | Recheck, Span]] = []
+        slice_rows = STEP_ROWS - len(self._sessions)
         for session in self._in_turn():
             span = None if session.finished else session.next_span(1 + slice_rows)
             if span is not None:
@@ -135,28 +159,31 @@ class TorchEngine:
     def free_slots(self) -> int:
         return len(self._free_slots)
 
-    def _in_turn(self) -> list[Session]:
+    def _in_turn(self) -> list[Session | Recheck]:
         """All sessions, another one first each time: prompts take turns at the slice."""
         sessions = list(self._sessions.values())
         self._turn += 1
         start = self._turn % max(1, len(sessions))
         return sessions[start:] + sessions[:start]
 
-    def _forward(self, plan: Sequence[tuple[Session, Span]]) -> None:
+    def _forward(self, plan: Sequence[tuple[Session | Recheck, Span]]) -> None:
         states = self._model.forward([span for _, span in plan])  # (rows, width)
-        drawing: list[Session] = []
+        due: list[tuple[Session | Recheck, int]] = []
         rows: list[int] = []
-        row = -1
+        end = 0
         for session, span in plan:
-            row += len(span.token_ids)
+            end += len(span.token_ids)
             session.read(len(span.token_ids))
-            if session.draws_next:
-                drawing.append(session)
-                rows.append(row)
-        if drawing:
-            logits = self._model.logits(states[rows])  # (drawing, vocabulary)
-            for session, line in zip(drawing, logits, strict=True):
-                session.draw(line)
+            if count := session.rows_due:
+                due.append((session, count))
+                rows += range(end - count, end)
+        if due:
+            wanted = states[rows]
+            logits = self._model.logits(wanted)  # (rows due, vocabulary)
+            sizes = [count for _, count in due]
+            parts = torch.split(wanted, sizes), torch.split(logits, sizes)
+            for (session, _), own_states, own_logits in zip(due, *parts, strict=True):
+                session.take(own_states, own_logits)
 
 
 def _kernel_class(weights_sha256: str, digest: str) -> str:

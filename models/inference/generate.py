@@ -88,11 +88,15 @@ class GenerateResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
-    """The body of one `PartEvent`: what one step gave. `read_bytes` counts from the start."""
+    """The body of one `PartEvent`: what one step gave. `read_bytes` counts from the start.
+
+    `fingerprint`: of the tokens since the last one, if its seller sent any.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     read_bytes: int
+    fingerprint: bytes = b""
 
 
 def conversation(request: GenerateRequest) -> tuple[ChatMessage, ...]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Final
 
 import torch
 from torch import Tensor
+
+_LIKELY: Final = 1e-4
+"""Of the likeliest token's weight, which is 1: few others have more."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -34,8 +38,16 @@ def choose(logits: Tensor, *, temperature: float, top_p: float, u: float) -> int
 
 
 def _nucleus(weights: Tensor, top_p: float) -> Tensor:
-    """`weights` with all but the likeliest tokens of mass `top_p` zeroed; ties to the lowest id."""
-    ordered, ids = torch.sort(weights, descending=True, stable=True)
-    before = torch.cumsum(ordered, dim=0) - ordered
-    kept = ids[before < top_p * float(weights.sum())]
+    """`weights` with all but the likeliest tokens of mass `top_p` zeroed; ties to the lowest id.
+
+    The likeliest are looked at first: sorting a whole vocabulary costs as much as reading a token.
+    """
+    target = top_p * float(weights.sum())
+    for floor in (_LIKELY, 0.0):
+        likely = torch.nonzero(weights >= floor).squeeze(1)  # in id order
+        ordered, places = torch.sort(weights[likely], descending=True, stable=True)
+        edges = torch.cumsum(ordered, dim=0)
+        if float(edges[-1]) >= target:
+            break  # what is left out comes after all that is kept
+    kept = likely[places[edges - ordered < target]]
     return torch.zeros_like(weights).index_copy(0, kept, weights[kept])

@@ -10,6 +10,7 @@ from torch import Tensor
 from aivillage.models.inference import sampling
 from aivillage.models.inference.generate import BYTES_PER_QUAD, GenerateRequest
 from aivillage.models.inference.llama import KEY_STEP, Span
+from aivillage.models.inference.marks import Recorder
 from aivillage.models.inference.text_stream import TextStream
 from aivillage.models.inference.tokenizer import Prompt, Speaker
 from aivillage.protocols.errors import RequestError
@@ -41,6 +42,7 @@ class Session:
         self._new_ids: list[int] = []
         self._new_text = ""
         self._error = ""
+        self._recorder = Recorder(0)
 
     @property
     def output_tokens(self) -> int:
@@ -64,6 +66,7 @@ class Session:
             self._reported_bytes = self._prompt.content_bytes[-1]
         self._new_ids.clear()
         self._new_text = ""
+        self._recorder = Recorder(self.output_tokens)
 
     def allow(self, units: int) -> None:
         self._allowed_units = max(self._allowed_units, units)
@@ -80,6 +83,16 @@ class Session:
     def read(self, count: int) -> None:
         """The engine has read this many more tokens."""
         self._read_tokens += count
+
+    @property
+    def rows_due(self) -> int:
+        """Of the rows just read, how many of the last ones `take` wants."""
+        return int(self.draws_next)
+
+    def take(self, states: Tensor, logits: Tensor) -> None:
+        """`states` (1, width) and `logits` (1, vocabulary) of the row that was due."""
+        self._recorder.add(states[0])
+        self.draw(logits[0])
 
     def draw(self, logits: Tensor) -> None:
         """Takes the next token from `logits` (vocabulary,)."""
@@ -109,6 +122,7 @@ class Session:
             read_bytes=read_bytes,
             finished=self.finished,
             error=self._error,
+            fingerprint=self._recorder.taken(ended=bool(self.finished)),
         )
         self._reported_bytes = read_bytes
         self._new_ids, self._new_text = [], ""

@@ -7,7 +7,9 @@ import msgspec
 import pytest
 
 from aivillage.models.inference import catalogue
+from aivillage.models.inference.fingerprint import DEVIATION_MAX
 from aivillage.protocols.errors import AivillageError, RefusedError, RequestError
+from aivillage.protocols.rechecking import Claim
 
 try:
     WEIGHTS = catalogue.weights_path(catalogue.known(catalogue.DEFAULT))
@@ -16,7 +18,7 @@ except AivillageError as error:
 
 torch = pytest.importorskip("torch", reason="the extra `models` is not installed")
 
-from aivillage.models.inference.engine_torch import SLICE_ROWS, SLOTS, shared_engine  # noqa: E402
+from aivillage.models.inference.engine_torch import SLOTS, STEP_ROWS, shared_engine  # noqa: E402
 from aivillage.models.inference.generate import (  # noqa: E402
     MODULE,
     ChatMessage,
@@ -147,7 +149,7 @@ def test_a_long_prompt_does_not_stall_the_others(engine):
         assert len(frames[0].token_ids) == 1
         read.append(frames[1].read_bytes)
     assert read[-1] > read[2] > 0
-    assert all(after - before <= 6 * SLICE_ROWS for before, after in itertools.pairwise(read))
+    assert all(after - before <= 6 * STEP_ROWS for before, after in itertools.pairwise(read))
     engine.cancel(0)
     engine.cancel(1)
 
@@ -229,3 +231,69 @@ def test_plain_english_has_the_perplexity_first_measured(engine):
         logits[:-1].clone(), torch.tensor(ids[1:]), reduction="mean"
     )
     assert math.exp(float(losses)) == pytest.approx(15.3215, rel=1e-3)
+
+
+def claimed(engine, requests):
+    """Each request's answer with its fingerprints, all made in one batch."""
+    ids, marks = {}, {}
+    for number, request in enumerate(requests):
+        engine.add(number, request, ())
+        engine.allow(number, PLENTY)
+        ids[number], marks[number] = [], []
+    while frames := engine.step():
+        for frame in frames:
+            ids[frame.session] += frame.token_ids
+            marks[frame.session] += [frame.fingerprint] if frame.fingerprint else []
+    return [Claim(tuple(ids[n]), tuple(marks[n])) for n in ids]
+
+
+def rechecked(engine, requests, claims):
+    """What one pass over each finds, all in one batch beside a session that decodes."""
+    for number, (request, claim) in enumerate(zip(requests, claims, strict=True)):
+        engine.recheck(number, request, claim)
+    engine.add(99, PARIS, ())
+    engine.allow(99, PLENTY)
+    found = {}
+    while frames := engine.step():
+        found |= {f.session: f.finding for f in frames if f.finding is not None}
+    return [found[number] for number in range(len(requests))]
+
+
+def test_what_was_made_together_is_found_bit_for_bit_in_one_pass(engine):
+    requests = [STORY, SAMPLED, PARIS, LONG]
+    claims = claimed(engine, requests)
+    assert [sum(map(len, claim.fingerprints)) for claim in claims[:2]] == [170, 170]
+    for finding, claim in zip(rechecked(engine, requests, claims), claims, strict=True):
+        assert (finding.tokens, finding.odd) == (len(claim.token_ids), ())
+        assert {span.relative for span in finding.spans} == {0.0}
+    assert engine.free_slots == SLOTS
+
+
+def test_a_lie_shows_where_it_is(engine):
+    (story,) = claimed(engine, [STORY])
+    ids = list(story.token_ids)
+    ids[20] += 1
+    cut = (*story.token_ids[:10], 2)
+    moved = (story.fingerprints[1],)
+    claims = [
+        Claim(tuple(ids), story.fingerprints), Claim(cut), Claim(story.token_ids, moved),
+    ]  # fmt: skip
+    altered, truncated, honest = rechecked(engine, [STORY] * 3, claims)
+    assert altered.odd[0].position == 20
+    assert altered.spans[0].relative > DEVIATION_MAX  # of the tokens after the altered one
+    assert [(odd.position, odd.near) for odd in truncated.odd] == [(10, False)]
+    assert (honest.odd, honest.spans[0].relative) == ((), 0.0)
+    other = msgspec.structs.replace(STORY, prompt="Tell me a story about a box.")
+    (finding,) = rechecked(engine, [other], [story])
+    assert finding.spans[0].relative > 100 * DEVIATION_MAX
+
+
+def test_what_cannot_be_looked_at_is_refused_and_takes_no_slot(engine):
+    (story,) = claimed(engine, [STORY])
+    with pytest.raises(RequestError, match="wrong span"):
+        engine.recheck(0, STORY, Claim(story.token_ids[:39], story.fingerprints))
+    with pytest.raises(RequestError, match="without tokens"):
+        engine.recheck(0, STORY, Claim(()))
+    with pytest.raises(RequestError, match="vocabulary"):
+        engine.recheck(0, STORY, Claim((49_152,)))
+    assert engine.free_slots == SLOTS

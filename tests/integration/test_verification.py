@@ -46,7 +46,7 @@ def test_a_real_answer_is_done_again_here_and_found_the_same(yard: Yard) -> None
     assert "1 done, 1 done again, 0 wrong" in said
     assert "checks cost 0 credits" in said
     first = ann.run(*words, "--verify", "--json").json
-    assert first["receipt"]["checked"] == "the same at this node"
+    assert first["receipt"]["checked"] == "rechecked at this node"
 
 
 def test_nothing_is_forgiven_where_nothing_is_held_against_anybody(yard: Yard) -> None:

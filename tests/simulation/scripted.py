@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from aivillage.models.inference import catalogue
+from aivillage.models.inference.fingerprint import SPAN_TOKENS_MAX, Fingerprint, in_order, packed
 from aivillage.models.inference.generate import (
     BYTES_PER_QUAD,
     GenerateRequest,
@@ -24,14 +25,8 @@ from aivillage.models.mesh.noop import NoopRequest, NoopResult
 from aivillage.node.workers import Workers, WorkerSettings
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import AivillageError, JobError
-from aivillage.protocols.ports import (
-    EngineInfo,
-    Event,
-    PartEvent,
-    ResultEvent,
-    SessionFrame,
-    Verdict,
-)
+from aivillage.protocols.ports import EngineInfo, Event, PartEvent, ResultEvent, SessionFrame, Verdict
+from aivillage.protocols.rechecking import Claim, Deviation, Finding, OddDraw
 
 TEXT = "the mesh is made of many machines that lend each other what they have"
 WORDS = tuple(TEXT.split())
@@ -86,6 +81,13 @@ class Script:
     """What it says instead of the answer to a request, if anything."""
     kernel_class: str = "scripted/1"
     identical: str = "guaranteed"
+    rechecks: bool = False
+    """Its engine looks at answers of others in one pass."""
+    rechecked: int = 0
+    blur: float = 0.0
+    """Its states are off by so much of themselves: another precision."""
+    mark: Callable[[bytes], bytes] = bytes
+    """What it sends for a fingerprint."""
     is_check_cheap: bool = False
     """Its check looks at what the product's looks at, and at no model."""
     load_failure: AivillageError | None = None
@@ -106,7 +108,8 @@ class ScriptedSession:
         self._script = script
         self._request = request
         self._fake = script.cheat(request)
-        self._count = len(delivered)
+        self._count = self._marked = len(delivered)
+        self._values: list[float] = []
         self._quads = -(-prompt_bytes(request) // BYTES_PER_QUAD)
         self._read_quads = 0
         self._reported = self._quads if delivered else 0
@@ -167,7 +170,13 @@ class ScriptedSession:
     ) -> SessionFrame:
         self._ended = bool(finished)
         read = min(prompt_bytes(self._request), self._reported * BYTES_PER_QUAD)
-        return SessionFrame(1, ids, "".join(map(words, ids)), read, finished)
+        self._values += [float(made) * (1 + self._script.blur) for made in ids]
+        mark = b""
+        if self._values and (finished or len(self._values) == SPAN_TOKENS_MAX):
+            mark = self._script.mark(packed(Fingerprint(self._marked, tuple(self._values))))
+            self._marked, self._values = self._count, []
+        text = "".join(map(words, ids))
+        return SessionFrame(1, ids, text, read, finished, fingerprint=mark)
 
 
 class ScriptedEngine:
@@ -176,8 +185,29 @@ class ScriptedEngine:
     def __init__(self, script: Script) -> None:
         self._script = script
         self.info = msgspec.structs.replace(
-            INFO, kernel_class=script.kernel_class, identical=script.identical
+            INFO,
+            kernel_class=script.kernel_class,
+            identical=script.identical,
+            rechecks=script.rechecks,
         )
+
+    async def recheck(self, request: bytes, claim: Claim) -> Finding:
+        """Its states are its tokens: what the product's engine finds, without a model."""
+        asked, script = unpack(GenerateRequest, request), self._script
+        if script.die_after is not None:
+            raise JobError("the engine died", code="JOB_FAILED")
+        script.rechecked += 1
+        right = [token(asked, n, script.key) for n in range(len(claim.token_ids))]
+        odd = [n for n, made in enumerate(claim.token_ids) if made != right[n]]
+        spans = [
+            Deviation(
+                span.first,
+                len(span.values),
+                max(abs(v / right[n] - 1) for n, v in enumerate(span.values, span.first)),
+            )
+            for span in in_order(claim.fingerprints, len(right))
+        ]
+        return Finding(len(right), tuple(OddDraw(n, near=False) for n in odd), tuple(spans))
 
     @asynccontextmanager
     async def open_session(

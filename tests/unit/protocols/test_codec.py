@@ -29,6 +29,7 @@ from aivillage.protocols.messages import (
     Text,
     Tunnel,
 )
+from aivillage.protocols.types import FINGERPRINT_BYTES_MAX
 from aivillage.protocols.vouchers import BLOB_BYTES_MAX
 from tests.unit.protocols.samples import FULL, KINDS, SPARE, name
 
@@ -79,9 +80,19 @@ def test_an_unknown_optional_field_passes(frame):
 
 
 def test_an_unknown_element_at_the_end_of_a_step_passes():
-    assert codec.decode(raw([3, [[0, 1, [2], "a", b"h", 0, "new"]], None, "new"])) == Step(
+    assert codec.decode(raw([3, [[0, 1, [2], "a", b"h", 0, b"", "new"]], None, "new"])) == Step(
         seq=3, items=(StepItem(session=0, first=1, token_ids=(2,), text="a", hash8=b"h"),)
     )
+
+
+def test_a_fingerprint_of_a_step_has_a_limit():
+    def sent(size):
+        item = StepItem(0, 0, (5,), "x", bytes(8), 0, bytes(size))
+        return codec.decode(codec.encode(Step(seq=1, items=(item,))))
+
+    assert len(sent(FINGERPRINT_BYTES_MAX).items[0].fingerprint) == FINGERPRINT_BYTES_MAX
+    with pytest.raises(PeerError, match="not a message"):
+        sent(FINGERPRINT_BYTES_MAX + 1)
 
 
 @pytest.mark.parametrize("tag", ["", "hallo", "Ping", 1, None])
