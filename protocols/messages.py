@@ -12,9 +12,10 @@ from typing import Annotated, Any, Final, TypeAlias
 import msgspec
 
 from aivillage.protocols.envelope import ENVELOPE_BYTES_MAX
-from aivillage.protocols.manifest import CHUNKS_MAX, HASH_BYTES
+from aivillage.protocols.job import Fingerprint
+from aivillage.protocols.manifest import CHUNKS_MAX, HASH_BYTES, BlobName
 from aivillage.protocols.pricing import UNITS_MAX, ModelPrices, Models, Terms
-from aivillage.protocols.types import AMOUNT_MAX, U32, Amount, Count, Measure, MicroCredits, PeerId
+from aivillage.protocols.types import U32, Amount, Count, Measure, MicroCredits, Net, PeerId
 from aivillage.protocols.vouchers import BLOB_BYTES_MAX, Lane
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
@@ -39,9 +40,6 @@ ADDRESS_CHARACTERS_MAX: Final = 256
 BLOBS_MAX: Final = 16
 """In one `Ledger` frame: each may cost a signature's check, and the loop waits for all."""
 
-FINGERPRINT_BYTES_MAX: Final = 256
-"""Of at most 32 tokens; 133 are used."""
-
 LedgerBlob: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=BLOB_BYTES_MAX)]
 Blobs: TypeAlias = Annotated[tuple[LedgerBlob, ...], msgspec.Meta(max_length=BLOBS_MAX)]
 Enveloped: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=ENVELOPE_BYTES_MAX)]
@@ -49,8 +47,6 @@ Certificates: TypeAlias = Annotated[
     tuple[Enveloped, ...], msgspec.Meta(max_length=CERTIFICATES_MAX)
 ]
 Successions: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=SUCCESSIONS_MAX)]
-Net: TypeAlias = Annotated[int, msgspec.Meta(ge=-AMOUNT_MAX, le=AMOUNT_MAX)]
-"""Micro-credits either way."""
 Grants: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=GRANTS_MAX)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
 """Of a program, or of a kind of kernel."""
@@ -58,8 +54,6 @@ KernelName: TypeAlias = Annotated[str, msgspec.Meta(max_length=256)]
 """A whole kernel class, which the buyer keeps with the attempt."""
 Address: TypeAlias = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
 Addresses: TypeAlias = Annotated[tuple[Address, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
-BlobName: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-"""A `Cid` on the wire, or the root of a manifest."""
 Counts: TypeAlias = Annotated[dict[str, Count], msgspec.Meta(max_length=UNITS_MAX)]
 """Unit -> count, as in `Usage`."""
 
@@ -157,7 +151,6 @@ class Call(Message, frozen=True, kw_only=True, tag="call"):
     delivered: tuple[bytes, ...] = ()
     done: Counts = {}
     fingerprints: bool = False
-    """The buyer reads them in steps, and counts them in the running hash."""
 
 
 class Accepted(Message, frozen=True, kw_only=True, tag="accepted"):
@@ -383,7 +376,7 @@ class StepItem(msgspec.Struct, frozen=True, array_like=True):
     text: str
     hash8: bytes
     read_bytes: Count = 0
-    fingerprint: Annotated[bytes, msgspec.Meta(max_length=FINGERPRINT_BYTES_MAX)] = b""
+    fingerprint: Fingerprint = b""
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):

@@ -36,6 +36,8 @@ U32: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 """A token id, or a session."""
 Measure: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
 """Seconds, or how much is done: not negative and not NaN."""
+Net: TypeAlias = Annotated[int, msgspec.Meta(ge=-AMOUNT_MAX, le=AMOUNT_MAX)]
+"""Micro-credits either way."""
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 # identity multihash (0x00, 36 bytes) of the protobuf {Type: Ed25519, Data: 32 bytes}

@@ -4,7 +4,7 @@ After TOPLOC (arXiv 2501.16007), which commits to the largest activations of 32 
 projects the state that drew a token on signs keyed by its position: all activations of all tokens
 count, a wrong place gives another number, and 32 tokens are 133 bytes. Whoever reads prompt and
 answer in one pass gets the same numbers, if the same model made them
-(docs/decisions/0006-fingerprints.md). Standard library and msgspec only: the daemon loads this.
+(docs/decisions/0010-fingerprints.md). Standard library and msgspec only: the daemon loads this.
 """
 
 from __future__ import annotations

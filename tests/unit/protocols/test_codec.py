@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from aivillage.protocols import codec
 from aivillage.protocols.errors import PeerError, RequestError
+from aivillage.protocols.job import FINGERPRINT_BYTES_MAX
 from aivillage.protocols.messages import (
     CERTIFICATES_MAX,
-    FINGERPRINT_BYTES_MAX,
     GRANTS_MAX,
     PAIR_LANES_MAX,
     SUCCESSIONS_MAX,
