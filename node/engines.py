@@ -13,8 +13,8 @@ from aivillage.models import worker_messages as say
 from aivillage.node.worker_process import WorkerProcess
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, from_code
 from aivillage.protocols.ports import EngineInfo, SessionFrame
-from aivillage.protocols.rechecking import Claim, Finding
 from aivillage.protocols.pricing import token_price
+from aivillage.protocols.rechecking import Claim, Finding
 from aivillage.protocols.types import MicroCredits
 
 FRAMES_WAITING_MAX: Final = 16_384

@@ -10,9 +10,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Annotated, Final, Literal, TypeAlias
+
+import msgspec
 
 from aivillage.protocols.types import AttemptId
+
+FINGERPRINT_BYTES_MAX: Final = 256
+"""Of at most 32 tokens; 133 are used."""
+Fingerprint: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=FINGERPRINT_BYTES_MAX)]
+"""What the states behind some tokens leave behind: it counts in the running hash."""
 
 State = Literal[
     "new", "seeking", "calling", "working", "checking", "settling", "done", "failed", "cancelled"

@@ -9,7 +9,7 @@ says what follows for who does not.
 from __future__ import annotations
 
 import hashlib
-from typing import Final
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
 
@@ -21,6 +21,8 @@ CHUNK_BYTES: Final = 1 << 20
 HASH_BYTES: Final = 32
 CHUNKS_MAX: Final = 16_384
 """Of a blob that travels: 16 GiB, and a list of hashes that is half a frame."""
+BlobName: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
+"""A `Cid` on the wire, or the root of a manifest."""
 _DOMAIN: Final = b"aivillage/manifest/1\0"
 
 

@@ -12,20 +12,10 @@ from typing import Annotated, Any, Final, TypeAlias
 import msgspec
 
 from aivillage.protocols.envelope import ENVELOPE_BYTES_MAX
-from aivillage.protocols.manifest import CHUNKS_MAX, HASH_BYTES
+from aivillage.protocols.job import Fingerprint
+from aivillage.protocols.manifest import CHUNKS_MAX, HASH_BYTES, BlobName
 from aivillage.protocols.pricing import UNITS_MAX, ModelPrices, Models, Terms
-from aivillage.protocols.types import (
-    U32,
-    Amount,
-    BlobName,
-    Count,
-    Fingerprint,
-    KernelName,
-    Measure,
-    MicroCredits,
-    Net,
-    PeerId,
-)  # fmt: skip
+from aivillage.protocols.types import U32, Amount, Count, Measure, MicroCredits, Net, PeerId
 from aivillage.protocols.vouchers import BLOB_BYTES_MAX, Lane
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
@@ -60,6 +50,8 @@ Successions: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_lengt
 Grants: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=GRANTS_MAX)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
 """Of a program, or of a kind of kernel."""
+KernelName: TypeAlias = Annotated[str, msgspec.Meta(max_length=256)]
+"""A whole kernel class, which the buyer keeps with the attempt."""
 Address: TypeAlias = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
 Addresses: TypeAlias = Annotated[tuple[Address, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
 Counts: TypeAlias = Annotated[dict[str, Count], msgspec.Meta(max_length=UNITS_MAX)]
@@ -147,10 +139,7 @@ class QuoteReply(Message, frozen=True, kw_only=True, tag="quote"):
 
 
 class Call(Message, frozen=True, kw_only=True, tag="call"):
-    """Do this. `done` is usage accepted from earlier attempts: read again, not paid again.
-
-    `fingerprints`: the buyer wants them in steps, and counts them in the running hash.
-    """
+    """Do this. `done` is usage accepted from earlier attempts: read again, not paid again."""
 
     id: Count
     attempt: bytes

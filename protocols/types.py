@@ -38,13 +38,6 @@ Measure: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
 """Seconds, or how much is done: not negative and not NaN."""
 Net: TypeAlias = Annotated[int, msgspec.Meta(ge=-AMOUNT_MAX, le=AMOUNT_MAX)]
 """Micro-credits either way."""
-BlobName: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-"""A `Cid` on the wire, or the root of a manifest."""
-KernelName: TypeAlias = Annotated[str, msgspec.Meta(max_length=256)]
-"""A whole kernel class, which the buyer keeps with the attempt."""
-FINGERPRINT_BYTES_MAX: Final = 256
-"""Of at most 32 tokens; 133 are used."""
-Fingerprint: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=FINGERPRINT_BYTES_MAX)]
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 # identity multihash (0x00, 36 bytes) of the protobuf {Type: Ed25519, Data: 32 bytes}

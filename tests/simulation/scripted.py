@@ -25,7 +25,14 @@ from aivillage.models.mesh.noop import NoopRequest, NoopResult
 from aivillage.node.workers import Workers, WorkerSettings
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import AivillageError, JobError
-from aivillage.protocols.ports import EngineInfo, Event, PartEvent, ResultEvent, SessionFrame, Verdict
+from aivillage.protocols.ports import (
+    EngineInfo,
+    Event,
+    PartEvent,
+    ResultEvent,
+    SessionFrame,
+    Verdict,
+)
 from aivillage.protocols.rechecking import Claim, Deviation, Finding, OddDraw
 
 TEXT = "the mesh is made of many machines that lend each other what they have"

@@ -18,7 +18,7 @@ from aivillage.models.inference.fingerprint import (
     require_span,
 )
 from aivillage.protocols.errors import RequestError
-from aivillage.protocols.types import FINGERPRINT_BYTES_MAX
+from aivillage.protocols.job import FINGERPRINT_BYTES_MAX
 
 
 def of(first, count):

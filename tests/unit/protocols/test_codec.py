@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from aivillage.protocols import codec
 from aivillage.protocols.errors import PeerError, RequestError
+from aivillage.protocols.job import FINGERPRINT_BYTES_MAX
 from aivillage.protocols.messages import (
     CERTIFICATES_MAX,
     GRANTS_MAX,
@@ -29,7 +30,6 @@ from aivillage.protocols.messages import (
     Text,
     Tunnel,
 )
-from aivillage.protocols.types import FINGERPRINT_BYTES_MAX
 from aivillage.protocols.vouchers import BLOB_BYTES_MAX
 from tests.unit.protocols.samples import FULL, KINDS, SPARE, name
 
