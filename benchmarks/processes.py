@@ -42,3 +42,16 @@ def cpu_seconds(nodes: list[NodeProcess]) -> float:
                 times = process.cpu_times()
                 total += times.user + times.system
     return total
+
+
+def cpu_by_process(nodes: list[NodeProcess]) -> dict[str, float]:
+    """Seconds so far of the buyer, which is the first node, of the seller, and of all workers."""
+    buyer, seller = (psutil.Process(node.pid) for node in nodes)
+    found = {"buyer": _seconds(buyer), "seller": _seconds(seller)}
+    workers = (*buyer.children(recursive=True), *seller.children(recursive=True))
+    return found | {"workers": sum(map(_seconds, workers))}
+
+
+def _seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
