@@ -114,10 +114,21 @@ def test_the_conversation_is_read_by_the_models_template(engine):
         engine, GenerateRequest(messages=(ChatMessage(content="Say one word."),), max_tokens=8)
     )
     assert spoken == plain
-    system = (ChatMessage(role="system", content="Answer in French."), ChatMessage(content="Hi"))
-    assert alone(engine, GenerateRequest(messages=system, max_tokens=8)) != alone(
-        engine, GenerateRequest(prompt="Hi", max_tokens=8)
-    )
+    answers = [
+        alone(
+            engine,
+            GenerateRequest(
+                messages=(
+                    ChatMessage(content="I have a dog."),
+                    ChatMessage(role=role, content="My dog is called Rex."),
+                    ChatMessage(content="What did you just tell me?"),
+                ),
+                max_tokens=12,
+            ),
+        )
+        for role in ("user", "assistant", "system")
+    ]
+    assert len({text for _, text, _ in answers}) > 1
     first = alone(engine, GenerateRequest(prompt="How many legs has a spider?", max_tokens=24))
     assert (first[2], "8" in first[1]) == ("eos", True)
 
