@@ -9,7 +9,7 @@ processor second with N sequences at once, `ARM_prefill` prompt tokens per proce
 Arms: `openvino` and `torch` are workers as a node runs them, fenced, over their pipe, the worker's
 time alone; `openvino_bare` is the library fed by a loop that does nothing but take the likeliest
 token; `genai_bare` is openvino-genai where it is installed, whose own reading of the file rounds
-the weights (docs/decisions/0006-engines.md). `worker_over_bare_*` compares the first with the
+the weights (docs/decisions/0011-engines.md). `worker_over_bare_*` compares the first with the
 third, best of two rounds each. With 32 sequences `openvino` is the engine in this process: a node
 sells at most 8 slots of an engine.
 
