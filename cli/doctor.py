@@ -201,7 +201,13 @@ def _models(_patient: Patient) -> Findings:
     ]
     if bad:
         listing = ", ".join(f"{name} {found[name] or 'missing'}" for name in bad)
-        detail = f"{listing}: this node can buy, but serves no model"
+        is_slow = bad == ["openvino"]
+        lack = (
+            "answers are computed by torch, slower"
+            if is_slow
+            else "this node can buy, but serves no model"
+        )
+        detail = f"{listing}: {lack}"
         wishes = " ".join(f"'{name}{MODEL_PACKAGES[name]}'" for name in bad)
         yield Finding("warn", "model packages", detail, _install(wishes))
     else:

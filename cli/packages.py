@@ -23,6 +23,7 @@ MODEL_PACKAGES: Final = {
     "gguf": ">=0.17",
     "jinja2": ">=3.1",
     "numpy": ">=2",
+    "openvino": ">=2026.4.1",
     "safetensors": ">=0.8",
     "tokenizers": ">=0.22",
     "torch": ">=2.13",

@@ -231,7 +231,7 @@ def _engine(load: say.Load) -> tuple[Any, type[msgspec.Struct], float]:
 
     threads = int(os.environ["OMP_NUM_THREADS"])  # by the daemon, as its owner set them
     known = catalogue.known(load.model)
-    engine = engine_choice.engine_of(known, slots=load.slots, threads=threads)
+    engine = engine_choice.engine_of(known, slots=load.slots, threads=threads, engine=load.engine)
     return engine, generate.GenerateRequest, engine.load_seconds
 
 

@@ -38,6 +38,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
     model: str
     slots: int
+    engine: str = "auto"
 
 
 class Add(msgspec.Struct, frozen=True, kw_only=True, tag="add"):

@@ -93,6 +93,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     gossip_bytes_per_second: Annotated[
         int, Meta(ge=1024), _doc("most that offers and ads, mine and others', may send a second")
     ] = 8192
+    engine: Annotated[
+        str,
+        Meta(pattern="^(auto|openvino|torch)$"),
+        _doc("what computes answers; auto: openvino where its self-test passes, else torch"),
+    ] = "auto"
     worker_idle_seconds: Annotated[Positive, _doc("an idle worker process ends after")] = 600.0
     worker_memory_mb: Annotated[int, Meta(ge=256), _doc("data memory of one worker")] = 4096
     worker_cores: Annotated[

@@ -236,6 +236,7 @@ def worker_settings(settings: Settings, library: Path | None = None) -> WorkerSe
         engine_slots=min(settings.slots, ENGINE_SLOTS_MAX),
         ray_address=settings.ray_address if settings.executor == "ray" else "",
         models_memory_bytes_max=settings.models_memory_mb << 20,
+        engine=settings.engine,
         limits=WorkerLimits(
             memory_bytes_max=settings.worker_memory_mb << 20,
             nice=settings.worker_nice,

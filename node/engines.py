@@ -181,13 +181,15 @@ class EngineClient:
             raise JobError("an engine's worker floods its sessions") from None
 
 
-async def load_engine(worker: WorkerProcess, model: str, slots: int) -> EngineClient:
+async def load_engine(
+    worker: WorkerProcess, model: str, slots: int, engine: str = "auto"
+) -> EngineClient:
     """Loads `model` in `worker`, which the caller started and stops on error.
 
     Raises:
         AivillageError: the model is unknown, not on this machine, or damaged.
     """
-    worker.send(say.Load(model=model, slots=slots))
+    worker.send(say.Load(model=model, slots=slots, engine=engine))
     reply = await worker.next()
     if isinstance(reply, say.Failed):
         raise from_code(reply.code, reply.message, reply.next_step)

@@ -66,6 +66,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Of the cluster on which modules run; empty: here."""
     models_memory_bytes_max: int = 0
     """That loaded models share; 0: half of the machine's."""
+    engine: str = "auto"
     limits: WorkerLimits = WorkerLimits()
 
     @property
@@ -305,7 +306,7 @@ class Workers:
         worker = await self._start()
         try:
             slots = min(self._settings.engine_slots, ENGINE_SLOTS_MAX)
-            client = await load_engine(worker, model, slots)
+            client = await load_engine(worker, model, slots, self._settings.engine)
         except (ConfigError, RequestError) as error:  # it will not load the next time either
             self.shelf.spoil(model, error)
             await worker.stop()
@@ -416,7 +417,7 @@ async def open_workers(
     """The workers of a node; leaving the block ends them all.
 
     `scratch_folder` holds a folder for each worker while it lives. `cache_folder` is where engines
-    may keep converted weights; the torch engine loads in seconds and keeps none.
+    may keep converted weights; those of today load in seconds and keep none.
     """
     folders = (cache_folder, scratch_folder, *filter(None, [settings.library]))
     for folder in folders:  # a fence has no rule for what is not there yet

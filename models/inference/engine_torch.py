@@ -17,7 +17,7 @@ from aivillage.models.inference import catalogue, gguf_model, sameness
 from aivillage.models.inference.generate import GenerateRequest, conversation
 from aivillage.models.inference.gguf_file import GgufFile
 from aivillage.models.inference.linear import ROW_SIZES, rule
-from aivillage.models.inference.llama import Llama, Span
+from aivillage.models.inference.llama import Llama, RowModel, Span
 from aivillage.models.inference.recheck import Recheck
 from aivillage.models.inference.session import Session
 from aivillage.models.inference.tokenizer import ChatTokenizer, Prompt
@@ -53,8 +53,9 @@ class TorchEngine:
         weights = gguf_model.load(path)
         catalogue.require_same(model, weights.sha256)
         self._context_tokens = min(model.context_tokens, weights.shape.context_tokens)
-        self._model = Llama(weights, slots=slots, context_tokens=self._context_tokens)
-        same = sameness.probe(self._model, slots=slots, context_tokens=self._context_tokens)
+        model_here = Llama(weights, slots=slots, context_tokens=self._context_tokens)
+        self._model: RowModel = model_here
+        same = sameness.probe(model_here, slots=slots, context_tokens=self._context_tokens)
         self._info = EngineInfo(
             engine="torch",
             model=model.name,

@@ -73,8 +73,13 @@ def load(path: Path) -> LlamaWeights:
         head=embedding if tied else _matrix(file, "output.weight", tuple(embedding.shape)),
         norm=_matrix(file, "output_norm.weight", (shape.width,)),
         layers=(_layer(file, shape, index) for index in range(shape.layers)),
-        sha256=hashlib.sha256(file.mapping).hexdigest(),
+        sha256=sha256_of(file),
     )
+
+
+def sha256_of(file: GgufFile) -> str:
+    """Of the whole file, in hexadecimal."""
+    return hashlib.sha256(file.mapping).hexdigest()
 
 
 def read_shape(file: GgufFile) -> Shape:

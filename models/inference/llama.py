@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 import torch
@@ -28,15 +28,31 @@ QUERY_ROWS_MIN: Final = 4
 
 
 class Span(msgspec.Struct, frozen=True):
-    """Neighbouring tokens of one session: ids for `position`, `position + 1`, ..."""
+    """Neighbouring tokens of one session: ids for `position`, `position + 1`, ...
+
+    `drawn`: they were drawn, not read from a prompt; some engines compute these otherwise.
+    """
 
     slot: int
     position: int
     token_ids: tuple[int, ...]
+    drawn: bool = False
 
     @property
     def key_count(self) -> int:
         return (self.position // KEY_STEP + 1) * KEY_STEP
+
+
+class RowModel(Protocol):
+    """What a step of the engine needs of a model, whoever computes it. Not thread-safe."""
+
+    def forward(self, spans: Sequence[Span]) -> Tensor:
+        """Reads `spans` into their slots; gives the normed state of every row, in order."""
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """`states` (count, width) of `forward` -> (count, vocabulary)."""
+        ...
 
 
 class _Block(msgspec.Struct, frozen=True):

@@ -66,10 +66,11 @@ class Recheck:
 
     def next_span(self, rows_max: int) -> Span | None:
         """The next tokens to read; None at the end."""
-        at = self._read_tokens
+        at, prompt_end = self._read_tokens, self._first_row + 1
+        drawn = at >= prompt_end
         border = (at // KEY_STEP + 1) * KEY_STEP
-        end = min(at + rows_max, border, len(self._ids))
-        return Span(self.slot, at, self._ids[at:end]) if end > at else None
+        end = min(at + rows_max, border, len(self._ids) if drawn else prompt_end)
+        return Span(self.slot, at, self._ids[at:end], drawn=drawn) if end > at else None
 
     def read(self, count: int) -> None:
         """The engine has read this many more tokens."""

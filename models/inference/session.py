@@ -72,13 +72,17 @@ class Session:
         self._allowed_units = max(self._allowed_units, units)
 
     def next_span(self, rows_max: int) -> Span | None:
-        """The next tokens to read, as many as allowance, `rows_max` and the key border permit."""
-        at = self._read_tokens
+        """The next tokens to read, as many as allowance, `rows_max` and the borders permit.
+
+        The end of the prompt is one: a span is of the prompt or of drawn tokens, never of both.
+        """
+        at, prompt_end = self._read_tokens, len(self._prompt.token_ids)
+        drawn = at >= prompt_end
         border = (at // KEY_STEP + 1) * KEY_STEP
-        end = min(at + rows_max, border, len(self._ids))
+        end = min(at + rows_max, border, len(self._ids) if drawn else prompt_end)
         while end > at and not self._may_read(end):
             end -= 1
-        return Span(self.slot, at, tuple(self._ids[at:end])) if end > at else None
+        return Span(self.slot, at, tuple(self._ids[at:end]), drawn=drawn) if end > at else None
 
     def read(self, count: int) -> None:
         """The engine has read this many more tokens."""

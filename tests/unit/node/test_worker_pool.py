@@ -60,7 +60,7 @@ async def test_a_node_with_many_slots_loads_an_engine_with_those_it_can_have(
 ):
     asked = []
 
-    async def load(_worker, _model, slots):
+    async def load(_worker, _model, slots, engine):
         asked.append(slots)
         raise KeyError
 
