@@ -34,8 +34,9 @@ def engine_of(
 ) -> LoadedEngine:
     """Loads `model` in the engine called `engine`: seconds.
 
-    A safetensors model runs in transformers. For a GGUF file `auto` takes openvino where it is installed and passes its self-test, since it is several
-    times faster; else torch. So an owner who chooses nothing never gives up `guaranteed` for speed.
+    A safetensors model runs in transformers. For a GGUF file `auto` takes openvino where it is
+    installed and passes its self-test, since it is several times faster; else torch. So an owner
+    who chooses nothing never gives up `guaranteed` for speed.
 
     Raises:
         ConfigError: no such engine here, or the weights are not on this machine.
