@@ -35,6 +35,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """The node itself does it, since a worker has neither its files nor its links."""
     checks_anywhere: bool = False
     """`check` is as pure and cheap as `meter`: it reads nothing but its two arguments, once."""
+    takes_inputs: bool = False
+    """A call of it is a session that is fed while it lasts, and paid as it goes; no job alone."""
 
 
 BUILT_IN: Final = {
@@ -45,6 +47,13 @@ BUILT_IN: Final = {
             target="aivillage.models.inference.generate:MODULE",
             source="Llama, arXiv 2302.13971; SmolLM2, arXiv 2502.02737",
             has_engine=True,
+        ),
+        Entry(
+            operation="inference.stage",
+            target="aivillage.models.inference.stages:MODULE",
+            stability="experimental",
+            source="Petals, arXiv 2209.01188",
+            takes_inputs=True,
         ),
         Entry(
             operation="mesh.noop",
@@ -114,6 +123,12 @@ def checks_anywhere(operation: str) -> bool:
     """Whether any process may run its `check`. Never for third-party modules."""
     known = BUILT_IN.get(operation)
     return known is not None and known.checks_anywhere
+
+
+def takes_inputs(operation: str) -> bool:
+    """Whether a call of `operation` is a session that is fed while it lasts."""
+    known = BUILT_IN.get(operation)
+    return known is not None and known.takes_inputs
 
 
 def is_served_by_engine(operation: str) -> bool:

@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 import msgspec
 
@@ -27,7 +27,7 @@ from aivillage.protocols.errors import (
     RequestError,
     from_code,
 )
-from aivillage.protocols.ports import Engine, Module, RecheckingEngine, ResultEvent
+from aivillage.protocols.ports import Engine, FedEngine, Module, RecheckingEngine, ResultEvent
 
 COMMANDS_WAITING_MAX: Final = 4_096
 """A daemon waits at the pipe beyond this."""
@@ -227,10 +227,20 @@ def serve_engine(load: say.Load, pipes: Pipes) -> None:
 
 
 def _engine(load: say.Load) -> tuple[Any, type[msgspec.Struct], float]:
-    from aivillage.models.inference import engine_choice, generate
+    from aivillage.models.inference import engine_choice, generate, stages
 
-    threads = int(os.environ["OMP_NUM_THREADS"])  # by the daemon, as its owner set them
     known = catalogue.known(load.model)
+    engine: Any
+    if load.part == "stage":
+        from aivillage.models.inference.engine_stage import StageEngine
+
+        engine = StageEngine(known, *load.layers, slots=load.slots)
+        return engine, stages.StageRequest, engine.load_seconds
+    if load.part == "driver":
+        from aivillage.models.inference.split import SplitDriver
+
+        return SplitDriver(known, slots=load.slots), generate.GenerateRequest, 0.0
+    threads = int(os.environ["OMP_NUM_THREADS"])  # by the daemon, as its owner set them
     engine = engine_choice.engine_of(known, slots=load.slots, threads=threads, engine=load.engine)
     return engine, generate.GenerateRequest, engine.load_seconds
 
@@ -240,6 +250,8 @@ def _apply(
 ) -> None:
     if isinstance(command, say.Allow):
         engine.allow(command.session, command.units)
+    elif isinstance(command, say.Feed):
+        cast("FedEngine", engine).feed(command.session, command.body)
     elif isinstance(command, say.CancelSession):
         engine.cancel(command.session)
     elif isinstance(command, say.Add):

@@ -6,7 +6,7 @@ module call at a time.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -36,9 +36,13 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
+    """A whole model, a stage of its `layers` (first, one after the last), or the driver of both."""
+
     model: str
     slots: int
     engine: str = "auto"
+    part: Literal["whole", "stage", "driver"] = "whole"
+    layers: tuple[int, int] = (0, 0)
 
 
 class Add(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
@@ -53,6 +57,13 @@ class Add(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
 class Allow(msgspec.Struct, frozen=True, kw_only=True, tag="allow"):
     session: int
     units: int
+
+
+class Feed(msgspec.Struct, frozen=True, kw_only=True, tag="feed"):
+    """One input of a session that takes them."""
+
+    session: int
+    body: bytes
 
 
 class CancelSession(msgspec.Struct, frozen=True, kw_only=True, tag="cancel_session"):
@@ -178,7 +189,7 @@ class SubCall(msgspec.Struct, frozen=True, kw_only=True, tag="sub_call"):
 
 
 ModuleCommand = Describe | Estimate | Meter | Check | Run
-Command = Start | Load | Add | Allow | CancelSession | ModuleCommand | CancelRun | CallAnswer
+Command = Start | Load | Add | Allow | Feed | CancelSession | ModuleCommand | CancelRun | CallAnswer
 ModuleReply = Described | Estimated | Metered | Checked | Ran | RunEnded | SubCall | Failed
 Reply = Started | Loaded | Frames | ModuleReply
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from aivillage.protocols.errors import ConfigError
-from aivillage.protocols.messages import ADDRESS_CHARACTERS_MAX, ADDRESSES_MAX
 from aivillage.protocols.ports import Transport
-from aivillage.protocols.types import PeerId
+from aivillage.protocols.types import ADDRESS_CHARACTERS_MAX, ADDRESSES_MAX, PeerId
 
 Addresses = Callable[[], tuple[str, ...]]
 

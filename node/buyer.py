@@ -20,6 +20,8 @@ from aivillage.node.links import Link
 from aivillage.node.local import LocalJob
 from aivillage.node.market import Need
 from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit
+from aivillage.node.split_job import SplitJob
+from aivillage.node.stage_peers import explanation, plan_for
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
 from aivillage.node.trade import Say, Trade, Verify
 from aivillage.protocols import messages
@@ -33,7 +35,9 @@ JOBS_MAX: Final = 64
 """Running at the same time; one more is refused, since its owner can wait better than we."""
 
 
-AnyJob = Pursuit | LocalJob | BlobFetch
+Begun = Pursuit | LocalJob | BlobFetch
+AnyJob = Begun | SplitJob
+"""A split job begins as a pursuit."""
 
 
 class Running:
@@ -166,6 +170,10 @@ class Buyer:
                 f"{submit.operation} is done by nodes, and checked as it comes",
                 next_step="leave out --local and --verify",
             )
+        if registry.takes_inputs(submit.operation):
+            raise RequestError(
+                f"{submit.operation} is a part of other jobs", next_step="submit inference.generate"
+            )
         await self._trade.workers.estimate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
         return JobRow(
@@ -217,7 +225,15 @@ class Buyer:
             prefer=self._preference(submit.prefer),
             may_stay=not (submit.mesh or submit.peer),
         )
-        return await self._trade.market.explain(need)
+        try:
+            return await self._trade.market.explain(need)
+        except AivillageError as error:
+            split = None
+            if error.code == "NO_PEER" and registry.is_served_by_engine(need.operation):
+                split = None if need.peer else plan_for(self._trade, need.work.model)
+            if split is None:
+                raise
+            return explanation(split, need.prefer)
 
     async def resume(self) -> None:
         """Starts again what a stop or crash of this node interrupted."""
@@ -235,7 +251,7 @@ class Buyer:
             self._trade.events.emit("job_resumed", job=row.id, delivered=len(pursuit.output.bodies))
             self._start(pursuit)
 
-    def _pursuit(self, row: JobRow, say: Say, sub_jobs: SubJobs | None = None) -> AnyJob:
+    def _pursuit(self, row: JobRow, say: Say, sub_jobs: SubJobs | None = None) -> Begun:
         if pursue := self.by_node.get(row.operation):
             return pursue(row, say)
         if not row.local:
@@ -314,10 +330,7 @@ class Buyer:
         with running.scope:
             try:
                 with trio.fail_after(max(0.0, running.pursuit.seconds_left())):
-                    if running.pursuit.result is None:
-                        await running.pursuit.run()
-                    if isinstance(running.pursuit, Pursuit) and running.pursuit.here:
-                        await self._do_here(running, running.pursuit, running.pursuit.here)
+                    await self._work(running)
             except trio.TooSlowError:
                 running.error = JobError("the job's deadline passed", code="DEADLINE")
             except AivillageError as error:
@@ -338,6 +351,17 @@ class Buyer:
             running.ended.set()
             if isinstance(running.pursuit, Pursuit):
                 self.on_ended(running.pursuit)
+
+    async def _work(self, running: Running) -> None:
+        """Raises: AivillageError: why there is no result."""
+        pursuit = running.pursuit
+        if pursuit.result is None:
+            await pursuit.run()
+        if isinstance(pursuit, Pursuit) and pursuit.here:
+            await self._do_here(running, pursuit, pursuit.here)
+        elif isinstance(pursuit, Pursuit) and pursuit.is_split:
+            running.pursuit = split = SplitJob(pursuit, self._trade)
+            await split.run()
 
     async def _do_here(self, running: Running, pursuit: Pursuit, choice: Explanation) -> None:
         """No peer was better than this machine. Raises: AivillageError: why there is no result."""

@@ -322,3 +322,11 @@ def line(one: Weighed, outcome: str) -> Line:
         price_micro_credits=facts.price,
         seconds={name: round(value, 6) for name, value in (seconds | {"score": one.total}).items()},
     )
+
+
+def known_of(facts: Facts) -> str:
+    """What is known of a candidate, in half a line."""
+    speed = f"{facts.units_per_second:.0f} units/s measured" if facts.measured else "new"
+    wait = f", {facts.load} ahead" if facts.load else ""
+    owes = ", owes us" if facts.owes_us else ""
+    return f"{speed}, {(facts.rtt_seconds or 0) * 1000:.0f} ms away{wait}{owes}"

@@ -17,8 +17,7 @@ import trio
 
 from aivillage.node.links import Link, Links
 from aivillage.protocols.errors import AivillageError, PeerError
-from aivillage.protocols.messages import ADDRESSES_MAX
-from aivillage.protocols.types import PeerId, Seconds
+from aivillage.protocols.types import ADDRESSES_MAX, PeerId, Seconds
 
 STAGGER_SECONDS: Final = 0.15
 """Longer than a round trip on a LAN, and than most between continents: who is near wins."""

@@ -146,6 +146,7 @@ class Discovery:
                 name=operation.name,
                 prices_micro_credits=operation.terms.prices_micro_credits,
                 models=_models_offered(operation),
+                memory_bytes=operation.memory_bytes,
             )
             for operation in operations
             if operation.terms

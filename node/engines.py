@@ -39,6 +39,14 @@ class EngineSession:
         """
         self._client.send(say.Allow(session=self.number, units=units))
 
+    def feed(self, body: bytes) -> None:
+        """One input, for an engine that takes them.
+
+        Raises:
+            JobError: the engine is gone.
+        """
+        self._client.send(say.Feed(session=self.number, body=body))
+
     def fail(self, error: AivillageError) -> None:
         """Ends the iteration with `error`, after the frames that came before it."""
         self.failure = self.failure or error
@@ -181,18 +189,16 @@ class EngineClient:
             raise JobError("an engine's worker floods its sessions") from None
 
 
-async def load_engine(
-    worker: WorkerProcess, model: str, slots: int, engine: str = "auto"
-) -> EngineClient:
-    """Loads `model` in `worker`, which the caller started and stops on error.
+async def load_engine(worker: WorkerProcess, load: say.Load) -> EngineClient:
+    """Loads a model, or a part of one, in `worker`, which the caller started and stops on error.
 
     Raises:
         AivillageError: the model is unknown, not on this machine, or damaged.
     """
-    worker.send(say.Load(model=model, slots=slots, engine=engine))
+    worker.send(load)
     reply = await worker.next()
     if isinstance(reply, say.Failed):
         raise from_code(reply.code, reply.message, reply.next_step)
     if not isinstance(reply, say.Loaded):
         raise JobError(f"a loading worker said {type(reply).__name__}")
-    return EngineClient(worker, reply, slots)
+    return EngineClient(worker, reply, load.slots)

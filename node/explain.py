@@ -14,6 +14,7 @@ import msgspec
 
 from aivillage.ledger.signed import Signed
 from aivillage.models import registry
+from aivillage.models.inference import stages
 from aivillage.models.inference.generate import BYTES_PER_QUAD, Piece
 from aivillage.models.mesh.fetch import UNIT
 from aivillage.node.jobs import AttemptRow, JobRow
@@ -171,15 +172,25 @@ def _quote(job: JobRow, row: AttemptRow, signed: Signed) -> tuple[QuoteState, Qu
     """The stored quote, if its seller signed it and the vouchers name it."""
     if not row.quote:
         return "not stored", None
-    try:
-        quote = read_quote(row.quote, row.seller, job.operation, _model(job))
-    except PeerError:
+    quote = _quote_of(job.operation, row, _model(job))
+    if quote is None and registry.is_served_by_engine(job.operation):
+        quote = _quote_of(stages.OPERATION, row)  # its model was split over several sellers
+    if quote is None:
         return NO_MATCH, None
     named = {item.quote_hash for item in signed.items} | {signed.intended or quote_hash(row.quote)}
     return ("signed", quote) if named == {quote_hash(row.quote)} else (NO_MATCH, None)
 
 
+def _quote_of(operation: str, row: AttemptRow, model: str = "") -> Quote | None:
+    try:
+        return read_quote(row.quote, row.seller, operation, model)
+    except PeerError:
+        return None
+
+
 def _lines(quote: Quote | None, used: Usage, done: Usage) -> tuple[Line, ...]:
+    if quote is not None and quote.operation == stages.OPERATION:
+        raise _CannotError("a stage is paid as its rows come; they are not kept")
     if quote is None:
         if not any(used.values()):
             return ()  # nothing costs nothing at any price

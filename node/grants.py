@@ -26,13 +26,8 @@ from aivillage.node.village import DAY_MS
 from aivillage.protocols import codec
 from aivillage.protocols.envelope import seal, unseal
 from aivillage.protocols.errors import PeerError, RefusedError, RequestError
-from aivillage.protocols.messages import (
-    CERTIFICATES_MAX,
-    GRANTS_MAX,
-    Certificate,
-    Grant,
-    Granted,
-)
+from aivillage.protocols.messages import CERTIFICATES_MAX, GRANTS_MAX, Granted
+from aivillage.protocols.papers import Certificate, Grant
 from aivillage.protocols.types import MicroCredits, PeerId
 
 TOKEN_PREFIX: Final = "aivg1."  # noqa: S105

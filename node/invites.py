@@ -14,7 +14,7 @@ import msgspec
 
 from aivillage.node.jobs import Jobs
 from aivillage.protocols.errors import RefusedError, RequestError
-from aivillage.protocols.messages import Invite
+from aivillage.protocols.papers import Invite
 from aivillage.protocols.types import MicroCredits, PeerId
 
 USES_MAX: Final = 1000

@@ -19,7 +19,7 @@ from aivillage.node.invites import Invites
 from aivillage.node.jobs import Jobs
 from aivillage.node.links import Link, Links
 from aivillage.node.membership import Membership
-from aivillage.protocols import messages
+from aivillage.protocols import messages, papers
 from aivillage.protocols.errors import AivillageError, PeerError, RefusedError
 from aivillage.protocols.types import MicroCredits, PeerId
 
@@ -131,7 +131,7 @@ class Joining:
         self._events.emit("village_joined", village=invite.village.hex(), inviter=invite.inviter)
         return invite.inviter
 
-    async def _become_member(self, invite: messages.Invite, token: str) -> None:
+    async def _become_member(self, invite: papers.Invite, token: str) -> None:
         link = await self._reach(invite.addresses, invite.inviter)
         reply = await link.ask(
             messages.Join(id=link.next_id(), token=token), timeout_seconds=JOIN_SECONDS

@@ -21,6 +21,7 @@ from aivillage.node.choice import (
     Weighed,
     explores,
     in_order,
+    known_of,
     line,
     pick,
     stays,
@@ -255,7 +256,6 @@ class Market:
 
     def _facts(self, need: Need, candidate: Candidate, price: MicroCredits) -> Facts:
         """What we know of a candidate without asking it."""
-        link = self._links.get(candidate.peer)
         return Facts(
             peer=candidate.peer,
             units=sum(need.rest.values()),
@@ -263,11 +263,16 @@ class Market:
             price=price,
             load=self.running_at(candidate.peer),
             has_room=candidate.free_slots > 0,
-            rtt_seconds=link.rtt_seconds if link else None,
+            rtt_seconds=self.rtt_of(candidate.peer),
             neighbour=candidate.neighbour,
             failures=candidate.record.failures,
             owes_us=self.debt_of(candidate.peer) >= price > 0,
         )
+
+    def rtt_of(self, peer: PeerId) -> Seconds | None:
+        """None: there is no link."""
+        link = self._links.get(peer)
+        return link.rtt_seconds if link else None
 
     async def _ask(self, seen: _Seen, candidates: list[Candidate]) -> None:
         """Quotes from all of them at once; who is much later than the first is not waited for."""
@@ -343,7 +348,7 @@ class Market:
             quote_hash=quoted.hash,
             envelope=reply.quote,
             price_at_most=price,
-            why=_why(facts),
+            why=known_of(facts),
             weighed=need.weigh(facts),
         )
 
@@ -489,10 +494,3 @@ def _quoted_seconds(quote: Quote, need: Need) -> Seconds:
     """The seller's word, for as much as we need: the quote may be of another request."""
     quoted = sum(quote.estimate.values())
     return quote.seconds * sum(need.rest.values()) / quoted if quoted else quote.seconds
-
-
-def _why(facts: Facts) -> str:
-    speed = f"{facts.units_per_second:.0f} units/s measured" if facts.measured else "new"
-    wait = f", {facts.load} ahead" if facts.load else ""
-    owes = ", owes us" if facts.owes_us else ""
-    return f"{speed}, {(facts.rtt_seconds or 0) * 1000:.0f} ms away{wait}{owes}"

@@ -19,7 +19,7 @@ from aivillage.node.jobs import Jobs
 from aivillage.node.village import DAY_MS
 from aivillage.protocols.envelope import seal, unseal
 from aivillage.protocols.errors import PeerError, RequestError
-from aivillage.protocols.messages import OwnerCertificate
+from aivillage.protocols.papers import OwnerCertificate
 from aivillage.protocols.types import PeerId, public_key
 
 OWNER_FILE: Final = "owner.key"

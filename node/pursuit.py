@@ -21,6 +21,7 @@ from aivillage.node.link import Link
 from aivillage.node.market import Choice, Here, Need
 from aivillage.node.pricelist import listed_by
 from aivillage.node.records import work_of
+from aivillage.node.stage_peers import may_be_split
 from aivillage.node.trade import DoubtfulError, Receipt, RejectedError, Say, Trade, Verify
 from aivillage.node.verifier import Share
 from aivillage.protocols import messages
@@ -64,6 +65,8 @@ class Pursuit:
         self.excluded: dict[PeerId, AivillageError] = {}
         self.result: bytes | None = None
         self.here: Explanation | None = None
+        self.is_split = False
+        """Nobody has the whole model: peers that have layers of it do it together."""
         self.verify: Verify | None = None
         """Done before anybody gets the result, where its owner asked for that."""
         self.checked = ""
@@ -106,7 +109,7 @@ class Pursuit:
         self._forget_reading()
 
     async def run(self) -> None:
-        """To a settled result, or to the choice of this machine (`here`), with nothing done yet.
+        """To a settled result, or with nothing done to the choice of this machine, or of many.
 
         Raises:
             AivillageError: nobody did it; what was delivered is paid.
@@ -115,6 +118,8 @@ class Pursuit:
         while self.result is None:
             need = await self._need()
             choice = await self._choose(need)
+            if self.is_split:
+                return
             if choice is None:
                 continue
             if isinstance(choice, Here):
@@ -165,7 +170,7 @@ class Pursuit:
             peer=row.peer,
             prefer=row.prefer or "balanced",
             may_stay=not (row.mesh or row.peer or row.parent or is_begun),
-            is_patient=not row.is_check,
+            is_patient=not (row.is_check or self._can_split()),
         )
 
     async def _choose(self, need: Need) -> Choice | Here | None:
@@ -177,6 +182,9 @@ class Pursuit:
         try:
             return await self._trade.market.choose(need, self.excluded)
         except AivillageError as error:
+            self.is_split = error.code == "NO_PEER" and self._can_split()
+            if self.is_split:
+                return None
             if self.output.ids and self._readmit("OWNER_LIMIT"):
                 await self._begin_anew()  # whoever reads no more for nothing is paid for all of it
                 return None
@@ -187,6 +195,13 @@ class Pursuit:
             await trio.sleep(CREDIT_WAITS_SECONDS[self._credit_waits])
             self._credit_waits += 1
             return None
+
+    def _can_split(self) -> bool:
+        """Whether peers hold the model together now; an answer that is begun is not taken apart."""
+        if not self._is_engine or self.row.peer or self.output.bodies:
+            return False
+        model = work_of(self.row.operation, self.row.request).model
+        return may_be_split(self._trade, model)
 
     def _readmit(self, code: str) -> bool:
         """Lets in again who refused for this reason; whether anybody did.

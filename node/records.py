@@ -14,6 +14,7 @@ import msgspec
 
 from aivillage.models import registry
 from aivillage.models.inference.generate import GenerateRequest
+from aivillage.models.inference.stages import StageRequest
 from aivillage.node.store import Store
 from aivillage.node.store import Work as Writing
 from aivillage.protocols.codec import unpack
@@ -95,6 +96,8 @@ def work_of(operation: str, request: bytes) -> Work:
     """
     if registry.is_served_by_engine(operation):
         return Work(operation, unpack(GenerateRequest, request).model)
+    if registry.takes_inputs(operation):
+        return Work(operation, unpack(StageRequest, request).model)
     return Work(operation)
 
 

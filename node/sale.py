@@ -9,6 +9,7 @@ import msgspec
 import trio
 
 from aivillage.node.gossip import send_or_drop
+from aivillage.node.inputs import Inputs
 from aivillage.node.links import Link
 from aivillage.node.steps import StepWriter
 from aivillage.protocols.errors import AivillageError
@@ -45,6 +46,7 @@ class Sale(msgspec.Struct):
     listed: Terms
     scope: trio.CancelScope
     steps: StepWriter
+    inputs: Inputs
     out_hash: bytes = bytes(32)
     number: int = 0
     amount: MicroCredits = 0

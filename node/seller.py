@@ -9,33 +9,24 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-import msgspec
 import trio
 
 from aivillage.models import registry
-from aivillage.models.inference.generate import (
-    FinishReason,
-    GenerateRequest,
-    GenerateResult,
-    Piece,
-    prompt_bytes,
-)
-from aivillage.models.inference.generate import usage as units
 from aivillage.node.allowances import Allowances, unwelcome
 from aivillage.node.config import Settings
-from aivillage.node.engines import EngineClient, EngineSession
 from aivillage.node.events import Events
 from aivillage.node.gate import Gate
 from aivillage.node.gossip import send_or_drop
+from aivillage.node.inputs import Inputs
 from aivillage.node.links import Link
 from aivillage.node.module_runs import OnCall
 from aivillage.node.pricelist import PriceList, listed
 from aivillage.node.sale import Sale, Till, beating, deadline_seconds
+from aivillage.node.session_sales import Counter, SessionSales, is_paid_as_it_goes
 from aivillage.node.steps import StepWriter
 from aivillage.node.sub_jobs import Buy, SubJobs, buy_nothing
 from aivillage.node.workers import Workers
 from aivillage.protocols import messages
-from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import (
     AivillageError,
     JobError,
@@ -45,16 +36,13 @@ from aivillage.protocols.errors import (
     RefusedError,
     RequestError,
 )
-from aivillage.protocols.job import token_bytes
-from aivillage.protocols.messages import Call, OperationInfo, QuoteRequest, StepItem
+from aivillage.protocols.messages import Call, OperationInfo, QuoteRequest
 from aivillage.protocols.ports import Book, PartEvent, ProgressEvent, ResultEvent
 from aivillage.protocols.pricing import Terms, Usage, dearest_unit, is_free, price
-from aivillage.protocols.types import AMOUNT_MAX, AttemptId, MicroCredits, PeerId
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
 
 ATTEMPTS_REMEMBERED: Final = 65_536
 """Against replayed calls; an attempt id is 16 random bytes of the buyer's."""
-LOOKAHEAD_UNITS: Final = 32
-"""The engine may compute one prompt slice ahead of what may be delivered."""
 ROOM_SECONDS: Final = 15.0
 """A buyer that has not paid for this long while we wait for room gets no more; its slot is free."""
 ROOM_CHECK_SECONDS: Final = 1.0
@@ -92,6 +80,10 @@ class Seller:
         self.buy: Buy = buy_nothing
         """Where the sub-jobs of modules go."""
         self.by_node: dict[str, Callable[[Sale, Till], Awaitable[None]]] = {}
+        self._sessions = SessionSales(
+            workers, book, self.allowances,
+            Counter(self._deliver, self._wait_for_room, self._pace, self._finish),
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ what we sell
     def operations(self) -> list[OperationInfo]:
@@ -133,6 +125,15 @@ class Seller:
         if sale is not None:
             sale.scope.cancel()
 
+    def on_input(self, link: Link, frame: messages.Input) -> None:
+        """Of an ended call it is late; to one that takes none, or out of turn, it is a fault."""
+        sale = self._sales.get((link, frame.id))
+        if sale is not None:
+            try:
+                sale.inputs.put(frame)
+            except AivillageError as error:
+                sale.stop(error)
+
     def stop_for(self, peer: PeerId) -> None:
         """Its owner blocked a peer: what runs for it ends."""
         for sale in self.running():
@@ -159,7 +160,7 @@ class Seller:
             usage, seconds = await self._workers.estimate(request.operation, request.request)
             terms = self._terms(operation, link.peer)
             self._gate.require_today(link.peer)
-            if not registry.is_served_by_engine(request.operation):
+            if not is_paid_as_it_goes(request.operation):
                 self.allowances.require_deliverable(link.peer, price(terms, usage))
                 self._gate.require_today(link.peer, price(listed(operation), usage))
             reply = messages.QuoteReply(
@@ -227,6 +228,7 @@ class Seller:
             scope=trio.CancelScope(),
             steps=self._steps.setdefault(link.peer, StepWriter(link)),
             started=time.monotonic(),
+            inputs=Inputs(taken=registry.takes_inputs(call.operation)),
         )
 
     # ------------------------------------------------------------------ work
@@ -281,7 +283,9 @@ class Seller:
         if serve := self.by_node.get(sale.call.operation):
             await serve(sale, Till(self._deliver, self._pace, self._finish))
         elif registry.is_served_by_engine(sale.call.operation):
-            await self._generate(sale)
+            await self._sessions.generate(sale)
+        elif registry.takes_inputs(sale.call.operation):
+            await self._sessions.compute_stage(sale)
         else:
             await self._run_module(sale)
 
@@ -326,89 +330,12 @@ class Seller:
                 note = "waiting for payment"
                 send_or_drop(sale.link, messages.Progress(id=sale.call.id, done=0, note=note))
 
-    async def _generate(self, sale: Sale) -> None:
-        """Streams an engine session, unit by unit, as far as pay allows."""
-        call = sale.call
-        delivered = [unpack(Piece, body) for body in call.delivered]
-        ids = [token for piece in delivered for token in piece.token_ids]
-        text = ["".join(piece.text for piece in delivered)]
-        asked_bytes = prompt_bytes(unpack(GenerateRequest, call.request))
-        had = units(asked_bytes, len(ids)) if ids else {}
-        done = self._waived(sale, had)
-        unit = dearest_unit(sale.terms)
-        await self._wait_for_room(sale, unit, lambda: self._book.room(sale.peer) >= unit)
-        engine = await self._loaded(sale)
-        async with engine.open_session(call.request, tuple(ids)) as session:
-            self._allow(sale, session, sum(had.values()))
-            async for frame in session:
-                if frame.error:
-                    raise JobError(frame.error, code="JOB_FAILED")
-                first = len(ids)
-                ids += frame.token_ids
-                text.append(frame.text)
-                usage = units(frame.read_bytes, len(ids))
-                mark = frame.fingerprint if call.fingerprints else b""
-                body = token_bytes(frame.token_ids) + mark
-                await self._pace(sale, len(body) + len(frame.text.encode()))
-                out_hash = sale.fold(body)
-                await self._deliver(sale, usage, done, out_hash)
-                sale.steps.add(
-                    StepItem(call.id, first, frame.token_ids, frame.text, out_hash[:8],
-                             frame.read_bytes, mark)
-                )  # fmt: skip
-                self._allow(sale, session, sum(usage.values()))
-                if frame.finished:
-                    result = GenerateResult(
-                        text="".join(text),
-                        token_ids=tuple(ids),
-                        finish_reason=msgspec.convert(frame.finished, FinishReason),
-                        prompt_bytes=frame.read_bytes,
-                    )
-                    whole = pack(result)
-                    await self._pace(sale, len(whole))
-                    self._finish(sale, whole, usage)
-                    return
-        raise JobError("the engine stopped before the end", code="JOB_FAILED")
-
-    def _waived(self, sale: Sale, had: Usage) -> Usage:
-        """What the buyer has paid elsewhere, it says: only what it shows tokens of, within bounds.
-
-        Raises:
-            RefusedError: OWNER_LIMIT, we read enough for this peer that nobody pays us for.
-        """
-        done = {unit: min(sale.call.done.get(unit, 0), count) for unit, count in had.items()}
-        self.allowances.take_reading(sale.peer, price(sale.terms, done))
-        return done
-
-    async def _loaded(self, sale: Sale) -> EngineClient:
-        """The engine, loaded; the buyer gets a sign of life every two seconds until then."""
-        load = functools.partial(
-            self._workers.engine, unpack(GenerateRequest, sale.call.request).model
-        )
-        engine = await beating(sale, "loading the model", load)
-        info = engine.info
-        started = messages.Started(
-            id=sale.call.id, kernel_class=info.kernel_class, identical=info.identical
-        )
-        send_or_drop(sale.link, started)
-        return engine
-
     async def _pace(self, sale: Sale, size_bytes: int) -> None:
         """Waits until the owner's cap on what leaves lets so much of an answer go."""
         seconds = self._gate.wait_seconds(size_bytes)
         if seconds > 0:
             note = "its owner limits what leaves that node"
             await beating(sale, note, functools.partial(trio.sleep, seconds))
-
-    def _allow(self, sale: Sale, session: EngineSession, units_made: int) -> None:
-        """Beyond `units_made`, never more than one delivery may hold: it would wait for ever."""
-        if sale.is_free:  # no delivery waits
-            session.allow(AMOUNT_MAX)
-            return
-        dearest = dearest_unit(sale.terms)
-        at_once = max(1, self._book.policy(sale.peer).exposure // dearest)
-        room = self._book.room(sale.peer) // dearest
-        session.allow(units_made + max(room, min(LOOKAHEAD_UNITS, at_once)))
 
     async def _run_module(self, sale: Sale) -> None:
         """A module's call: parts as they come; the result when its price may be delivered."""

@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aivillage.node.identity import peer_of
 from aivillage.protocols.envelope import is_signed_by, prefix, seal, sign, unseal
 from aivillage.protocols.errors import PeerError
-from aivillage.protocols.messages import SUCCESSIONS_MAX, Succession
+from aivillage.protocols.messages import SUCCESSIONS_MAX
+from aivillage.protocols.papers import Succession
 from aivillage.protocols.types import PeerId, public_key
 
 _DOMAIN: Final = "succession"

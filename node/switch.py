@@ -53,6 +53,7 @@ class Switch:
             messages.OffersQuestion: exchange.on_question,
             messages.QuoteRequest: seller.on_quote_request,
             messages.Call: seller.on_call,
+            messages.Input: seller.on_input,
             messages.Cancel: lambda link, frame: seller.on_cancel(link, frame.id),
             messages.ListOperations: lambda link, frame: seller.on_list(link, frame.id),
             messages.Standing: villagers.on_standing,

@@ -20,7 +20,8 @@ from aivillage.node.identity import peer_of
 from aivillage.node.village_key import KEY_BYTES
 from aivillage.protocols.envelope import seal, unseal
 from aivillage.protocols.errors import PeerError, RefusedError
-from aivillage.protocols.messages import CERTIFICATES_MAX, Certificate, Invite
+from aivillage.protocols.messages import CERTIFICATES_MAX
+from aivillage.protocols.papers import Certificate, Invite
 from aivillage.protocols.types import AMOUNT_MAX, MicroCredits, PeerId, public_key
 
 TOKEN_PREFIX: Final = "aiv1."  # noqa: S105

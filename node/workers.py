@@ -24,9 +24,11 @@ from aivillage.models.description import checked, described
 from aivillage.models.inference import catalogue
 from aivillage.models.inference.catalogue import KnownModel
 from aivillage.models.inference.generate import GenerateRequest, require_fits
+from aivillage.models.inference.stages import StageRequest
 from aivillage.models.library.fit import machine_bytes
 from aivillage.node.engines import EngineClient, load_engine
 from aivillage.node.module_runs import ModuleRun, OnCall, WorkerPool, ask
+from aivillage.node.parts import Parts
 from aivillage.node.ray_executor import RayExecutor
 from aivillage.node.shelf import Shelf, listed_with
 from aivillage.node.warmth import Use, Warm, to_unload, worth
@@ -94,6 +96,7 @@ class Workers:
         self._short = WorkerPool(self._start, SHORT_CALLS_AT_ONCE)
         self._engines: dict[str, EngineClient] = {}
         self._loading = trio.Lock()
+        self._parts = Parts(nursery, self._start, settings.limits.memory_bytes_max)
         self._infos: dict[str, OperationInfo] = {}
         self.fences: say.Started | None = None
         """What fences the worker started last; None where none was started yet."""
@@ -302,11 +305,28 @@ class Workers:
         client = self._engines.get(model)
         return client is not None and not client.dead
 
+    @property
+    def _slots(self) -> int:
+        return min(self._settings.engine_slots, ENGINE_SLOTS_MAX)
+
+    async def stage(self, request: StageRequest) -> EngineClient:
+        """The resident engine of some layers.
+
+        Raises:
+            RefusedError: OWNER_LIMIT, they need more memory than a worker may have; BUSY.
+            AivillageError: they could not be loaded.
+        """
+        return await self._parts.stage(request, self._slots)
+
+    async def driver(self, model: str) -> EngineClient:
+        """The resident driver of split answers. Raises: AivillageError: it could not be loaded."""
+        return await self._parts.driver(model)
+
     async def _load(self, model: str) -> EngineClient:
         worker = await self._start()
         try:
-            slots = min(self._settings.engine_slots, ENGINE_SLOTS_MAX)
-            client = await load_engine(worker, model, slots, self._settings.engine)
+            load = say.Load(model=model, slots=self._slots, engine=self._settings.engine)
+            client = await load_engine(worker, load)
         except (ConfigError, RequestError) as error:  # it will not load the next time either
             self.shelf.spoil(model, error)
             await worker.stop()
@@ -351,8 +371,15 @@ class Workers:
                 log.warning("module_refused", extra={"operation": entry.operation}, exc_info=error)
                 is_enabled, info = False, OperationInfo(name=entry.operation)
             self._infos[entry.operation] = msgspec.structs.replace(
-                info, stability=entry.stability, enabled=is_enabled
+                info,
+                memory_bytes=self._memory_bytes(entry),
+                stability=entry.stability,
+                enabled=is_enabled,
             )
+
+    def _memory_bytes(self, entry: registry.Entry) -> int:
+        """Buyers of stages choose their layers by it."""
+        return self._settings.limits.memory_bytes_max if entry.takes_inputs else 0
 
     async def _info(self, entry: registry.Entry, *, is_enabled: bool) -> OperationInfo:
         if module := registry.built_in(entry.operation):
@@ -382,6 +409,7 @@ class Workers:
     async def _end_idle(self, limit_seconds: float) -> None:
         for pool in (self._pool, self._short):
             await pool.stop_idle(limit_seconds)
+        await self._parts.end_idle(limit_seconds)
         for model, client in list(self._engines.items()):
             if client.dead or client.idle_seconds() > limit_seconds:
                 self._engines.pop(model, None)
@@ -393,6 +421,7 @@ class Workers:
             await pool.stop_idle()
         for client in list(self._engines.values()):
             await client.stop()
+        await self._parts.stop()
         if self._cluster is not None:
             await self._cluster.stop()
 

@@ -15,7 +15,20 @@ from aivillage.protocols.envelope import ENVELOPE_BYTES_MAX
 from aivillage.protocols.job import Fingerprint
 from aivillage.protocols.manifest import CHUNKS_MAX, HASH_BYTES, BlobName
 from aivillage.protocols.pricing import UNITS_MAX, ModelPrices, Models, Terms
-from aivillage.protocols.types import U32, Amount, Count, Measure, MicroCredits, Net, PeerId
+from aivillage.protocols.types import (
+    U32,
+    Address,
+    Addresses,
+    Amount,
+    Count,
+    InputBody,
+    KernelName,
+    Measure,
+    MicroCredits,
+    Name,
+    Net,
+    PeerId,
+)
 from aivillage.protocols.vouchers import BLOB_BYTES_MAX, Lane
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
@@ -35,8 +48,6 @@ HAVE_MAX: Final = 1024
 """In one question: eight times what a view holds, and 14 KB."""
 OFFERS_PER_ANSWER_MAX: Final = 32
 """Each costs a signature's check, and the loop waits for all: 3 ms."""
-ADDRESSES_MAX: Final = 8
-ADDRESS_CHARACTERS_MAX: Final = 256
 BLOBS_MAX: Final = 16
 """In one `Ledger` frame: each may cost a signature's check, and the loop waits for all."""
 
@@ -48,12 +59,6 @@ Certificates: TypeAlias = Annotated[
 ]
 Successions: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=SUCCESSIONS_MAX)]
 Grants: TypeAlias = Annotated[tuple[Enveloped, ...], msgspec.Meta(max_length=GRANTS_MAX)]
-Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
-"""Of a program, or of a kind of kernel."""
-KernelName: TypeAlias = Annotated[str, msgspec.Meta(max_length=256)]
-"""A whole kernel class, which the buyer keeps with the attempt."""
-Address: TypeAlias = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
-Addresses: TypeAlias = Annotated[tuple[Address, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
 Counts: TypeAlias = Annotated[dict[str, Count], msgspec.Meta(max_length=UNITS_MAX)]
 """Unit -> count, as in `Usage`."""
 
@@ -112,6 +117,8 @@ class OperationInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     enabled: bool = True
     models: Models = ()
     """Since 1.3: which models do it; `terms` are those of the first."""
+    memory_bytes: Count = 0
+    """Since 1.3, as in an offer."""
 
 
 class ListOperations(Message, frozen=True, kw_only=True, tag="list_operations"):
@@ -181,6 +188,15 @@ class Part(Message, frozen=True, kw_only=True, tag="part"):
     seq: Count
     body: bytes
     hash8: bytes = b""
+
+
+class Input(Message, frozen=True, kw_only=True, tag="input"):
+    """Since 1.3: one more input of a running call, numbered from 0; `end`: there are no more."""
+
+    id: Count
+    seq: Count
+    body: InputBody = b""
+    end: bool = False
 
 
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
@@ -391,7 +407,7 @@ PEER_MESSAGES: Final = (
     Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
     Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Standing, Fetch, Join,
     Joined, Granted, PairQuestion, PairView, Reach, Reached, OffersQuestion, OffersAnswer,
-    Held, Step,
+    Held, Input, Step,
 )  # fmt: skip
 CONTROL_MESSAGES: Final = (
     Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,
@@ -419,6 +435,8 @@ class OfferedOperation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     prices_micro_credits: dict[str, Amount] = {}
     models: ModelPrices = {}
     """Since 1.3: model -> price of one unit, whichever; none said: the one model of 1.2."""
+    memory_bytes: Count = 0
+    """Since 1.3: what one engine of it may have here, where that decides what can be asked."""
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -446,55 +464,3 @@ class TaskAd(msgspec.Struct, frozen=True, kw_only=True):
     """Since 1.2, as of an offer."""
     model: Name = ""
     """Since 1.3: which model is wanted."""
-
-
-class Invite(msgspec.Struct, frozen=True, kw_only=True):
-    """An invitation into a village; travels as text inside an envelope."""
-
-    village: bytes
-    inviter: PeerId
-    addresses: Addresses
-    nonce: bytes
-    not_after_unix_ms: Count
-    line_micro_credits: Amount
-    village_key: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
-    """What connections into a private village need; empty where it is open."""
-
-
-class Certificate(msgspec.Struct, frozen=True, kw_only=True):
-    """`issuer` says that `member` belongs to the village, trusted up to `line`."""
-
-    village: bytes
-    issuer: PeerId
-    member: PeerId
-    line_micro_credits: Amount
-    not_after_unix_ms: Count
-    may_invite: bool = False
-
-
-class Succession(msgspec.Struct, frozen=True, kw_only=True):
-    """`old` says that it goes by the key of `new` from now on; `consent` is the new key's word."""
-
-    old: PeerId
-    new: PeerId
-    at_unix_ms: Count
-    consent: bytes
-
-
-class OwnerCertificate(msgspec.Struct, frozen=True, kw_only=True):
-    """`owner`, who is a key, says that `device` is one of its nodes."""
-
-    owner: PeerId
-    device: PeerId
-    not_after_unix_ms: Count
-
-
-class Grant(msgspec.Struct, frozen=True, kw_only=True):
-    """`issuer` says for the village that `holder` is good for so much more than its line."""
-
-    village: bytes
-    issuer: PeerId
-    holder: PeerId
-    amount_micro_credits: Amount
-    id: bytes
-    not_after_unix_ms: Count

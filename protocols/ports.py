@@ -443,6 +443,8 @@ class SessionFrame(msgspec.Struct, frozen=True, array_like=True):
     error: str = ""
     fingerprint: bytes = b""
     finding: Finding | None = None
+    body: bytes = b""
+    """What an engine of sessions with inputs gave for one of them."""
 
 
 class Engine(Protocol):
@@ -483,4 +485,12 @@ class RecheckingEngine(Protocol):
             RequestError: they do not fit the model or each other.
             RefusedError: BUSY, no slot.
         """
+        ...
+
+
+class FedEngine(Engine, Protocol):
+    """An engine whose sessions take inputs while they last."""
+
+    def feed(self, session: int, body: bytes) -> None:
+        """Queues one input; what is wrong with it ends its session. Unknown is no error."""
         ...

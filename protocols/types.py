@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NewType, TypeAlias
+from typing import Annotated, Final, NewType, TypeAlias
 
 import msgspec
 
@@ -88,3 +88,16 @@ def as_credits(amount: MicroCredits) -> str:
     sign, digits = "-" if amount < 0 else "", f"{abs(amount):07d}"
     fraction = digits[-6:].rstrip("0")
     return f"{sign}{digits[:-6]}" + (f".{fraction}" if fraction else "")
+
+
+Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
+"""Of a program, or of a kind of kernel."""
+KernelName: TypeAlias = Annotated[str, msgspec.Meta(max_length=256)]
+"""A whole kernel class, which the buyer keeps with the attempt."""
+ADDRESSES_MAX: Final = 8
+ADDRESS_CHARACTERS_MAX: Final = 256
+Address: TypeAlias = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
+Addresses: TypeAlias = Annotated[tuple[Address, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
+INPUT_BYTES_MAX: Final = 1 << 19
+"""32 rows of a model 4,096 wide, in float32."""
+InputBody: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=INPUT_BYTES_MAX)]

@@ -16,7 +16,7 @@ from aivillage.node.maps import Maps
 from aivillage.node.models_desk import ModelsDesk
 from aivillage.node.people_desk import PeopleDesk
 from aivillage.node.reputation_desk import ReputationDesk
-from aivillage.protocols import meeting, messages
+from aivillage.protocols import meeting, messages, papers
 from tests.house import ROOT
 
 PAGE = "docs/zero_trust.md"
@@ -68,7 +68,7 @@ def kinds() -> set[str]:
     """Every message between peers, but a relay's, and every paper that is signed."""
     return {
         name
-        for module in (messages, meeting)
+        for module in (messages, meeting, papers)
         for name, kind in vars(module).items()
         if isinstance(kind, type)
         and issubclass(kind, msgspec.Struct)

@@ -41,6 +41,13 @@ class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
     folder: str = ""
     """It was pulled to here."""
     further_end_token_ids: tuple[int, ...] = ()
+    layers: int = 0
+    """0: it cannot be split."""
+    width: int = 0
+    layer_parameters: int = 0
+    """Weights of one layer that a token multiplies."""
+    head_parameters: int = 0
+    """Weights of the head, and as many of the embedding's table."""
 
     @property
     def end_token_ids(self) -> frozenset[int]:
@@ -67,6 +74,10 @@ MODELS: Final = {
             parameters=134_515_008,
             memory_bytes=1_150_000_000,
             licence="apache-2.0",
+            layers=30,
+            width=576,
+            layer_parameters=3_538_944,
+            head_parameters=28_311_552,
         ),
     )
 }

@@ -59,7 +59,7 @@ class TorchEngine:
         self._info = EngineInfo(
             engine="torch",
             model=model.name,
-            kernel_class=_kernel_class(weights.sha256, same.digest),
+            kernel_class=kernel_class(weights.sha256, same.digest),
             identical="guaranteed" if same.passed else "best effort",
             active_parameters=model.active_parameters,
             context_tokens=self._context_tokens,
@@ -187,7 +187,7 @@ class TorchEngine:
                 session.take(own_states, own_logits)
 
 
-def _kernel_class(weights_sha256: str, digest: str) -> str:
+def kernel_class(weights_sha256: str, digest: str) -> str:
     """Who shares it computes the same bits: both have computed the same bits of a probe."""
     isa = torch.backends.cpu.get_cpu_capability()
     parts = (

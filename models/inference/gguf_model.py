@@ -56,6 +56,44 @@ class LlamaWeights(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
 
 
+class StageWeights(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers first..last-1 alone, with what the ends of the model need beside them."""
+
+    shape: Shape
+    embedding: Tensor | None
+    """(vocabulary, width); None: another stage is the first."""
+    head: Tensor | None
+    norm: Tensor | None
+    """None, as is `head`: another stage is the last."""
+    layers: Iterator[Layer]
+    sha256: str
+
+
+def load_stage(path: Path, first: int, last: int) -> StageWeights:
+    """The weights of layers first..last-1; no other tensor's bytes are converted.
+
+    Raises:
+        RequestError: as for `load`, or the model has no such layers.
+    """
+    file = GgufFile(path)
+    shape = read_shape(file)
+    if not 0 <= first < last <= shape.layers:
+        raise RequestError(f"layers {first} to {last} of a model of {shape.layers}")
+    size = (shape.vocabulary, shape.width)
+    ends = last == shape.layers
+    head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
+    with path.open("rb") as whole:  # read, not mapped: what is mapped counts as our memory
+        sha256 = hashlib.file_digest(whole, "sha256").hexdigest()
+    return StageWeights(
+        shape=shape,
+        embedding=_matrix(file, "token_embd.weight", size) if first == 0 else None,
+        head=_matrix(file, head, size) if ends else None,
+        norm=_matrix(file, "output_norm.weight", (shape.width,)) if ends else None,
+        layers=(_layer(file, shape, index) for index in range(first, last)),
+        sha256=sha256,
+    )
+
+
 def load(path: Path) -> LlamaWeights:
     """The weights of the Llama model in `path`, as float32.
 

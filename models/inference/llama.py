@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aivillage.models.inference.gguf_model import Layer, LlamaWeights
+from aivillage.models.inference.gguf_model import Layer, LlamaWeights, Shape
 from aivillage.models.inference.linear import Linear, linear, padded_rows
 
 KEY_STEP: Final = 256
@@ -66,35 +66,25 @@ class _Block(msgspec.Struct, frozen=True):
     down: Linear
 
 
-class Llama:
-    """A model and its slots. Not thread-safe; a slot is whoever's the caller says."""
+class Layers:
+    """Some blocks of a model and their slots: states in, states out. Not thread-safe."""
 
-    def __init__(self, weights: LlamaWeights, *, slots: int, context_tokens: int) -> None:
-        """Uses `weights.layers` up, one at a time."""
-        self.shape = weights.shape
-        self._embedding = weights.embedding
-        self._norm = weights.norm
-        self._head = linear(weights.head)
-        self._blocks = [_packed(layer) for layer in weights.layers]
-        size = (self.shape.layers, slots, self.shape.key_heads, context_tokens)
-        self._keys = _lazy_zeros(*size, self.shape.head_width)
-        self._values = _lazy_zeros(*size, self.shape.head_width)
-        self._cos, self._sin = _rotations(
-            self.shape.head_width, self.shape.rope_base, context_tokens
-        )
+    def __init__(
+        self, shape: Shape, layers: Iterable[Layer], *, slots: int, context_tokens: int
+    ) -> None:
+        """Uses `layers` up, one at a time."""
+        self.shape = shape
+        self._blocks = [_packed(layer) for layer in layers]
+        size = (len(self._blocks), slots, shape.key_heads, context_tokens)
+        self._keys = _lazy_zeros(*size, shape.head_width)
+        self._values = _lazy_zeros(*size, shape.head_width)
+        self._cos, self._sin = _rotations(shape.head_width, shape.rope_base, context_tokens)
 
     @torch.inference_mode()
-    def forward(self, spans: Sequence[Span]) -> Tensor:
-        """Reads `spans` into their slots; gives the normed state of every row, in order.
-
-        Returns:
-            (rows padded, width); rows beyond those of the spans mean nothing.
-        """
-        ids = [token for span in spans for token in span.token_ids]
+    def forward(self, state: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Reads `spans` into their slots; `state` is (rows padded, width), as is what it gives."""
         places = [span.position + n for span in spans for n in range(len(span.token_ids))]
-        padding = [0] * (padded_rows(len(ids)) - len(ids))
-        state = functional.embedding(torch.tensor(ids + padding), self._embedding)  # (rows, width)
-        at = torch.tensor(places + padding)
+        at = torch.tensor(places + [0] * (len(state) - len(places)))
         turn = self._cos[at].unsqueeze(1), self._sin[at].unsqueeze(1)  # (rows, 1, head_width) each
         masks = [self._mask(span) for span in spans]
         for index, block in enumerate(self._blocks):
@@ -102,14 +92,7 @@ class Llama:
             state = state + block.attention_out(mixed)
             gate, up = block.gate_up(self._normed(state, block.feed_forward_norm)).chunk(2, dim=1)
             state = state + block.down(functional.silu(gate) * up)
-        return self._normed(state, self._norm)
-
-    @torch.inference_mode()
-    def logits(self, states: Tensor) -> Tensor:
-        """`states` (count, width) of `forward` -> (count, vocabulary)."""
-        count = len(states)
-        padded = functional.pad(states, (0, 0, 0, padded_rows(count) - count))
-        return self._head(padded)[:count]
+        return state
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """Gives `target` the first `tokens` keys and values of `source`."""
@@ -156,6 +139,57 @@ class Llama:
 
     def _normed(self, state: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(state, weight.shape, weight, self.shape.norm_epsilon)
+
+
+class Head:
+    """The last norm and the product with the vocabulary."""
+
+    def __init__(self, shape: Shape, norm: Tensor, weight: Tensor) -> None:
+        self._shape = shape
+        self._norm = norm
+        self._product = linear(weight)
+
+    @torch.inference_mode()
+    def normed(self, state: Tensor) -> Tensor:
+        return functional.rms_norm(state, self._norm.shape, self._norm, self._shape.norm_epsilon)
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        """`states` (count, width), normed -> (count, vocabulary)."""
+        count = len(states)
+        padded = functional.pad(states, (0, 0, 0, padded_rows(count) - count))
+        return self._product(padded)[:count]
+
+
+class Llama:
+    """A model and its slots. Not thread-safe; a slot is whoever's the caller says."""
+
+    def __init__(self, weights: LlamaWeights, *, slots: int, context_tokens: int) -> None:
+        """Uses `weights.layers` up, one at a time."""
+        self.shape = weights.shape
+        self._embedding = weights.embedding
+        self._head = Head(weights.shape, weights.norm, weights.head)
+        self._layers = Layers(
+            weights.shape, weights.layers, slots=slots, context_tokens=context_tokens
+        )
+        self.logits, self.copy_slot = self._head.logits, self._layers.copy_slot
+
+    def forward(self, spans: Sequence[Span]) -> Tensor:
+        """Reads `spans` into their slots; gives the normed state of every row, in order.
+
+        Returns:
+            (rows padded, width); rows beyond those of the spans mean nothing.
+        """
+        state = embedded(self._embedding, spans)
+        return self._head.normed(self._layers.forward(state, spans))
+
+
+@torch.inference_mode()
+def embedded(table: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The states that the first layer gets: (rows padded, width)."""
+    ids = [token for span in spans for token in span.token_ids]
+    padding = [0] * (padded_rows(len(ids)) - len(ids))
+    return functional.embedding(torch.tensor(ids + padding), table)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

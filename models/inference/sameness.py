@@ -7,18 +7,30 @@ size gave equal bits on a probe.
 from __future__ import annotations
 
 import hashlib
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Protocol
 
 import msgspec
 import torch
 from torch import Tensor
 
+from aivillage.models.inference.gguf_model import Shape
 from aivillage.models.inference.linear import ROW_SIZES
-from aivillage.models.inference.llama import KEY_STEP, QUERY_ROWS_MIN, Llama, Span, attend
+from aivillage.models.inference.llama import KEY_STEP, QUERY_ROWS_MIN, Span, attend
 
 PROBE_TOKENS: Final = 40
 PREFIX_TOKENS: Final = 36
 BATCHES: Final = (2, 5, 8)
+
+
+class Probed(Protocol):
+    """A whole model, or a stage of one that makes its first states up."""
+
+    @property
+    def shape(self) -> Shape: ...
+    def forward(self, spans: Sequence[Span]) -> Tensor: ...
+    def logits(self, states: Tensor) -> Tensor: ...
+    def copy_slot(self, source: int, target: int, tokens: int) -> None: ...
 
 
 class Sameness(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +40,7 @@ class Sameness(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
 
 
-def probe(model: Llama, *, slots: int, context_tokens: int) -> Sameness:
+def probe(model: Probed, *, slots: int, context_tokens: int) -> Sameness:
     """Runs the probe in the slots of `model`, which must be unused.
 
     It costs about a second; slots hold stale, masked keys afterwards.
@@ -46,7 +58,7 @@ def probe(model: Llama, *, slots: int, context_tokens: int) -> Sameness:
     return Sameness(passed=passed, digest=hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:8])
 
 
-def _sliced(model: Llama, ids: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+def _sliced(model: Probed, ids: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
     """States of all of `ids`, read in slices of `sizes` tokens: (tokens, width)."""
     states, at = [], 0
     for size in sizes:
@@ -55,7 +67,7 @@ def _sliced(model: Llama, ids: tuple[int, ...], sizes: tuple[int, ...]) -> Tenso
     return torch.cat(states)
 
 
-def _decodes_alike(model: Llama, ids: tuple[int, ...], reference: Tensor) -> bool:
+def _decodes_alike(model: Probed, ids: tuple[int, ...], reference: Tensor) -> bool:
     for at in range(PREFIX_TOKENS, PROBE_TOKENS):
         state = model.forward([Span(0, at, ids[at : at + 1])])[:1]
         if not _same(reference[at : at + 1], state):
@@ -63,7 +75,7 @@ def _decodes_alike(model: Llama, ids: tuple[int, ...], reference: Tensor) -> boo
     return True
 
 
-def _batches_alike(model: Llama, ids: tuple[int, ...], reference: Tensor, slots: int) -> bool:
+def _batches_alike(model: Probed, ids: tuple[int, ...], reference: Tensor, slots: int) -> bool:
     """The last token beside others, and beside a slice; in every place; through the head too."""
     last = PROBE_TOKENS - 1
     for slot in range(1, slots):
@@ -79,13 +91,13 @@ def _batches_alike(model: Llama, ids: tuple[int, ...], reference: Tensor, slots:
     return slots < 2 or _slice_alike(model, ids, reference)
 
 
-def _slice_alike(model: Llama, ids: tuple[int, ...], reference: Tensor) -> bool:
+def _slice_alike(model: Probed, ids: tuple[int, ...], reference: Tensor) -> bool:
     last = PROBE_TOKENS - 1
     states = model.forward([Span(1, last, ids[last:]), Span(0, 0, ids[:32])])
     return _same(reference[last:], states[:1]) and _same(reference[:32], states[1:33])
 
 
-def _attention_alike(model: Llama, context_tokens: int) -> bool:
+def _attention_alike(model: Probed, context_tokens: int) -> bool:
     """A query row among 32 others and alone, over every number of keys that occurs."""
     shape, draw = model.shape, torch.Generator().manual_seed(1)
     group = shape.heads // shape.key_heads

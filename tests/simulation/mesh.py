@@ -19,7 +19,7 @@ from aivillage.models.inference.generate import GenerateRequest, GenerateResult
 from aivillage.node import config, identity, village
 from aivillage.node.buyer import Running
 from aivillage.node.config import Origin, Settings
-from aivillage.node.daemon import open_node
+from aivillage.node.daemon import open_node, worker_settings
 from aivillage.node.desk import Desk
 from aivillage.node.jobs import open_jobs
 from aivillage.node.links import Link
@@ -55,6 +55,7 @@ class Node:
         self.settings = settings
         self.paths = Paths(folder, folder / "s", folder / "cache")
         self.script = Script()
+        self.workers: type[ScriptedWorkers] = ScriptedWorkers
         self.tamper: Tamper = honest
         self.heard: list[Frame] = []
         self.desk: Desk
@@ -87,7 +88,9 @@ class Node:
                     )
             book = await stack.enter_async_context(open_ledger(self.paths.ledger, self.key))
             nursery = await stack.enter_async_context(trio.open_nursery())
-            workers = ScriptedWorkers(nursery, self.paths.scratch, self.script)
+            workers = self.workers(
+                nursery, self.paths.scratch, self.script, worker_settings(self.settings)
+            )
             await workers.describe_all()
             wire = await stack.enter_async_context(network.open(self.name, self.peer))
             yield await stack.enter_async_context(
@@ -191,10 +194,18 @@ class Mesh:
         self._folder = folder
         self._nursery = nursery
 
-    async def add(self, name: str, *, stranger: bool = False, **settings: Any) -> Node:
+    async def add(
+        self,
+        name: str,
+        *,
+        stranger: bool = False,
+        workers: type[ScriptedWorkers] = ScriptedWorkers,
+        **settings: Any,
+    ) -> Node:
         number = len(self.nodes) + 1
         choices = Settings(**(QUICK | settings))
         node = Node(name, number, self._folder / name, choices)
+        node.workers = workers
         self.nodes.append(node)
         await self.start(node, stranger=stranger)
         return node

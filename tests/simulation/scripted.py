@@ -237,8 +237,14 @@ def _cheap_fault(request: GenerateRequest, result: GenerateResult) -> str:
 class ScriptedWorkers(Workers):
     """The real description, estimate and meter; `check`, `run` and `engine` without a process."""
 
-    def __init__(self, nursery: trio.Nursery, folder: Path, script: Script) -> None:
-        super().__init__(nursery, WorkerSettings(), folder)
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        folder: Path,
+        script: Script,
+        settings: WorkerSettings | None = None,
+    ) -> None:
+        super().__init__(nursery, settings or WorkerSettings(), folder)
         self.script = script
         self.shelf.is_here = lambda _model: True  # whether or not its package is installed
 

@@ -76,14 +76,15 @@ async def test_real_worker_processes_do_a_job_for_the_mesh(tmp_path):
 async def test_a_long_prompt_is_delivered_slice_by_slice_within_the_exposure(tmp_path):
     async with pair(tmp_path) as (_, buyer, seller):
         prompt, most = "words " * 120, []
-        step = seller.desk.seller._deliver
+        sessions = seller.desk.seller._sessions
+        step = sessions._counter.deliver
 
         async def watched(*args):
             await step(*args)
             view = seller.ledger.view(buyer.peer)
             most.append(view.delivered - view.paid)
 
-        seller.desk.seller._deliver = watched
+        sessions._counter = sessions._counter._replace(deliver=watched)
         running = await buyer.ask(prompt, tokens=5)
         assert result_of(running) == expected(prompt, 5)
         assert max(most) <= seller.settings.village_exposure_micro_credits

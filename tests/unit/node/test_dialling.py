@@ -8,7 +8,7 @@ import trio
 from aivillage.node.dialling import FAR, NEAR, RELAYED, distance, first_to_answer, in_order
 from aivillage.node.transport.loopback import LoopbackNetwork
 from aivillage.protocols.errors import PeerError
-from aivillage.protocols.messages import ADDRESSES_MAX
+from aivillage.protocols.types import ADDRESSES_MAX
 from tests.conftest import make_peer
 
 

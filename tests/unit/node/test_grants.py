@@ -14,7 +14,8 @@ from aivillage.node.membership import Membership
 from aivillage.node.village import DAY_MS, certify
 from aivillage.protocols.envelope import seal
 from aivillage.protocols.errors import RefusedError, RequestError
-from aivillage.protocols.messages import Grant, Granted, Ping
+from aivillage.protocols.messages import Granted, Ping
+from aivillage.protocols.papers import Grant
 from tests.conftest import make_key, make_peer
 
 FOUNDER, HOLDER, MEMBER, OTHER = 1, 2, 3, 4

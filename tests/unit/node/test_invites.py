@@ -9,7 +9,7 @@ from aivillage.node import invites, village
 from aivillage.node.invites import DAYS_MAX, NOTE_MAX, USES_MAX, Invites
 from aivillage.node.jobs import open_jobs
 from aivillage.protocols.errors import RefusedError, RequestError
-from aivillage.protocols.messages import Invite
+from aivillage.protocols.papers import Invite
 from tests.conftest import make_key, make_peer
 
 FAR_MS = 2**52

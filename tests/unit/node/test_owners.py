@@ -16,7 +16,7 @@ from aivillage.node.owners import Owners
 from aivillage.node.village import DAY_MS
 from aivillage.protocols.envelope import seal
 from aivillage.protocols.errors import PeerError, RequestError
-from aivillage.protocols.messages import OwnerCertificate
+from aivillage.protocols.papers import OwnerCertificate
 from aivillage.protocols.types import AttemptId
 from tests.conftest import make_key, make_peer
 

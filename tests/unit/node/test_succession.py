@@ -6,7 +6,8 @@ import pytest
 from aivillage.node import succession
 from aivillage.protocols.envelope import seal
 from aivillage.protocols.errors import PeerError
-from aivillage.protocols.messages import SUCCESSIONS_MAX, Succession
+from aivillage.protocols.messages import SUCCESSIONS_MAX
+from aivillage.protocols.papers import Succession
 from tests.conftest import make_key, make_peer
 
 

@@ -9,7 +9,8 @@ from aivillage.node import village
 from aivillage.node.village import DAY_MS, TOKEN_PREFIX
 from aivillage.protocols.envelope import seal
 from aivillage.protocols.errors import RefusedError, RequestError
-from aivillage.protocols.messages import CERTIFICATES_MAX, Certificate, Invite
+from aivillage.protocols.messages import CERTIFICATES_MAX
+from aivillage.protocols.papers import Certificate, Invite
 from tests.conftest import make_key, make_peer
 
 NOW = 1_800_000_000_000

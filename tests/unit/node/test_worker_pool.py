@@ -5,10 +5,14 @@ import itertools
 import pytest
 import trio
 
-from aivillage.models.inference import engine_torch
+from aivillage.models.inference import catalogue, engine_torch
+from aivillage.models.inference.catalogue import DEFAULT
+from aivillage.models.inference.stages import StageRequest, memory_bytes
+from aivillage.node import parts
 from aivillage.node import workers as node_workers
 from aivillage.node.module_runs import WorkerPool
 from aivillage.node.workers import Workers, WorkerSettings
+from aivillage.protocols.errors import RefusedError
 
 
 class FakeWorker:
@@ -60,8 +64,8 @@ async def test_a_node_with_many_slots_loads_an_engine_with_those_it_can_have(
 ):
     asked = []
 
-    async def load(_worker, _model, slots, engine):
-        asked.append(slots)
+    async def load(_worker, wanted):
+        asked.append(wanted.slots)
         raise KeyError
 
     async with trio.open_nursery() as nursery:
@@ -71,6 +75,51 @@ async def test_a_node_with_many_slots_loads_an_engine_with_those_it_can_have(
         with pytest.raises(KeyError):
             await found.engine("inference.generate")
     assert asked == [given]
+
+
+class Loaded:
+    """Stands for an engine that is loaded."""
+
+    def __init__(self):
+        self.dead = False
+        self.session_count = 0
+        self.idle = 0.0
+
+    def idle_seconds(self):
+        return self.idle
+
+    async def put_away(self):
+        self.dead = True
+
+    async def dispatch(self):
+        await trio.lowlevel.checkpoint()
+
+
+async def test_as_many_stages_are_loaded_as_the_limit_and_the_longest_idle_makes_room(monkeypatch):
+    async def load(_worker, _wanted):
+        return Loaded()
+
+    monkeypatch.setattr(parts, "load_engine", load)
+    async with trio.open_nursery() as nursery:
+        found = parts.Parts(nursery, started, 4 << 30)
+        first, second = [
+            await found.stage(StageRequest(first=0, last=last), 8)
+            for last in range(1, 1 + parts.STAGES_MAX)
+        ]
+        assert await found.stage(StageRequest(first=0, last=1), 8) is first
+        first.session_count = second.session_count = 1
+        with pytest.raises(RefusedError, match="2 stages are at work"):
+            await found.stage(StageRequest(first=0, last=3), 8)
+        first.session_count, second.session_count, second.idle = 0, 0, 1.0
+        await found.stage(StageRequest(first=0, last=3), 8)
+        assert (first.dead, second.dead) == (False, True)
+
+
+async def test_more_memory_than_a_worker_may_have_is_refused_before_anything_is_loaded():
+    async with trio.open_nursery() as nursery:
+        found = parts.Parts(nursery, started, memory_bytes(catalogue.MODELS[DEFAULT], 0, 15) - 1)
+        with pytest.raises(RefusedError, match="are needed, a worker of this node has"):
+            await found.stage(StageRequest(first=0, last=15), 8)
 
 
 async def test_a_failure_while_idle_workers_end_does_not_fell_the_node(

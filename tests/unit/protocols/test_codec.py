@@ -20,7 +20,6 @@ from aivillage.protocols.messages import (
     Answer,
     Call,
     Hello,
-    Invite,
     Ledger,
     PairLane,
     PairView,
@@ -30,6 +29,7 @@ from aivillage.protocols.messages import (
     Text,
     Tunnel,
 )
+from aivillage.protocols.papers import Invite
 from aivillage.protocols.vouchers import BLOB_BYTES_MAX
 from tests.unit.protocols.samples import FULL, KINDS, SPARE, name
 

@@ -1,0 +1,232 @@
+"""The answer of a model that is split over stages, as its driver keeps it. No torch.
+
+A round is what the first stage reads at once: the prompt, or one token and a few guesses of what
+follows it. The last stage draws a token for each; a guess that was right saves a whole round, and
+a wrong one changes nothing, since a draw depends on seed and position alone.
+
+Source: prompt lookup as in Saxena, "Prompt Lookup Decoding" (2023); exactness as in Leviathan et
+al., arXiv 2211.17192, for draws that are a function of their position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from aivillage.models.inference import catalogue, tokenizer
+from aivillage.models.inference.generate import GenerateRequest, conversation
+from aivillage.models.inference.stages import INPUT_ROWS_MAX, StageInput
+from aivillage.models.inference.text_stream import TextStream
+from aivillage.models.inference.tokenizer import Speaker
+from aivillage.protocols.codec import pack, unpack
+from aivillage.protocols.errors import RefusedError, RequestError
+from aivillage.protocols.ports import EngineInfo, SessionFrame
+from aivillage.protocols.types import U32
+
+DRAFT_TOKENS_MAX: Final = 15
+"""With the token before them 16 rows, which cost hardly more than 4."""
+DRAFT_TOKENS_MIN: Final = 3
+"""4 rows are computed where there is one."""
+NGRAM_SIZES: Final = (3, 2)
+"""The longer a repeated run of tokens, the likelier what followed it follows again."""
+
+
+class PromptLookup:
+    """Guesses what follows from what followed the same few tokens before."""
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._follows: dict[tuple[int, ...], int] = {}
+        """Where what followed a run of tokens begins; the latest counts."""
+
+    def append(self, token: int) -> None:
+        end = len(self._ids)
+        for size in NGRAM_SIZES:
+            if end >= size:
+                self._follows[tuple(self._ids[end - size : end])] = end
+        self._ids.append(token)
+
+    def guess(self, count: int) -> list[int]:
+        """Up to `count` tokens; none where the last ones are new together."""
+        for size in NGRAM_SIZES:
+            at = self._follows.get(tuple(self._ids[-size:]))
+            if at is not None and len(self._ids) >= size:
+                guessed = self._ids[at : at + count]
+                while len(guessed) < count:  # a repetition goes on in what is guessed itself
+                    guessed.append(guessed[at - len(self._ids)])
+                return guessed
+        return []
+
+
+class SplitAnswer:
+    """One answer in the making: `inputs` of a round go through the stages, `take` its draws."""
+
+    def __init__(
+        self, request: GenerateRequest, tokens: Speaker, *, drafts_max: int = DRAFT_TOKENS_MAX
+    ) -> None:
+        """Raises: RequestError: TOO_LARGE, it leaves the context."""
+        context_tokens = catalogue.known(request.model).context_tokens
+        self.prompt = tokens.prompt(conversation(request))
+        if len(self.prompt.token_ids) + request.max_tokens > context_tokens:
+            raise RequestError(
+                f"the prompt has {len(self.prompt.token_ids)} tokens; with {request.max_tokens} "
+                f"more it leaves the context of {context_tokens}",
+                code="TOO_LARGE",
+                next_step="shorten the prompt or ask for fewer tokens",
+            )
+        self.finished = ""
+        self.token_ids: list[int] = []
+        self.rounds = 0
+        self._request = request
+        self._end_token_ids = tokens.end_token_ids
+        self._stream = TextStream(tokens.token_bytes, request.stop)
+        self._unread = list(self.prompt.token_ids)
+        self._position = 0
+        self._guesses: list[int] = []
+        self._drafts_max = drafts_max
+        self._drafts = min(DRAFT_TOKENS_MIN, drafts_max)
+        self._lookup = PromptLookup()
+        for token in self._unread:
+            self._lookup.append(token)
+
+    def inputs(self) -> tuple[StageInput, ...]:
+        """What the first stage reads in the next round, in slices; the last one draws."""
+        room = self._request.max_tokens - len(self.token_ids) - 1
+        decodes = len(self._unread) == 1
+        self._guesses = self._lookup.guess(min(self._drafts, room)) if decodes else []
+        ids = [*self._unread, *self._guesses]
+        slices = [ids[at : at + INPUT_ROWS_MAX] for at in range(0, len(ids), INPUT_ROWS_MAX)]
+        made = tuple(
+            StageInput(self._position + n * INPUT_ROWS_MAX, tuple(part))
+            for n, part in enumerate(slices)
+        )
+        draws = 1 + len(self._guesses)
+        return (*made[:-1], StageInput(made[-1].position, made[-1].token_ids, draws=draws))
+
+    def take(self, drawn: Sequence[int]) -> SessionFrame:
+        """What a round gave: every draw up to the first one that a guess had not foreseen.
+
+        Raises:
+            RequestError: these are not the draws of the round.
+        """
+        if len(drawn) != 1 + len(self._guesses):
+            raise RequestError(f"{len(drawn)} draws where {1 + len(self._guesses)} were due")
+        self.rounds += 1
+        first = len(self.token_ids)
+        text = self._append(drawn[0])
+        right = 0
+        for guess, token in zip(self._guesses, drawn[1:], strict=True):
+            if self.finished or self.token_ids[-1] != guess:
+                break  # what was read of the guess is no part of the answer
+            right += 1
+            text += self._append(token)
+        if self.finished:
+            text += self._stream.flush()
+        self._position += len(self._unread) + right
+        self._unread = [self.token_ids[-1]]
+        self._learn(right)
+        read_bytes = self.prompt.content_bytes[-1]
+        return SessionFrame(0, tuple(self.token_ids[first:]), text, read_bytes, self.finished)
+
+    def _learn(self, right: int) -> None:
+        """Guesses more after a round that was guessed whole, and few after one that was not."""
+        if self._guesses:
+            more = 2 * self._drafts + 1 if right == len(self._guesses) else DRAFT_TOKENS_MIN
+            self._drafts = min(more, self._drafts_max)
+
+    def _append(self, token: int) -> str:
+        self.token_ids.append(token)
+        self._lookup.append(token)
+        said = self._stream.push(token)
+        if token in self._end_token_ids:
+            self.finished = "eos"
+        elif self._stream.stopped:
+            self.finished = "stop"
+        elif len(self.token_ids) == self._request.max_tokens:
+            self.finished = "length"
+        return said
+
+
+class Round(msgspec.Struct, frozen=True, array_like=True):
+    """`inputs` for the first stage, and how many tokens the prompt has."""
+
+    inputs: tuple[StageInput, ...]
+    prompt_tokens: int
+
+
+class Draws(msgspec.Struct, frozen=True, array_like=True):
+    token_ids: Annotated[tuple[U32, ...], msgspec.Meta(max_length=INPUT_ROWS_MAX)]
+
+
+class SplitDriver:
+    """An engine without a model: sessions that are fed draws, and say what is to be read next."""
+
+    def __init__(
+        self,
+        model: catalogue.KnownModel,
+        *,
+        slots: int = 1,
+        drafts_max: int = DRAFT_TOKENS_MAX,
+    ) -> None:
+        """Raises: ConfigError: the model's tokenizer is not on this machine."""
+        self._slots = slots
+        self._tokens = tokenizer.of_model(model)
+        self._drafts_max = drafts_max
+        self._model = model
+        self._answers: dict[int, SplitAnswer] = {}
+        self._frames: list[SessionFrame] = []
+        self.load_seconds = 0.0
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            engine="split",
+            model=self._model.name,
+            kernel_class="",
+            identical="best effort",
+            active_parameters=0,
+            context_tokens=self._model.context_tokens,
+            vocabulary=self._model.vocabulary,
+            weights_sha256="",
+        )
+
+    def add(self, session: int, request: Any, delivered: Sequence[int]) -> None:
+        """Raises: RequestError: it does not fit the model, or goes on from something."""
+        if not isinstance(request, GenerateRequest) or request.model != self._model.name:
+            raise RequestError(f"this driver splits answers of {self._model.name}")
+        if session in self._answers or delivered:
+            raise RequestError("a split answer begins anew, and each in a session of its own")
+        if len(self._answers) >= self._slots:
+            raise RefusedError("every slot of the driver is taken", next_step="try again")
+        self._answers[session] = SplitAnswer(request, self._tokens, drafts_max=self._drafts_max)
+        self._frames.append(self._next(session, SessionFrame(session, (), "", 0)))
+
+    def allow(self, session: int, units: int) -> None:
+        """Nothing is computed here that somebody pays."""
+
+    def feed(self, session: int, body: bytes) -> None:
+        """Takes the `Draws` of a round. An unknown session is no error."""
+        answer = self._answers.get(session)
+        if answer is None or answer.finished:
+            return
+        try:
+            frame = answer.take(unpack(Draws, body).token_ids)
+        except RequestError as error:
+            frame = SessionFrame(session, (), "", 0, "error", error.message)
+            self.cancel(session)
+        self._frames.append(self._next(session, frame))
+
+    def step(self) -> list[SessionFrame]:
+        frames, self._frames = self._frames, []
+        return frames
+
+    def cancel(self, session: int) -> None:
+        self._answers.pop(session, None)
+
+    def _next(self, session: int, frame: SessionFrame) -> SessionFrame:
+        answer = self._answers.get(session)
+        body = b""
+        if answer is not None and not answer.finished:
+            body = pack(Round(answer.inputs(), len(answer.prompt.token_ids)))
+        return msgspec.structs.replace(frame, session=session, body=body)

@@ -1,0 +1,184 @@
+"""`inference.stage`: some layers of a language model, for an answer that others compute with us.
+
+A session: states (or token ids, at the first layer) come in and states (or tokens, at the last
+one) go out, input by input, as long as the session lasts. The daemon loads this file: standard
+library and msgspec only at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Final
+
+import msgspec
+
+from aivillage.models.inference import catalogue
+from aivillage.models.inference.catalogue import KnownModel
+from aivillage.protocols.errors import JobError, RequestError
+from aivillage.protocols.ports import Context, Event, Machine, Verdict
+from aivillage.protocols.pricing import Usage, token_price
+from aivillage.protocols.types import U32, Seconds
+
+OPERATION: Final = "inference.stage"
+INPUT_ROWS_MAX: Final = 32
+"""Of one input: a slice of a prompt, or a token and its drafts; 73 KB of states in our model."""
+ROWS_MAX: Final = 1 << 16
+"""Of one session: the context many times over, since rejected drafts are read too."""
+STATE_BYTES: Final = 4
+"""Float32 on the wire: halving it would give other bits than an unsplit model."""
+RUNTIME_BYTES: Final = 400 << 20
+"""What a worker needs beside weights: torch itself, and matrices while they are packed."""
+_LAYER_ROWS_PER_SECOND_GUESS: Final = 300.0
+
+Layer = Annotated[int, msgspec.Meta(ge=0, le=1024)]
+
+
+class StageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Layers first..last-1. What follows `rows` says how the last layers' stage draws tokens."""
+
+    first: Layer
+    last: Layer
+    model: Annotated[str, msgspec.Meta(max_length=128, description="Name of the model.")] = (
+        catalogue.DEFAULT
+    )
+    rows: Annotated[
+        int, msgspec.Meta(ge=1, le=ROWS_MAX, description="Most rows that will be read in all.")
+    ] = 4096
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 0
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+
+    def __post_init__(self) -> None:
+        if not self.first < self.last:
+            raise ValueError("a stage has at least one layer")
+        if not (self.temperature >= 0 and self.top_p > 0):  # NaN passes the schema's bounds
+            raise ValueError("temperature and top_p are numbers")
+
+
+class StageInput(msgspec.Struct, frozen=True, array_like=True):
+    """Rows for `position`, `position + 1`, ...: `token_ids` at the first layer, else `states`.
+
+    `position` may lie before what was read: the rest is forgotten, as after a rejected draft. A
+    token is drawn for each of the last `draws` rows, at the last layer only.
+    """
+
+    position: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+    token_ids: Annotated[tuple[U32, ...], msgspec.Meta(max_length=INPUT_ROWS_MAX)] = ()
+    states: bytes = b""
+    """(rows, width), float32, little endian."""
+    draws: Annotated[int, msgspec.Meta(ge=0, le=INPUT_ROWS_MAX)] = 0
+
+
+class StageOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What one input gave: the states of all its rows, or the tokens that were drawn."""
+
+    states: bytes = b""
+    token_ids: tuple[U32, ...] = ()
+
+
+class StageResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The end of a session: what was computed in it."""
+
+    layer_tokens: int = 0
+    head_tokens: int = 0
+
+
+def model_of(request: StageRequest) -> KnownModel:
+    """Raises: RequestError: no such model, or it has no such layers."""
+    model = catalogue.known(request.model)
+    if request.last > model.layers:
+        raise RequestError(f"{model.name} has {model.layers} layers")
+    return model
+
+
+def rows_of(fed: StageInput, request: StageRequest) -> int:
+    """How many rows an input has.
+
+    Raises:
+        RequestError: it does not fit its session.
+    """
+    model = model_of(request)
+    row_bytes = STATE_BYTES * model.width
+    rows = len(fed.token_ids) if request.first == 0 else len(fed.states) // row_bytes
+    other = fed.states if request.first == 0 else fed.token_ids
+    if other or len(fed.states) % row_bytes or not 1 <= rows <= INPUT_ROWS_MAX:
+        raise RequestError(f"an input has 1 to {INPUT_ROWS_MAX} rows of its stage's kind")
+    if any(token >= model.vocabulary for token in fed.token_ids):
+        raise RequestError("a token id is outside the vocabulary")
+    if fed.draws > (rows if request.last == model.layers else 0):
+        raise RequestError("tokens are drawn at the last layer, one for a row at most")
+    if fed.position + rows > model.context_tokens:
+        raise RequestError(f"{model.name} holds {model.context_tokens} tokens", code="TOO_LARGE")
+    return rows
+
+
+def output_fault(out: StageOutput, rows: int, draws: int, request: StageRequest) -> str:
+    """Why `out` cannot be what an input of so many rows gives; empty: it can."""
+    model = model_of(request)
+    is_last = request.last == model.layers
+    if len(out.token_ids) != draws or any(token >= model.vocabulary for token in out.token_ids):
+        return "it drew other tokens than it was asked for"
+    if len(out.states) != (0 if is_last else STATE_BYTES * model.width * rows):
+        return "its states are not those of the rows that it got"
+    return ""
+
+
+def units(layer_tokens: int, head_tokens: int) -> dict[str, int]:
+    """Usage; both sides count it from the inputs: rows x layers, and tokens drawn."""
+    return {"layer_tokens": layer_tokens, "head_tokens": head_tokens}
+
+
+def used_by(rows: int, draws: int, request: StageRequest) -> tuple[int, int]:
+    """Layer tokens and head tokens of one input."""
+    return rows * (request.last - request.first), draws
+
+
+def memory_bytes(model: KnownModel, first: int, last: int) -> int:
+    """What a worker needs to hold these layers: about as measured, rather more."""
+    weights = model.layer_parameters * (last - first)
+    weights += model.head_parameters * ((first == 0) + (last == model.layers))
+    return RUNTIME_BYTES + STATE_BYTES * weights
+
+
+class Stage:
+    """The module behind the name. Its sessions are served by a resident engine, and only so."""
+
+    name = OPERATION
+    title = "Compute some layers of a language model for a split answer"
+    positional = "first"
+    Request = StageRequest
+    Result = StageResult
+
+    def prices_micro_credits(self) -> dict[str, int]:
+        model = catalogue.MODELS[catalogue.DEFAULT]
+        return units(token_price(model.layer_parameters), token_price(model.head_parameters))
+
+    def estimate(self, request: StageRequest, machine: Machine) -> tuple[Usage, Seconds]:
+        """At most this much: every row of the session, each of them drawn.
+
+        Raises:
+            RequestError: no such model or layers.
+        """
+        del machine
+        is_last = request.last == model_of(request).layers
+        most = units(*used_by(request.rows, request.rows if is_last else 0, request))
+        return most, most["layer_tokens"] / _LAYER_ROWS_PER_SECOND_GUESS
+
+    def meter(self, request: StageRequest, result: StageResult) -> Usage:
+        del request
+        return units(result.layer_tokens, result.head_tokens)
+
+    def run(self, request: StageRequest, context: Context) -> Iterator[Event]:
+        """Raises: JobError: it is no job of its own."""
+        del request, context
+        raise JobError(
+            "a stage is part of an answer", next_step="submit inference.generate: it is split"
+        )
+
+    def check(self, request: StageRequest, result: StageResult) -> Verdict:
+        ok = 0 <= result.layer_tokens <= request.rows * (request.last - request.first)
+        return Verdict(ok=ok, reason="" if ok else "more rows than the session may have")
+
+
+MODULE: Final = Stage()

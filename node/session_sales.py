@@ -1,0 +1,182 @@
+"""Sales that an engine's session serves: paid unit by unit, as far as room allows.
+
+A session that is fed (`inference.stage`) computes an input only once the pay of what it will give
+may be owed, so that whoever does not pay has nothing computed for long.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple
+
+import msgspec
+
+from aivillage.models import registry
+from aivillage.models.inference import stages
+from aivillage.models.inference.generate import (
+    FinishReason,
+    GenerateRequest,
+    GenerateResult,
+    Piece,
+    prompt_bytes,
+)
+from aivillage.models.inference.generate import usage as units
+from aivillage.models.inference.stages import StageInput, StageRequest, StageResult
+from aivillage.node.allowances import Allowances
+from aivillage.node.engines import EngineClient, EngineSession
+from aivillage.node.gossip import send_or_drop
+from aivillage.node.sale import Sale, beating
+from aivillage.node.workers import Workers
+from aivillage.protocols import messages
+from aivillage.protocols.codec import pack, unpack
+from aivillage.protocols.errors import JobError
+from aivillage.protocols.job import token_bytes
+from aivillage.protocols.messages import StepItem
+from aivillage.protocols.ports import Book
+from aivillage.protocols.pricing import Usage, dearest_unit, price
+from aivillage.protocols.types import AMOUNT_MAX, MicroCredits
+
+LOOKAHEAD_UNITS: Final = 32
+"""The engine may compute one prompt slice ahead of what may be delivered."""
+
+
+def is_paid_as_it_goes(operation: str) -> bool:
+    """Whether its sales are sessions of an engine."""
+    return registry.is_served_by_engine(operation) or registry.takes_inputs(operation)
+
+
+class Counter(NamedTuple):
+    """What every sale goes through at its seller."""
+
+    deliver: Callable[[Sale, Usage, Usage, bytes], Awaitable[None]]
+    wait_for_room: Callable[[Sale, MicroCredits, Callable[[], bool]], Awaitable[None]]
+    pace: Callable[[Sale, int], Awaitable[None]]
+    finish: Callable[[Sale, bytes, Usage], None]
+
+
+class SessionSales:
+    """Serves them with the resident engines of `workers`."""
+
+    def __init__(
+        self, workers: Workers, book: Book, allowances: Allowances, counter: Counter
+    ) -> None:
+        self._workers = workers
+        self._book = book
+        self._allowances = allowances
+        self._counter = counter
+
+    async def compute_stage(self, sale: Sale) -> None:
+        """Computes input by input until the buyer says that there are no more.
+
+        Raises:
+            AivillageError: an input is wrong, is not paid, or does not come.
+        """
+        request = unpack(StageRequest, sale.call.request)
+        stages.model_of(request)
+        engine = await self._loaded(sale, functools.partial(self._workers.stage, request))
+        layer_tokens = head_tokens = 0
+        async with engine.open_session(sale.call.request) as session:
+            while (body := await sale.inputs.next()) is not None:
+                fed = unpack(StageInput, body)
+                more = stages.used_by(stages.rows_of(fed, request), fed.draws, request)
+                layer_tokens, head_tokens = layer_tokens + more[0], head_tokens + more[1]
+                usage = stages.units(layer_tokens, head_tokens)
+                await self._room_for(sale, usage)
+                session.feed(body)
+                output = (await anext(session)).body
+                await self._counter.pace(sale, len(output))
+                seq = sale.number
+                out_hash = sale.fold(output)
+                await self._counter.deliver(sale, usage, {}, out_hash)
+                part = messages.Part(id=sale.call.id, seq=seq, body=output, hash8=out_hash[:8])
+                send_or_drop(sale.link, part)
+        result = StageResult(layer_tokens=layer_tokens, head_tokens=head_tokens)
+        whole = pack(result)
+        sale.fold(whole)
+        self._counter.finish(sale, whole, stages.units(layer_tokens, head_tokens))
+
+    async def _room_for(self, sale: Sale, usage: Usage) -> None:
+        """Returns once so much in all could be delivered."""
+        more = sale.price_of(usage, {}) - sale.amount
+        if more and not sale.is_free:
+            await self._counter.wait_for_room(
+                sale, more, lambda: self._book.room(sale.peer) >= more
+            )
+
+    async def generate(self, sale: Sale) -> None:
+        """Streams an engine session, unit by unit, as far as pay allows."""
+        call = sale.call
+        delivered = [unpack(Piece, body) for body in call.delivered]
+        ids = [token for piece in delivered for token in piece.token_ids]
+        text = ["".join(piece.text for piece in delivered)]
+        request = unpack(GenerateRequest, call.request)
+        asked_bytes = prompt_bytes(request)
+        had = units(asked_bytes, len(ids)) if ids else {}
+        done = self._waived(sale, had)
+        unit = dearest_unit(sale.terms)
+        await self._counter.wait_for_room(sale, unit, lambda: self._book.room(sale.peer) >= unit)
+        engine = await self._loaded(sale, functools.partial(self._workers.engine, request.model))
+        async with engine.open_session(call.request, tuple(ids)) as session:
+            self._allow(sale, session, sum(had.values()))
+            async for frame in session:
+                if frame.error:
+                    raise JobError(frame.error, code="JOB_FAILED")
+                first = len(ids)
+                ids += frame.token_ids
+                text.append(frame.text)
+                usage = units(frame.read_bytes, len(ids))
+                mark = frame.fingerprint if call.fingerprints else b""
+                body = token_bytes(frame.token_ids) + mark
+                await self._counter.pace(sale, len(body) + len(frame.text.encode()))
+                out_hash = sale.fold(body)
+                await self._counter.deliver(sale, usage, done, out_hash)
+                sale.steps.add(
+                    StepItem(call.id, first, frame.token_ids, frame.text, out_hash[:8],
+                             frame.read_bytes, mark)
+                )  # fmt: skip
+                self._allow(sale, session, sum(usage.values()))
+                if frame.finished:
+                    result = GenerateResult(
+                        text="".join(text),
+                        token_ids=tuple(ids),
+                        finish_reason=msgspec.convert(frame.finished, FinishReason),
+                        prompt_bytes=frame.read_bytes,
+                    )
+                    whole = pack(result)
+                    await self._counter.pace(sale, len(whole))
+                    self._counter.finish(sale, whole, usage)
+                    return
+        raise JobError("the engine stopped before the end", code="JOB_FAILED")
+
+    def _waived(self, sale: Sale, had: Usage) -> Usage:
+        """What the buyer has paid elsewhere, it says: only what it shows tokens of, within bounds.
+
+        Raises:
+            RefusedError: OWNER_LIMIT, we read enough for this peer that nobody pays us for.
+        """
+        done = {unit: min(sale.call.done.get(unit, 0), count) for unit, count in had.items()}
+        self._allowances.take_reading(sale.peer, price(sale.terms, done))
+        return done
+
+    async def _loaded(
+        self, sale: Sale, load: Callable[[], Awaitable[EngineClient]]
+    ) -> EngineClient:
+        """The engine, loaded; the buyer gets a sign of life every two seconds until then."""
+        engine = await beating(sale, "loading the model", load)
+        info = engine.info
+        started = messages.Started(
+            id=sale.call.id, kernel_class=info.kernel_class, identical=info.identical
+        )
+        send_or_drop(sale.link, started)
+        return engine
+
+    def _allow(self, sale: Sale, session: EngineSession, units_made: int) -> None:
+        """Beyond `units_made`, never more than one delivery may hold: it would wait for ever."""
+        if sale.is_free:  # no delivery waits
+            session.allow(AMOUNT_MAX)
+            return
+        dearest = dearest_unit(sale.terms)
+        at_once = max(1, self._book.policy(sale.peer).exposure // dearest)
+        room = self._book.room(sale.peer) // dearest
+        session.allow(units_made + max(room, min(LOOKAHEAD_UNITS, at_once)))

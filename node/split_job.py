@@ -1,0 +1,295 @@
+"""An answer of the owner's whose model is split over stages at several peers.
+
+It goes through the states of any job. Nothing of it is kept before its end: after a restart it
+begins anew, and what the stages had computed until then is paid.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+import trio
+
+from aivillage.models.inference import catalogue, stages
+from aivillage.models.inference.generate import (
+    FinishReason,
+    GenerateRequest,
+    GenerateResult,
+    Piece,
+)
+from aivillage.models.inference.split import Draws, Round
+from aivillage.models.inference.stages import ROWS_MAX, StageRequest
+from aivillage.node.attempt import Output
+from aivillage.node.chain import STAND_INS_MAX, Chain, Hop, row_bytes
+from aivillage.node.engines import EngineSession
+from aivillage.node.jobs import JobRow
+from aivillage.node.market import Need
+from aivillage.node.pursuit import Pursuit
+from aivillage.node.records import Work
+from aivillage.node.split_plan import Placed, Plan, plan, stand_in
+from aivillage.node.stage_call import StageCall
+from aivillage.node.stage_peers import explanation, stage_peers
+from aivillage.node.trade import Receipt, Say, Trade
+from aivillage.protocols import messages
+from aivillage.protocols.codec import pack, unpack
+from aivillage.protocols.errors import AivillageError, JobError, RequestError
+from aivillage.protocols.job import JobEvent, State, step
+from aivillage.protocols.ports import SessionFrame
+from aivillage.protocols.pricing import Usage
+from aivillage.protocols.types import MicroCredits, PeerId, Seconds, as_credits
+
+FATAL: Final = frozenset({"PRICE_ABOVE_CEILING", "INTERNAL", "DISK_FULL", "CONFIG"})
+"""Errors that another peer would make no better."""
+DRAFT_ROWS_PER_TOKEN: Final = 8
+"""Rejected drafts are rows too: after one, a round has four rows."""
+
+
+class SplitJob:
+    """What a `Pursuit` is for a job that one peer does. `before` is the one that chose this."""
+
+    def __init__(self, before: Pursuit, trade: Trade) -> None:
+        self.row: JobRow = before.row
+        self.say: Say = before.say
+        self.state: State = "new"
+        self.output = Output()
+        self.excluded: dict[PeerId, AivillageError] = {}
+        self.result: bytes | None = None
+        self.plan: Plan | None = None
+        self.resumed_seconds: list[Seconds] = []
+        self.seconds_left = before.seconds_left
+        self._trade = trade
+        self._request = unpack(GenerateRequest, self.row.request)
+        self._model = catalogue.known(self._request.model)
+        self._spent_before = before.spent
+        self._calls: list[StageCall] = []
+        self._rows = 0
+        self._prompt_tokens = 0
+        self._usage: Usage = {}
+
+    @property
+    def spent(self) -> MicroCredits:
+        return self._spent_before + sum(call.amount for call in self._calls)
+
+    async def run(self) -> None:
+        """To a checked result.
+
+        Raises:
+            AivillageError: why there is none; what was computed is paid.
+        """
+        self.move("seek")
+        driver = await self._trade.workers.driver(self._request.model)
+        async with driver.open_session(self.row.request) as session:
+            begun = unpack(Round, (await anext(session)).body)
+            self._prompt_tokens = begun.prompt_tokens
+            self._rows = self._prompt_tokens + DRAFT_ROWS_PER_TOKEN * self._request.max_tokens
+            chain = await self._open()
+            outcome = "stopped"
+            try:
+                body = await self._answer(session, chain, begun)
+                outcome = await self._conclude(body)
+            except AivillageError as error:
+                outcome = error.code
+                raise
+            finally:
+                with trio.CancelScope(shield=True):  # each call has its own end
+                    await chain.close(outcome)
+        if self.result is None:
+            raise JobError("the result is wrong: nobody knows which stage computed it so")
+
+    def receipt(self) -> Receipt:
+        assert self.plan is not None, "a result has a plan"
+        return Receipt(
+            job=self.row.id,
+            operation=self.row.operation,
+            sellers=tuple(dict.fromkeys(call.seller for call in self._calls)),
+            usage=dict(self._usage),
+            seconds=round(time.time() - self.row.created, 3),
+            price_micro_credits=self.spent,
+            attempts=len(self._calls),
+            identical=self._identical(),
+            why=self.plan.why,
+        )
+
+    def move(self, event: JobEvent) -> None:
+        self.state = step(self.state, event)
+
+    def _identical(self) -> str:
+        """Guaranteed where every stage promises it, in one kernel class but for its own layers."""
+        kernels = {(call.kernel[0].rpartition("/")[0], call.kernel[1]) for call in self._calls}
+        same = len(kernels) == 1 and {promise for _, promise in kernels} == {"guaranteed"}
+        return "guaranteed" if same else "best effort"
+
+    # ------------------------------------------------------------------ opening
+    async def _open(self) -> Chain:
+        """A chain whose stages are all loaded; who refuses is left out of the next plan.
+
+        Raises:
+            AivillageError: the rest do not hold the model.
+        """
+        self.move("call")
+        while True:
+            peers = stage_peers(self._trade, self._request.model, self.excluded)
+            self.plan = plan(self._model, peers)
+            self.say(messages.Progress(id=0, done=0, note=self.plan.why))
+            opened: dict[Placed, StageCall] = {}
+            async with trio.open_nursery() as nursery:
+                for placed in self.plan.stages:
+                    nursery.start_soon(self._try_to_open, placed, opened)
+            if len(opened) == len(self.plan.stages) and not self._too_dear(opened):
+                self.move("acknowledged")
+                size = row_bytes(self._model.width)
+                return Chain(
+                    [Hop(one, opened[one], size, self._replace) for one in self.plan.stages]
+                )
+            for call in opened.values():
+                await call.close("stopped")
+            if fatal := [e for e in self.excluded.values() if e.code in FATAL]:
+                raise fatal[0]
+            if self._too_dear(opened):
+                raise _above(self._too_dear(opened), self.row.ceiling)
+            if len(self._calls) + len(self.excluded) > STAND_INS_MAX * len(self.plan.stages):
+                raise next(iter(self.excluded.values()))
+
+    def _too_dear(self, opened: Mapping[Placed, StageCall]) -> MicroCredits:
+        """What the stages may cost together, where that is above the ceiling; else 0."""
+        most = self.spent + sum(call.choice.price_at_most for call in opened.values())
+        return most if most > self.row.ceiling else 0
+
+    async def _try_to_open(self, placed: Placed, opened: dict[Placed, StageCall]) -> None:
+        try:
+            opened[placed] = await self._call(placed)
+        except AivillageError as error:
+            self._exclude(placed.peer, error)
+
+    async def _call(self, placed: Placed) -> StageCall:
+        """A stage at its peer, loaded. Raises: AivillageError: it is not to be had."""
+        request = StageRequest(
+            first=placed.first,
+            last=placed.last,
+            model=self._request.model,
+            rows=min(ROWS_MAX, self._rows + self._model.context_tokens),
+            prompt_tokens=self._prompt_tokens,
+            temperature=self._request.temperature,
+            top_p=self._request.top_p,
+            seed=self._request.seed,
+        )
+        layers = placed.last - placed.first
+        rows = self._prompt_tokens + self._request.max_tokens
+        drawn = self._request.max_tokens if placed.last == self._model.layers else 0
+        need = Need(
+            operation=stages.OPERATION,
+            request=pack(request),
+            usage=stages.units(rows * layers, drawn),
+            done={},
+            budget=self.row.ceiling - self.spent,
+            peer=placed.peer,
+        )
+        choice = await self._trade.market.terms_of(placed.peer, need)
+        call = StageCall(self.row.id, choice, request, self._trade, self.row.ceiling - self.spent)
+        try:
+            await call.open(max(1.0, self.seconds_left()), self._laid_open(placed))
+        except BaseException as error:
+            await call.close(error.code if isinstance(error, AivillageError) else "stopped")
+            raise
+        self._calls.append(call)
+        return call
+
+    def _laid_open(self, placed: Placed) -> bytes:
+        """The plan, kept with the attempt of its first stage: for `jobs show` and `--explain`."""
+        if self.plan is None or placed not in self.plan.stages[:1]:
+            return b""
+        prefer = self.row.prefer or "balanced"
+        return msgspec.json.encode(explanation(self.plan, prefer))
+
+    # ------------------------------------------------------------------ a lost stage
+    async def _replace(self, hop: Hop, error: AivillageError) -> StageCall:
+        """Somebody else for a lost stage, loaded.
+
+        Raises:
+            AivillageError: nobody can stand in.
+        """
+        lost, begun = hop.placed, time.monotonic()
+        await hop.call.close(error.code)
+        if error.code in FATAL or len(self.resumed_seconds) >= STAND_INS_MAX:
+            raise error
+        self._exclude(lost.peer, error)
+        chain = [call.seller for call in self._calls if call.seller not in self.excluded]
+        while True:
+            peers = stage_peers(self._trade, self._request.model, self.excluded)
+            found = stand_in(self._model, peers, lost, chain)
+            placed = msgspec.structs.replace(lost, peer=found.peer)
+            note = f"{lost.peer[-8:]} is lost; its layers go on at {found.peer[-8:]}"
+            self.say(messages.Progress(id=0, done=0, note=note))
+            try:
+                call = await self._call(placed)
+            except AivillageError as refusal:
+                self._exclude(found.peer, refusal)
+                continue
+            hop.placed = placed
+            self.resumed_seconds.append(time.monotonic() - begun)
+            self._trade.events.emit(
+                "stage_replaced", job=self.row.id, peer=lost.peer, by=found.peer,
+                seconds=round(self.resumed_seconds[-1], 3),
+            )  # fmt: skip
+            return call
+
+    def _exclude(self, peer: PeerId, error: AivillageError) -> None:
+        self.excluded[peer] = error
+        self._trade.market.forget_quote(peer, Work(stages.OPERATION, self._request.model))
+        if error.code == "PEER_LOST":
+            self._trade.discovery.unreachable(peer)
+        self._trade.events.emit(
+            "attempt_failed", job=self.row.id, peer=peer, code=error.code, reason=error.message
+        )
+
+    # ------------------------------------------------------------------ the answer
+    async def _answer(self, session: EngineSession, chain: Chain, begun: Round) -> bytes:
+        """Round by round until the driver says that it is finished."""
+        inputs = begun.inputs
+        while True:
+            if (after := self.spent + chain.price_of(inputs)) > self.row.ceiling:
+                raise _above(after, self.row.ceiling)
+            session.feed(pack(Draws(await chain.round(inputs))))
+            frame = await anext(session)
+            self._take(frame)
+            if frame.finished:
+                return pack(
+                    GenerateResult(
+                        text="".join(self.output.text),
+                        token_ids=tuple(self.output.ids),
+                        finish_reason=msgspec.convert(frame.finished, FinishReason),
+                        prompt_bytes=self.output.read_bytes,
+                    )
+                )
+            inputs = unpack(Round, frame.body).inputs
+
+    def _take(self, frame: SessionFrame) -> None:
+        self.output.add_piece(Piece(frame.token_ids, frame.text, frame.read_bytes))
+        if frame.text:
+            self.say(messages.Text(id=0, text=frame.text))
+
+    async def _conclude(self, body: bytes) -> str:
+        """How the stages' attempts end: a wrong answer is paid to nobody, for nobody knows whose.
+
+        The meter is that of the operation; what was paid is each stage's own.
+        """
+        self.move("finished")
+        row, workers = self.row, self._trade.workers
+        verdict = await workers.check(row.operation, row.request, body)
+        if not verdict.ok:
+            return "doubtful"
+        self._usage = await workers.meter(row.operation, row.request, body)
+        self.move("passed")
+        self.result = body
+        return "done"
+
+
+def _above(cost: MicroCredits, ceiling: MicroCredits) -> RequestError:
+    return RequestError(
+        f"its stages may cost {as_credits(cost)} credits, your ceiling is {as_credits(ceiling)}",
+        code="PRICE_ABOVE_CEILING",
+        next_step="allow more with --max-price, or ask for less",
+    )

@@ -1,0 +1,239 @@
+"""One stage of a split answer at one seller: a paid call that is fed, as its buyer sees it.
+
+What is owed is what this side fed and got back: rows times layers, and tokens drawn, at the
+quote's prices. Nothing is stored of the states; they are kept in memory by `chain.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import secrets
+import time
+from typing import Final, TypeVar
+
+import trio
+
+from aivillage.models.inference import stages
+from aivillage.models.inference.stages import StageInput, StageOutput, StageRequest
+from aivillage.node.attempt import next_frame
+from aivillage.node.gossip import send_or_drop
+from aivillage.node.market import Choice
+from aivillage.node.pursuit import BLAMED, REJECTED, SETTLE_SECONDS
+from aivillage.node.records import Work
+from aivillage.node.trade import Trade
+from aivillage.protocols import messages
+from aivillage.protocols.codec import pack, unpack
+from aivillage.protocols.errors import AivillageError, PeerError, RequestError
+from aivillage.protocols.job import running_hash
+from aivillage.protocols.messages import Finished, Frame
+from aivillage.protocols.pricing import price
+from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId, Seconds
+
+WINDOW: Final = 32
+"""Inputs that may be unanswered at a seller, which holds 64: a long prompt waits here."""
+START_SECONDS: Final[Seconds] = 60.0
+"""To load some layers from a slow disk."""
+OUTPUT_SECONDS: Final[Seconds] = 30.0
+"""For the output of one input of at most 32 rows, its turn behind others included."""
+QUIET_SECONDS: Final[Seconds] = 1.0
+"""A stage of which nothing came for so long is asked for a sign of life: all others wait for it."""
+END_SECONDS: Final[Seconds] = 2.0
+SMALL_ROWS: Final = 4
+"""Inputs of so few rows tell how fast a stage decodes."""
+_SIGNS_OF_LIFE: Final = (messages.Accepted, messages.Started, messages.Progress)
+_F = TypeVar("_F", messages.Started, messages.Part, Finished)
+
+
+class StageCall:
+    """Opened, fed, and closed once. One task awaits at a time."""
+
+    def __init__(
+        self, job: JobId, choice: Choice, request: StageRequest, trade: Trade, ceiling: MicroCredits
+    ) -> None:
+        self.request = request
+        self.choice = choice
+        self.amount: MicroCredits = 0
+        self.kernel = ("", "")
+        self.attempt = AttemptId(secrets.token_bytes(16))
+        self._job = job
+        self._trade = trade
+        self._ceiling = ceiling
+        self._call_id = choice.link.next_id()
+        self._inbox: trio.MemoryReceiveChannel[Frame] | None = None
+        self._out_hash = bytes(32)
+        self._number = 0
+        self._seq = 0
+        self._used = (0, 0)
+        self._sent: collections.deque[tuple[StageInput, int, float]] = collections.deque()
+        self._unsent: collections.deque[StageInput] = collections.deque()
+        self._decoded = (0, 0.0)
+
+    @property
+    def seller(self) -> PeerId:
+        return self.choice.link.peer
+
+    def price_of(self, rows: int, draws: int) -> MicroCredits:
+        """Of so many rows here."""
+        used = stages.used_by(rows, draws, self.request)
+        return price(self.choice.quote.terms, stages.units(*used))
+
+    async def open(self, deadline_seconds: Seconds, choice: bytes) -> None:
+        """Calls, and returns once the layers are loaded there. `choice`: why here, in JSON.
+
+        Raises:
+            AivillageError: the seller refused, failed or is gone.
+        """
+        trade, link = self._trade, self.choice.link
+        trade.jobs.begin_attempt(
+            self.attempt, self._job, self.seller, quote=self.choice.envelope, choice=choice
+        )
+        inbox = self._inbox = link.open_inbox(self._call_id)
+        trade.book.intend(self.seller, self.attempt, self.choice.quote_hash, self._ceiling)
+        link.send(
+            messages.Call(
+                id=self._call_id,
+                attempt=self.attempt,
+                operation=stages.OPERATION,
+                request=pack(self.request),
+                quote_hash=self.choice.quote_hash,
+                ceiling_micro_credits=0 if self.choice.is_free else self._ceiling,
+                deadline_seconds=deadline_seconds,
+            )
+        )
+        started = await self._await(inbox, messages.Started, START_SECONDS)
+        self.kernel = (started.kernel_class, started.identical)
+
+    def feed(self, fed: StageInput) -> None:
+        """Queues one input. Raises: PeerError: PEER_LOST."""
+        self._unsent.append(fed)
+        self._send_more()
+
+    async def next(self) -> StageOutput:
+        """The output of the oldest input without one.
+
+        Raises:
+            PeerError: the seller is gone, or gave what cannot be an output.
+            AivillageError: it refused to go on.
+        """
+        assert self._inbox is not None, "an open call has an inbox"
+        part = await self._await(self._inbox, messages.Part, OUTPUT_SECONDS)
+        fed, rows, at = self._sent.popleft()
+        self._fold(part)
+        output = unpack(StageOutput, part.body)
+        if fault := stages.output_fault(output, rows, fed.draws, self.request):
+            raise PeerError(fault, code="BAD_REQUEST")
+        self._count(fed, rows)
+        if rows <= SMALL_ROWS and not self._sent:
+            layers, seconds = self._decoded
+            spent = time.monotonic() - at - self.choice.link.rtt_seconds
+            self._decoded = layers + self.request.last - self.request.first, seconds + spent
+        self._send_more()
+        return output
+
+    async def close(self, outcome: str) -> None:
+        """Ends it and settles what came; `outcome` as of an attempt. Never raises."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
+            if self._inbox is not None:
+                try:
+                    if outcome == "done":
+                        await self._finish(self._inbox)
+                    else:
+                        send_or_drop(self.choice.link, messages.Cancel(id=self._call_id))
+                        await self._drain(self._inbox)
+                except AivillageError as error:
+                    outcome = error.code if outcome == "done" else outcome
+                self.choice.link.close_inbox(self._call_id)
+            await self._settle(outcome)
+
+    # ------------------------------------------------------------------ waiting
+    async def _await(
+        self, inbox: trio.MemoryReceiveChannel[Frame], kind: type[_F], seconds: Seconds
+    ) -> _F:
+        """The next frame of `kind`; signs of life and acknowledgements are passed over."""
+        deadline = trio.current_time() + seconds
+        while trio.current_time() < deadline:
+            frame = None
+            with trio.move_on_after(QUIET_SECONDS):
+                frame = await next_frame(inbox)
+            if isinstance(frame, kind):
+                return frame
+            if frame is None:
+                await self._probe()
+            elif not isinstance(frame, _SIGNS_OF_LIFE):
+                raise PeerError(f"{type(frame).__name__} in a stage's call", code="BAD_REQUEST")
+        raise PeerError(f"no {kind.__name__.lower()} within {seconds:.0f} s", code="PEER_LOST")
+
+    async def _probe(self) -> None:
+        """Raises: PeerError: PEER_LOST, it gives no sign of life."""
+        wait = min(max(1.0, 20 * self.choice.link.rtt_seconds), 10.0)
+        if not await self.choice.link.is_alive(wait):
+            raise PeerError(f"no sign of life for {QUIET_SECONDS + wait:.0f} s", code="PEER_LOST")
+
+    async def _drain(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
+        """Takes what it had computed before it heard of the end: that is paid too."""
+        with trio.move_on_after(END_SECONDS):
+            while True:
+                frame = await next_frame(inbox)
+                if isinstance(frame, messages.Part) and self._sent:
+                    fed, rows, _ = self._sent.popleft()
+                    self._fold(frame)
+                    self._count(fed, rows)
+
+    async def _finish(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
+        """Raises: PeerError: it counts something else than we do."""
+        self.choice.link.send(messages.Input(id=self._call_id, seq=self._seq, end=True))
+        finished = await self._await(inbox, Finished, END_SECONDS)
+        out_hash = running_hash(self._out_hash, self.attempt, self._number, finished.result)
+        if finished.usage != stages.units(*self._used) or finished.out_hash != out_hash:
+            raise PeerError("the seller counts another usage than we do", code="BAD_REQUEST")
+        self._out_hash = out_hash
+
+    # ------------------------------------------------------------------ counting
+    def _send_more(self) -> None:
+        while self._unsent and len(self._sent) < WINDOW:
+            fed = self._unsent.popleft()
+            body = messages.Input(id=self._call_id, seq=self._seq, body=pack(fed))
+            self._seq += 1
+            self._sent.append((fed, stages.rows_of(fed, self.request), time.monotonic()))
+            self.choice.link.send(body)
+
+    def _fold(self, part: messages.Part) -> None:
+        self._out_hash = running_hash(self._out_hash, self.attempt, self._number, part.body)
+        if part.seq != self._number or part.hash8 != self._out_hash[:8]:
+            raise PeerError("the running hash does not fit what came", code="BAD_REQUEST")
+        self._number += 1
+
+    def _count(self, fed: StageInput, rows: int) -> None:
+        """Raises: RequestError: PRICE_ABOVE_CEILING."""
+        more = stages.used_by(rows, fed.draws, self.request)
+        self._used = self._used[0] + more[0], self._used[1] + more[1]
+        amount = price(self.choice.quote.terms, stages.units(*self._used))
+        if amount > self._ceiling:
+            raise RequestError("the next input is above the ceiling", code="PRICE_ABOVE_CEILING")
+        self.amount = amount
+        self._trade.book.accept(self.seller, self.attempt, amount, self._out_hash)
+
+    async def _settle(self, outcome: str) -> None:
+        trade = self._trade
+        try:
+            if outcome in REJECTED:
+                await trade.book.abandon(self.seller, self.attempt)
+            else:
+                await trade.book.settle(self.seller, self.attempt, self.amount, self._out_hash)
+            trade.jobs.name_kernel(self.attempt, self.kernel)
+            trade.jobs.end_attempt(self.attempt, self.amount, outcome)
+            if outcome == "done" or outcome in BLAMED:
+                self._rate(good=outcome == "done")
+        except AivillageError as error:
+            trade.events.emit(
+                "settle_failed", level=40, job=self._job, peer=self.seller, reason=str(error)
+            )
+
+    def _rate(self, *, good: bool) -> None:
+        record = self._trade.discovery.record_of(self.seller)
+        record.rate(good=good)
+        layers, seconds = self._decoded
+        if good and layers and seconds > 0:
+            work = Work(stages.OPERATION, self.request.model)
+            record.measure(work, self.kernel[0], layers / seconds)
+        self._trade.jobs.rate_peer(self.seller, record)

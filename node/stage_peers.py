@@ -1,0 +1,55 @@
+"""Who offers stages of a model now, as a plan needs to know them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from aivillage.models.inference import catalogue, stages
+from aivillage.node.choice import RATES, Explanation
+from aivillage.node.records import Work
+from aivillage.node.split_plan import Plan, StagePeer, may_hold, plan
+from aivillage.protocols.errors import AivillageError
+from aivillage.protocols.types import PeerId
+
+if TYPE_CHECKING:
+    from aivillage.node.trade import Trade
+
+
+def stage_peers(trade: Trade, model: str, excluded: Collection[PeerId]) -> list[StagePeer]:
+    """Peers with room for a session, without those that failed the job."""
+    work = Work(stages.OPERATION, model)
+    found = []
+    for one in trade.discovery.candidates(stages.OPERATION, model):
+        if one.peer in excluded or trade.book.policy(one.peer).blocked or not one.free_slots:
+            continue
+        found.append(
+            StagePeer(
+                peer=one.peer,
+                memory_bytes=one.offered.memory_bytes,
+                layers_per_second=one.record.speed(work),
+                rtt_seconds=trade.market.rtt_of(one.peer),
+                failures=one.record.failures,
+            )
+        )
+    return found
+
+
+def explanation(found: Plan, prefer: str) -> Explanation:
+    """A plan as every choice is laid open; it had no candidates one by one."""
+    rate = RATES[prefer]
+    return Explanation(why=found.why, prefer=prefer, micro_credits_a_second=rate, candidates=())
+
+
+def may_be_split(trade: Trade, model: str) -> bool:
+    """Whether those that lend layers have room for the model: no plan is made for it."""
+    known = catalogue.MODELS.get(model)
+    return known is not None and may_hold(known, stage_peers(trade, model, ()))
+
+
+def plan_for(trade: Trade, model: str) -> Plan | None:
+    """How the model would be split now; None where it cannot be."""
+    try:
+        return plan(catalogue.known(model), stage_peers(trade, model, ()))
+    except AivillageError:
+        return None

@@ -1,0 +1,223 @@
+"""A split answer in the market: paid stage by stage, and right whatever befalls a stage."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+import trio
+
+from aivillage.models.inference.generate import GenerateRequest
+from aivillage.models.inference.stages import OPERATION, StageRequest
+from aivillage.protocols import messages
+from aivillage.protocols.codec import pack
+from aivillage.protocols.errors import RequestError
+from tests.simulation.mesh import open_mesh, result_of, settled, until, without
+from tests.simulation.scripted_stages import StageWorkers, expected
+
+LENDS = {"enable": (OPERATION,), "worker_memory_mb": 800}
+"""Fifteen layers and an end, and not the model."""
+PROMPT = "why is the sky blue, and the evening sky red? " * 2
+TOKENS = 24
+REQUEST = GenerateRequest(prompt=PROMPT, max_tokens=TOKENS)
+
+
+@asynccontextmanager
+async def lenders(folder, count=3, **settings):
+    """A buyer, and peers that lend layers."""
+    async with open_mesh(folder) as mesh:
+        buyer = await mesh.add("buyer", workers=StageWorkers, serve=False, **settings)
+        sellers = [
+            await mesh.add(f"seller{n}", workers=StageWorkers, **LENDS) for n in range(count)
+        ]
+        await mesh.knows(buyer, *sellers, operation=OPERATION)
+        yield mesh, buyer, sellers
+
+
+async def begun(buyer, sellers, at):
+    """An answer whose stages work until one of them has had `at` inputs; it stops there."""
+    for seller in sellers:
+        seller.script.pause_at = at
+    running = await buyer.submit(PROMPT, tokens=TOKENS)
+    paused = []
+    await until(lambda: paused.extend(s for s in sellers if s.script.paused.is_set()) or paused)
+    for seller in sellers:
+        seller.script.pause_at = None
+        if seller is not paused[0]:
+            seller.script.go.set()
+    return running, paused[0]
+
+
+async def ended(running):
+    with trio.fail_after(20):
+        await running.ended.wait()
+    return running
+
+
+async def all_settled(buyer, sellers):
+    for seller in sellers:
+        owed = buyer.ledger.view(seller.peer).owed_by_me
+        await settled(buyer, seller, owed)
+
+
+def paid(buyer, sellers):
+    return [buyer.ledger.view(seller.peer).owed_by_me for seller in sellers]
+
+
+async def test_a_split_answer_is_the_whole_models_and_each_stage_is_paid_what_it_computed(tmp_path):
+    async with lenders(tmp_path) as (_mesh, buyer, sellers):
+        running = await buyer.ask(PROMPT, tokens=TOKENS)
+        assert result_of(running) == expected(REQUEST)
+        receipt = running.pursuit.receipt()
+        assert len(receipt.sellers) == 2
+        assert receipt.identical == "guaranteed"
+        assert "not for speed" in receipt.why
+        assert receipt.price_micro_credits == sum(paid(buyer, sellers)) == running.pursuit.spent
+        rows = len(PROMPT) + TOKENS - 1
+        assert receipt.price_micro_credits >= 30 * 8 * rows + 57 * TOKENS
+        assert sum(amount > 0 for amount in paid(buyer, sellers)) == 2
+        await all_settled(buyer, sellers)
+        assert not any(seller.script.open_sessions for seller in sellers)
+
+
+async def test_nothing_is_split_where_one_peer_has_the_whole_model(tmp_path):
+    async with lenders(tmp_path) as (mesh, buyer, _sellers):
+        whole = await mesh.add("whole", workers=StageWorkers)
+        await mesh.knows(buyer, whole, operation="inference.generate")
+        found = await buyer.desk.buyer.explain(
+            messages.Submit(id=1, operation="inference.generate", request=pack(REQUEST))
+        )
+        assert found.candidates[0].peer == whole.peer
+
+
+async def test_what_would_be_split_is_explained_and_nothing_bought(tmp_path):
+    async with lenders(tmp_path) as (_mesh, buyer, sellers):
+        found = await buyer.desk.buyer.explain(
+            messages.Submit(id=1, operation="inference.generate", request=pack(REQUEST))
+        )
+        assert "tokens/s expected (never measured: guessed)" in found.why
+        assert paid(buyer, sellers) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("at", [0, 2, 9])
+async def test_a_lost_stage_is_replaced_and_the_answer_is_the_same(tmp_path, at):
+    async with lenders(tmp_path) as (_mesh, buyer, sellers):
+        running, lost = await begun(buyer, sellers, at)
+        await lost.stop()
+        assert result_of(await ended(running)) == expected(REQUEST)
+        assert len(running.pursuit.receipt().sellers) == 3
+        assert running.pursuit.receipt().identical == "guaranteed"
+        await all_settled(buyer, [seller for seller in sellers if seller is not lost])
+        (event,) = buyer.events("stage_replaced")
+        assert event["peer"] == lost.peer
+
+
+async def test_a_stage_that_fails_is_replaced_too(tmp_path):
+    async with lenders(tmp_path) as (_mesh, buyer, sellers):
+        for seller in sellers[:2]:
+            seller.script.die_after = 4
+        running = await buyer.ask(PROMPT, tokens=TOKENS)
+        if running.error is None:
+            assert result_of(running) == expected(REQUEST)
+        else:
+            assert running.error.code in {"NO_PEER", "JOB_FAILED"}
+        await all_settled(buyer, sellers)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda part: {"body": part.body + b"x"},
+        lambda part: {"seq": part.seq + 1},
+        lambda part: {"hash8": bytes(8)},
+    ],
+)
+async def test_a_stage_that_says_what_cannot_be_is_left_and_the_answer_right(tmp_path, lie):
+    async with lenders(tmp_path) as (_mesh, buyer, sellers):
+        liars = []
+
+        def lies_once(seller):
+            def tamper(frame):
+                if isinstance(frame, messages.Part) and frame.seq == 3 and not liars:
+                    liars.append(seller)
+                    return (msgspec.structs.replace(frame, **lie(frame)),)
+                return (frame,)
+
+            return tamper
+
+        for seller in sellers:
+            seller.tamper = lies_once(seller)
+        running = await buyer.ask(PROMPT, tokens=TOKENS)
+        assert result_of(running) == expected(REQUEST)
+        assert len(running.pursuit.receipt().sellers) == 3
+        assert running.pursuit.excluded[liars[0].peer].code == "BAD_REQUEST"
+
+
+async def test_a_stage_gives_no_more_than_the_exposure_to_who_does_not_pay(tmp_path):
+    async with lenders(tmp_path) as (_mesh, buyer, sellers):
+        with without(buyer, messages.Ledger):
+            running = await buyer.submit(PROMPT * 4, tokens=200, ceiling=10**6)
+            await until(lambda: any(seller.script.made > 3 for seller in sellers))
+            await trio.sleep(0.5)
+            for seller in sellers:
+                exposure = seller.ledger.policy(buyer.peer).exposure
+                assert seller.ledger.view(buyer.peer).owed_to_me == 0
+                delivered = sum(sale.amount for sale in seller.desk.seller.running())
+                assert delivered <= exposure
+            buyer.desk.buyer.cancel(running.pursuit.row.id)
+            await ended(running)
+
+
+@pytest.mark.parametrize("ceiling", [10_000, 20_000])
+async def test_the_ceiling_holds_over_all_stages_together(tmp_path, ceiling):
+    async with lenders(tmp_path) as (_mesh, buyer, sellers):
+        running = await buyer.ask(PROMPT, tokens=TOKENS, ceiling=ceiling)
+        assert running.error is not None
+        assert running.error.code == "PRICE_ABOVE_CEILING"
+        assert sum(paid(buyer, sellers)) == 0, "neither stage alone is above it"
+
+
+async def test_a_cancelled_answer_is_paid_as_far_as_it_came(tmp_path):
+    async with lenders(tmp_path) as (_mesh, buyer, sellers):
+        running, last = await begun(buyer, sellers, 6)
+        buyer.desk.buyer.cancel(running.pursuit.row.id)
+        last.script.go.set()
+        await ended(running)
+        assert running.error is not None
+        assert running.error.code == "CANCELLED"
+        assert sum(paid(buyer, sellers)) == running.pursuit.spent > 0
+        await all_settled(buyer, sellers)
+        await until(lambda: not any(seller.script.open_sessions for seller in sellers))
+
+
+async def test_a_restarted_buyer_begins_anew_and_pays_what_it_had(tmp_path):
+    async with lenders(tmp_path) as (mesh, buyer, sellers):
+        running, paused = await begun(buyer, sellers, 6)
+        job = running.pursuit.row.id
+        await buyer.stop()
+        paused.script.go.set()
+        await mesh.start(buyer)
+        await mesh.knows(buyer, *sellers, operation=OPERATION)
+        await until(lambda: not buyer.desk.buyer.running(), 20)
+        row = await buyer.desk.jobs.get(job)
+        assert row is not None
+        if row.state == "done":  # else nobody was known yet when it was begun again
+            assert msgspec.msgpack.decode(row.result or b"")["token_ids"] == list(
+                expected(REQUEST).token_ids
+            )
+        await all_settled(buyer, sellers)
+
+
+async def test_a_stage_is_no_job_of_its_own(tmp_path):
+    async with lenders(tmp_path, count=1, enable=(OPERATION,)) as (_mesh, buyer, _sellers):
+        with pytest.raises(RequestError, match="part of other jobs"):
+            await buyer.submit(operation=OPERATION, request=pack(StageRequest(first=0, last=3)))
+
+
+async def test_too_few_lenders_are_no_peer(tmp_path):
+    async with lenders(tmp_path, count=1) as (_mesh, buyer, _sellers):
+        found = await buyer.submit(PROMPT, tokens=4, deadline=1.0)
+        await ended(found)
+        assert found.error is not None
+        assert found.error.code in {"NO_PEER", "DEADLINE"}
