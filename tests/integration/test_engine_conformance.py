@@ -16,6 +16,7 @@ from aivillage.protocols.errors import (
     RefusedError,
     RequestError,
 )
+from aivillage.protocols.rechecking import Claim
 
 try:
     WEIGHTS = catalogue.weights_path(catalogue.known(catalogue.DEFAULT))
@@ -149,6 +150,24 @@ def test_a_stop_string_ends_the_answer_before_it(engine):
     assert alone(engine, stopped, got[:1])[0] == got
 
 
+@pytest.mark.parametrize("request_", [STORY, SAMPLED], ids=["greedy", "sampled"])
+def test_an_honest_answer_is_read_again_without_a_difference(engine, request_):
+    engine.add(0, request_, ())
+    engine.allow(0, PLENTY)
+    ids, marks = [], []
+    while frames := engine.step():
+        ids += frames[0].token_ids
+        marks += [frames[0].fingerprint] if frames[0].fingerprint else []
+    claim = Claim(token_ids=tuple(ids), fingerprints=tuple(marks))
+    engine.recheck(0, request_, claim)
+    finding = None
+    while finding is None:
+        (frame,) = engine.step()
+        finding = frame.finding
+    assert (finding.tokens, finding.odd) == (len(ids), ())
+    assert max(span.relative for span in finding.spans) < 1e-6
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 def test_it_makes_as_many_tokens_as_were_asked_for(engine, tokens):
     ids, text, end = alone(engine, msgspec.structs.replace(STORY, max_tokens=tokens))
@@ -229,7 +248,7 @@ def test_english_has_the_perplexity_of_the_files_weights(engine):
 
 
 def test_no_such_model_and_no_such_engine_are_typed():
-    with pytest.raises(RequestError, match="no model is called"):
+    with pytest.raises(RequestError, match="no model here is called"):
         catalogue.known("nothing")
     with pytest.raises(ConfigError, match="no engine is called"):
         engine_choice.engine_of(catalogue.known(catalogue.DEFAULT), slots=1, engine="abacus")
