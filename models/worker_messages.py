@@ -40,7 +40,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
 
     model: str
     slots: int
-    engine: str = "auto"
+    engine: str = "torch"
     part: Literal["whole", "stage", "driver"] = "whole"
     layers: tuple[int, int] = (0, 0)
 

@@ -68,7 +68,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Of the cluster on which modules run; empty: here."""
     models_memory_bytes_max: int = 0
     """That loaded models share; 0: half of the machine's."""
-    engine: str = "auto"
+    engine: str = "torch"
     limits: WorkerLimits = WorkerLimits()
 
     @property

@@ -11,6 +11,7 @@ import trio
 from aivillage.node import blob_shop, blob_sources
 from aivillage.node.blob_shop import PIECE_BYTES, BlobShop
 from aivillage.node.blob_sources import ASKED_MAX, Sources
+from aivillage.node.inputs import Inputs
 from aivillage.protocols.errors import RefusedError, RequestError
 from aivillage.protocols.manifest import CHUNK_BYTES
 from aivillage.protocols.messages import Fetch, Finished, Held, Part, Submit
@@ -169,7 +170,7 @@ def scripted(cid, first, count, heard):
 
     sale = Sale(
         link=Wire(), call=call, attempt=bytes(16), terms=terms, listed=terms,
-        scope=trio.CancelScope(), steps=StepWriter(Wire()),
+        scope=trio.CancelScope(), steps=StepWriter(Wire()), inputs=Inputs(taken=False),
     )  # fmt: skip
     return sale, Till(fine, fine, lambda _sale, _body, usage: ended.append(usage)), ended
 

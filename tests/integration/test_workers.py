@@ -401,7 +401,7 @@ DAEMON = """
         ) as workers:
             request = msgspec.msgpack.encode({"prompt": "hello"})
             await workers.estimate("inference.generate", request)
-            await workers.check("mesh.noop", msgspec.msgpack.encode({}), b"")
+            await workers.check("inference.generate", request, b"")
             pid = next(iter(workers._short._idle.values()))[0].pid
             heavy = {"torch", "gguf", "tokenizers", "numpy"} & set(sys.modules)
             print(pid, sorted(heavy), flush=True)

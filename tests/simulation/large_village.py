@@ -235,12 +235,12 @@ class Member:
         def on_up(link: Link) -> None:
             real_send = link.send
 
-            def send(message: Frame) -> None:
+            def send(message: Frame, *, may_ride: bool = False) -> None:
                 name = type(message).__name__
                 self.sent[name] += 1
                 if name in NEWS:
                     self.sent_bytes += len(framed(message))
-                real_send(message)
+                real_send(message, may_ride=may_ride)
 
             link.send = send  # type: ignore[method-assign]
             up(link)
