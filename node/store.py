@@ -33,7 +33,10 @@ _log = logging.getLogger("aivillage.jobs")
 
 
 class _Job:
-    """`waiter`: the task that waits for it. `alone`: not within a transaction of ours."""
+    """`waiter`: the task that waits for it. `alone`: not within a transaction of ours.
+
+    `reads`: it changes nothing, so a full disk does not concern it.
+    """
 
     def __init__(
         self,
@@ -41,11 +44,13 @@ class _Job:
         waiter: trio.lowlevel.Task | None = None,
         *,
         alone: bool = False,
+        reads: bool = False,
         done: Callable[[], None] | None = None,
     ) -> None:
         self.work = work
         self.waiter = waiter
         self.alone = alone
+        self.reads = reads
         self.done = done
         self.found: Any = None
         self.error: Exception | None = None
@@ -142,9 +147,11 @@ class Store:
             await trio.sleep(FULL_DISK_SECONDS)
 
     async def _read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        return await self.transaction(
-            lambda db: cast("list[Any]", db.execute(sql, values).fetchall())
-        )
+        def work(db: apsw.Connection) -> list[tuple[Any, ...]]:
+            return cast("list[Any]", db.execute(sql, values).fetchall())
+
+        job = _Job(work, trio.lowlevel.current_task(), reads=True)
+        return cast("list[Any]", await self._asked(job))
 
     # ------------------------------------------------------------------ to the thread and back
     async def _asked(self, job: _Job) -> Any:
@@ -216,14 +223,16 @@ class Store:
                 self._db.execute("ROLLBACK")
             self._owed = [job for job in group if job.waiter is None]
             for job in group:
-                job.error = typed(error) if job.waiter else None
+                job.error = typed(error) if job.waiter and not job.reads else None
+                if job.reads:  # of what is written
+                    self._run(job)
 
     def _run(self, job: _Job) -> None:
         """One piece; only a disk that takes no more is the whole group's affair."""
         try:
             job.found = job.work(self._db)
         except apsw.Error as error:
-            if isinstance(error, _FULL) and not job.alone:
+            if isinstance(error, _FULL) and not (job.alone or job.reads):
                 raise
             job.error = typed(error)
             job.error.__cause__ = error
