@@ -33,10 +33,6 @@ PLACES_PER_HOST_MAX: Final = 100
 """Half of all: identities cost nothing, and one machine could be everybody that we know."""
 WINDOW_BYTES_MAX: Final = 1 << 20
 """Receive window once data flows: a LAN's bandwidth times delay, and what one stream may hold."""
-READ_BYTES: Final = 64 << 10
-"""Of a socket at once: a read costs about as much for two bytes."""
-READS_A_TURN: Final = 32
-"""Sixteen messages, or 2 ms: then others have the event loop."""
 CHUNK_BYTES: Final = 65_519 - 12
 """A Yamux frame of this much data is exactly one Noise message; 65,536 would make two."""
 
@@ -182,29 +178,6 @@ def write_frames_cheaply() -> None:
     yamux_conn._write_frame = write_frame
 
 
-def read_ahead() -> None:
-    """Without it: each message is two reads of the socket, and two turns of the event loop."""
-    tcp = _library("libp2p.io.trio").TrioTCPStream
-
-    original = _original(tcp, "read")
-
-    async def read(self: Any, n: int | None = None) -> bytes:
-        if n == 0:
-            return b""
-        ahead: bytearray = self.__dict__.setdefault("_ahead", bytearray())
-        self._turns = self.__dict__.get("_turns", 0) + 1
-        if not ahead:
-            ahead += await original(self, READ_BYTES)
-        elif self._turns % READS_A_TURN == 0:  # thousands of tiny frames fit one read
-            await trio.lowlevel.checkpoint()
-        size = len(ahead) if n is None else min(n, len(ahead))
-        data = bytes(ahead[:size])
-        del ahead[:size]
-        return data
-
-    tcp.read = read
-
-
 def enforce_flow_control() -> None:
     """Without it: a peer that ignores the window fills our memory; now it loses the stream.
 
@@ -255,7 +228,6 @@ ALL: Final = (
     wait_for_window_without_a_cap,
     coalesce_window_updates,
     write_frames_cheaply,
-    read_ahead,
     enforce_flow_control,
     cap_inbound_streams,
 )

@@ -149,8 +149,8 @@ def test_machines_that_are_not_alike_work_for_each_other_and_nobody_is_accused(v
     assert len(kernels) == 3, kernels  # other instructions, other threads, and everybody else
     alike = [far] if old is None else [far, old]
     assert all(row["checked"] for one in alike for row in rows_of(near, one))
-    assert not any(row["checked"] for one in (plain, threaded) for row in rows_of(near, one))
-    assert near.ask("reputation")["spending"]["unchecked"]  # nobody of those classes was there
+    # Of other classes too: read in one pass, and held to what rounding explains.
+    assert any(row["checked"] for one in (plain, threaded) for row in rows_of(near, one))
     settled(village.all(), 30)
 
 
