@@ -167,15 +167,15 @@ def honest(claims: Claims, engine: TorchEngine, count: int, tokens: int, machine
     bits = sum(worst(found) == 0 and not found.odd for found, _ in same)
     claims.add("honest_same_class_bit_equal", bits / len(same))
     claims.add("deviation_max_honest_same_class_millionths", 1e6 * max(worst(f) for f, _ in same))
-    print(f"# {len(same)} of our class", file=sys.stderr)
+    print(f"# {wrong} of {len(same)} honest ones of our class accused", file=sys.stderr)
     near: list[Finding] = []
     for number in range(machines):
         start = len(here) + far * number
         kernel, away = elsewhere(MACHINES[number], asked[start : start + far])
-        print(f"# {len(away)} of {kernel}", file=sys.stderr)
         for request, claim in away:
             near.append(look(engine, request, claim))
             wrong += accused(own, claim, near[-1], kernel)
+        print(f"# {wrong} accused with {len(away)} of {kernel}", file=sys.stderr)
     claims.add("honest_other_class", len(near))
     claims.add("deviation_max_honest_other_class_millionths", 1e6 * max(map(worst, near)))
     claims.add("honest_draws_moved_by_rounding", sum(len(found.odd) for found in near))
@@ -229,12 +229,12 @@ def caught(claims: Claims, engine: TorchEngine, kind: str, made: Made) -> None:
     for prefix, kernel in (("", own.kernel_class), ("near_", another_class(own.kernel_class))):
         seen = sum(accused(own, claim, found, kernel) for found, claim in findings)
         claims.add(f"{prefix}cheats_caught_{kind}", seen / len(made), at_least=1.0)
+        print(f"# {seen} of {len(made)} {prefix}{kind} caught", file=sys.stderr)
     if kind in OTHER_MODELS or kind in OTHER_PRECISIONS:
         least = min(worst(found) for found, _ in findings)
         claims.add(f"deviation_min_{kind}_millionths", 1e6 * least)
         own_tokens = sum(not found.odd for found, _ in findings)
         claims.add(f"tokens_all_the_same_{kind}", own_tokens / len(made))
-    print(f"# {len(made)} of {kind}", file=sys.stderr)
 
 
 def cheats(
