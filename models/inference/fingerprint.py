@@ -26,7 +26,7 @@ SPAN_BYTES_MAX: Final = _HEAD.size + _VALUE_BYTES * SPAN_TOKENS_MAX
 DEVIATION_MAX: Final = 3e-5
 """Of a span, relative to the states' length: honest float32 reached 4e-6 over instruction sets,
 the nearest cheat (weights rounded to float16) 4e-4: docs/verification.md."""
-LOGIT_MARGIN: Final = 0.005
+LOGIT_MARGIN: Final = 0.002
 """Two tokens so close may change places in another kernel class; honest logits differ by 2e-4."""
 DRAW_MARGIN_MAX: Final = 0.05
 """Of a draw in [0, 1): what `LOGIT_MARGIN` can move, over the temperature, and no more."""

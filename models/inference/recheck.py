@@ -135,10 +135,10 @@ def is_near(line: Tensor, request: GenerateRequest, u: float, token: int) -> boo
     margin = min(LOGIT_MARGIN / request.temperature, DRAW_MARGIN_MAX)
     masses = [request.top_p]
     if request.top_p < 1:
-        masses += [request.top_p - margin, min(1.0, request.top_p + margin)]
-    return any(
-        token
-        == sampling.choose(line, temperature=request.temperature, top_p=max(mass, 1e-9), u=moved)
+        masses += [max(request.top_p - margin, 1e-9), min(1.0, request.top_p + margin)]
+    intervals = [
+        sampling.interval(line, temperature=request.temperature, top_p=mass, token=token)
         for mass in masses
-        for moved in (u, max(0.0, u - margin), min(1.0, u + margin))
-    )
+    ]
+    # Not only the draws at u +- margin: an unlikely token's interval lies between them.
+    return any(found and found[0] - margin <= u <= found[1] + margin for found in intervals)

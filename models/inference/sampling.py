@@ -26,15 +26,31 @@ def choose(logits: Tensor, *, temperature: float, top_p: float, u: float) -> int
     """
     if temperature == 0:
         return int(torch.argmax(logits))
-    scaled = logits.to(torch.float64) / temperature
-    weights = torch.exp(scaled - scaled.max())  # (vocabulary,)
-    if top_p < 1:
-        weights = _nucleus(weights, top_p)
+    weights = _weights(logits, temperature, top_p)
     edges = torch.cumsum(weights, dim=0)
     target = u * float(edges[-1])
     # The first edge beyond the target: a token of weight 0 has no room between edges.
     index = int(torch.searchsorted(edges, target, right=True))
     return min(index, int(torch.nonzero(weights)[-1]))
+
+
+def interval(
+    logits: Tensor, *, temperature: float, top_p: float, token: int
+) -> tuple[float, float] | None:
+    """The numbers u for which `choose` takes `token`, above temperature 0; None: it never does."""
+    weights = _weights(logits, temperature, top_p)
+    if not float(weights[token]):
+        return None
+    total = float(weights.sum())
+    before = float(weights[:token].sum())
+    return before / total, (before + float(weights[token])) / total
+
+
+def _weights(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Float64 (vocabulary,), the likeliest one's 1."""
+    scaled = logits.to(torch.float64) / temperature
+    weights = torch.exp(scaled - scaled.max())
+    return _nucleus(weights, top_p) if top_p < 1 else weights
 
 
 def _nucleus(weights: Tensor, top_p: float) -> Tensor:

@@ -88,7 +88,7 @@ def test_what_another_one_goes_on_with_is_fingerprinted_from_there(model):
 def test_an_altered_token_is_odd_where_it_stands(model, request_):
     claim = drawn(model, request_)
     ids = list(claim.token_ids)
-    ids[17] = (ids[17] + 1) % tiny_gguf.WORDS
+    ids[17] = (ids[17] + tiny_gguf.WORDS // 2) % tiny_gguf.WORDS
     odd = looked_at(model, request_, Claim(tuple(ids), claim.fingerprints)).finding.odd
     assert (odd[0].position, odd[0].near) == (17, False)
 
@@ -150,6 +150,16 @@ def test_a_draw_beside_an_edge_is_near_and_no_other():
     warm = GenerateRequest(prompt="x", temperature=1.0)
     for u, tokens in ((0.251, {0, 1}), (0.3, {1}), (0.999, {3})):
         assert {token for token in range(4) if is_near(line, warm, u, token)} == tokens
+
+
+def test_an_unlikely_token_at_the_edge_is_near_too():
+    line = torch.tensor([0.0, -12.0, 0.0])  # edges at 0.5 and 3 millionths further
+    warm = GenerateRequest(prompt="x", temperature=1.0)
+    near = [is_near(line, warm, 0.5 - LOGIT_MARGIN / 2, token) for token in range(3)]
+    assert near == [True, True, True]
+    assert not is_near(line, warm, 0.5 - 2 * LOGIT_MARGIN, 1)
+    narrow = GenerateRequest(prompt="x", temperature=1.0, top_p=0.9)
+    assert not is_near(line, narrow, 0.5, 1)  # never drawn
 
 
 def test_at_most_64_odd_draws_are_told(model):
