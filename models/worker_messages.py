@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from aivillage.models.inference.engine_choice import DEFAULT_ENGINE
 from aivillage.protocols.errors import AivillageError, NodeError
 from aivillage.protocols.messages import OperationInfo
 from aivillage.protocols.ports import EngineInfo, Event, Machine, SessionFrame, Verdict
@@ -40,7 +41,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
 
     model: str
     slots: int
-    engine: str = "torch"
+    engine: str = DEFAULT_ENGINE
     part: Literal["whole", "stage", "driver"] = "whole"
     layers: tuple[int, int] = (0, 0)
 

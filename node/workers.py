@@ -23,6 +23,7 @@ from aivillage.models import worker_messages as say
 from aivillage.models.description import checked, described
 from aivillage.models.inference import catalogue
 from aivillage.models.inference.catalogue import KnownModel
+from aivillage.models.inference.engine_choice import DEFAULT_ENGINE
 from aivillage.models.inference.generate import GenerateRequest, require_fits
 from aivillage.models.inference.stages import StageRequest
 from aivillage.models.library.fit import machine_bytes
@@ -68,7 +69,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Of the cluster on which modules run; empty: here."""
     models_memory_bytes_max: int = 0
     """That loaded models share; 0: half of the machine's."""
-    engine: str = "torch"
+    engine: str = DEFAULT_ENGINE
     limits: WorkerLimits = WorkerLimits()
 
     @property

@@ -1,4 +1,4 @@
-"""Which engine serves a model: the owner's choice, or the fastest that keeps the promise."""
+"""Which engine serves a model: the one its owner named, or the fastest that keeps the promise."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 AUTO: Final = "auto"
 ENGINES: Final = ("openvino", "torch")
 """The faster first, where it runs at all."""
+DEFAULT_ENGINE: Final = "torch"
+"""Where nobody chose; docs/decisions/0011-engines.md says why. Also the setting's default."""
 
 
 class LoadedEngine(Engine, Protocol):
@@ -30,13 +32,12 @@ def installed() -> tuple[str, ...]:
 
 
 def engine_of(
-    model: catalogue.KnownModel, *, slots: int, threads: int = 1, engine: str = AUTO
+    model: catalogue.KnownModel, *, slots: int, threads: int = 1, engine: str = DEFAULT_ENGINE
 ) -> LoadedEngine:
     """Loads `model` in the engine called `engine`: seconds.
 
     A safetensors model runs in transformers. For a GGUF file `auto` takes openvino where it is
-    installed and passes its self-test, since it is several times faster; else torch. So an owner
-    who chooses nothing never gives up `guaranteed` for speed.
+    installed and passes its self-test, since it is several times faster; else torch.
 
     Raises:
         ConfigError: no such engine here, or the weights are not on this machine.

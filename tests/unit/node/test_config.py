@@ -2,7 +2,9 @@
 
 import pytest
 
+from aivillage.models.inference import engine_choice
 from aivillage.node.config import Settings, describe, load
+from aivillage.node.workers import WorkerSettings
 from aivillage.protocols.errors import ConfigError
 
 
@@ -89,3 +91,7 @@ def test_a_file_that_is_no_toml_is_refused_with_a_way_out(tmp_path, body):
 def test_every_setting_is_documented():
     assert set(describe()) == set(Settings.__struct_fields__)
     assert all(len(text) > 5 for text in describe().values())
+
+
+def test_the_engine_that_nobody_chose_is_one_everywhere():
+    assert Settings().engine == WorkerSettings().engine == engine_choice.DEFAULT_ENGINE
