@@ -1,7 +1,7 @@
-"""The OpenVINO engine: the torch engine's sessions over a model that OpenVINO compiled.
+"""The OpenVINO engine: the sessions of `session_engine` over a model that OpenVINO compiled.
 
-Sessions, allowances, draws keyed by (seed, position) and the step are the torch engine's; only the
-arithmetic is another. It loads in a few seconds and keeps nothing on disk.
+Only the arithmetic is another than the torch engine's. It loads in a few seconds and keeps nothing
+on disk.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Final
 import torch
 
 from aivillage.models.inference import catalogue, gguf_model, openvino_model, openvino_sameness
-from aivillage.models.inference.engine_torch import TorchEngine
 from aivillage.models.inference.gguf_file import GgufFile
+from aivillage.models.inference.session_engine import SessionEngine
 from aivillage.models.inference.tokenizer import ChatTokenizer
 from aivillage.protocols.ports import EngineInfo
 
@@ -22,7 +22,7 @@ ENGINE_VERSION: Final = 1
 SLOTS_MAX: Final = 32
 
 
-class OpenvinoEngine(TorchEngine):
+class OpenvinoEngine(SessionEngine):
     """Serves one Llama model from a GGUF file. Needs AVX2; other processors take torch."""
 
     def __init__(self, model: catalogue.KnownModel, *, slots: int = 8, threads: int = 1) -> None:
@@ -32,36 +32,32 @@ class OpenvinoEngine(TorchEngine):
             ConfigError: the weights are not on this machine.
             RequestError: the file is damaged or of a kind that is not read here.
         """
-        # Not `super().__init__`, which loads torch's model.
         if not 1 <= slots <= SLOTS_MAX:
             raise ValueError(f"a step has rows for at most {SLOTS_MAX} sessions")
         torch.set_num_threads(threads)
         begun = time.monotonic()
         file = GgufFile(catalogue.weights_path(model))
-        self.tokenizer = ChatTokenizer(file)
+        tokenizer = ChatTokenizer(file)
         shape = gguf_model.read_shape(file)
-        self._context_tokens = min(model.context_tokens, shape.context_tokens)
+        context_tokens = min(model.context_tokens, shape.context_tokens)
         paged = openvino_model.PagedLlama(
-            file, shape, slots=slots, context_tokens=self._context_tokens, threads=threads
+            file, shape, slots=slots, context_tokens=context_tokens, threads=threads
         )
-        self._model = paged
         same = openvino_sameness.probe(paged, slots=slots)
         sha256 = gguf_model.sha256_of(file)
         catalogue.require_same(model, sha256)
-        self._info = EngineInfo(
+        info = EngineInfo(
             engine="openvino",
             model=model.name,
             kernel_class=_kernel_class(sha256, threads, same.digest),
             identical="guaranteed" if same.passed else "best effort",
             active_parameters=model.active_parameters,
-            context_tokens=self._context_tokens,
+            context_tokens=context_tokens,
             vocabulary=shape.vocabulary,
             weights_sha256=sha256,
             rechecks=True,
         )
-        self._free_slots = list(range(slots))
-        self._sessions = {}
-        self._turn = 0
+        super().__init__(paged, tokenizer, info, slots=slots)
         self.load_seconds = time.monotonic() - begun
 
 

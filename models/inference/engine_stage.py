@@ -14,6 +14,7 @@ from aivillage.models.inference import catalogue, sameness, sampling
 from aivillage.models.inference.engine_torch import SLOTS, kernel_class
 from aivillage.models.inference.linear import ROW_SIZES
 from aivillage.models.inference.llama import Span
+from aivillage.models.inference.session_engine import in_turn, slots_taken
 from aivillage.models.inference.stage import ProbedStage, Stage, bytes_of, spans_of, states_of
 from aivillage.models.inference.stages import (
     StageInput,
@@ -23,7 +24,7 @@ from aivillage.models.inference.stages import (
     rows_of,
 )
 from aivillage.protocols.codec import pack, unpack
-from aivillage.protocols.errors import RefusedError, RequestError
+from aivillage.protocols.errors import RequestError
 from aivillage.protocols.ports import EngineInfo, SessionFrame
 
 INPUTS_WAITING_MAX: Final = 64
@@ -98,7 +99,7 @@ class StageEngine:
             raise RequestError(f"session {session} is running already")
         model_of(request)
         if not self._free_slots:
-            raise RefusedError("every slot of the engine is taken", next_step="try again")
+            raise slots_taken()
         self._sessions[session] = _Session(session, self._free_slots.pop(), request)
 
     def allow(self, session: int, units: int) -> None:
@@ -152,11 +153,8 @@ class StageEngine:
             raise RequestError(f"an input for position {fed.position} where {end} was read")
 
     def _in_turn(self) -> list[_Session]:
-        """All sessions, another one first each time, so that none is always the one left out."""
-        sessions = list(self._sessions.values())
         self._turn += 1
-        start = self._turn % max(1, len(sessions))
-        return sessions[start:] + sessions[:start]
+        return in_turn(self._sessions.values(), self._turn)
 
     def _forward(self, plan: Sequence[tuple[_Session, StageInput, int]]) -> list[SessionFrame]:
         spans: list[Span] = []

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from aivillage.models.inference import catalogue, safetensors_model
-from aivillage.models.inference.generate import GenerateRequest, conversation
 from aivillage.models.inference.session import Session
+from aivillage.models.inference.session_engine import prompt_of, slots_taken
 from aivillage.models.inference.template_tokenizer import TemplateTokenizer
 from aivillage.models.library import manifest as manifests
 from aivillage.models.library.hashing import require_whole
-from aivillage.protocols.errors import RefusedError, RequestError
+from aivillage.protocols.errors import RequestError
 from aivillage.protocols.ports import EngineInfo, SessionFrame
 
 if TYPE_CHECKING:
@@ -68,23 +68,12 @@ class TransformersEngine:
         return self._info
 
     def add(self, session: int, request: Any, delivered: Sequence[int]) -> None:
-        """As `engine_torch.TorchEngine.add`."""
-        if not isinstance(request, GenerateRequest) or request.model != self._info.model:
-            raise RequestError(f"this engine answers requests to {self._info.model}")
+        """As `session_engine.SessionEngine.add`."""
         if session in self._sessions:
             raise RequestError(f"session {session} is running already")
-        prompt = self.tokenizer.prompt(conversation(request))
-        if len(prompt.token_ids) + request.max_tokens > self._info.context_tokens:
-            raise RequestError(
-                f"the prompt has {len(prompt.token_ids)} tokens; with {request.max_tokens} more "
-                f"it leaves the context of {self._info.context_tokens}",
-                code="TOO_LARGE",
-                next_step="shorten the prompt or ask for fewer tokens",
-            )
-        if any(not 0 <= token < self._info.vocabulary for token in delivered):
-            raise RequestError("a delivered token id is outside the vocabulary")
+        prompt = prompt_of(request, delivered, self._info, self.tokenizer)
         if len(self._sessions) >= self._slots:
-            raise RefusedError("every slot of the engine is taken", next_step="try again")
+            raise slots_taken()
         added = Session(session, 0, request, prompt, self.tokenizer)
         added.replay(delivered)
         self._sessions[session] = added

@@ -18,7 +18,7 @@ except AivillageError as error:
 
 torch = pytest.importorskip("torch", reason="the extra `models` is not installed")
 
-from aivillage.models.inference.engine_torch import SLOTS, STEP_ROWS, shared_engine  # noqa: E402
+from aivillage.models.inference.engine_torch import SLOTS  # noqa: E402
 from aivillage.models.inference.generate import (  # noqa: E402
     MODULE,
     ChatMessage,
@@ -29,10 +29,11 @@ from aivillage.models.inference.generate import (  # noqa: E402
     usage,
 )
 from aivillage.models.inference.llama import Span  # noqa: E402
+from aivillage.models.inference.session_engine import STEP_ROWS  # noqa: E402
 from aivillage.models.inference.text_stream import TextStream  # noqa: E402
+from tests.integration.asking_engines import PLENTY, alone, together, torch_engine  # noqa: E402
 
 pytestmark = pytest.mark.slow
-PLENTY = 10**6
 PARIS = GenerateRequest(prompt="What is the capital of France?", max_tokens=40)
 STORY = GenerateRequest(prompt="Tell me a story about a fox.", max_tokens=40)
 SAMPLED = msgspec.structs.replace(STORY, temperature=0.9, top_p=0.95, seed=7)
@@ -41,28 +42,7 @@ LONG = GenerateRequest(prompt="The quick brown fox jumps over the lazy dog. " * 
 
 @pytest.fixture(scope="module")
 def engine():
-    return shared_engine(catalogue.DEFAULT)
-
-
-def together(engine, requests, delivered=()):
-    """Each request's (ids, text, finished), all run in one batch."""
-    delivered = delivered or [()] * len(requests)
-    ids, text, ends = {}, {}, {}
-    for number, (request, before) in enumerate(zip(requests, delivered, strict=True)):
-        engine.add(number, request, before)
-        engine.allow(number, PLENTY)
-        ids[number], text[number] = list(before), ""
-    while frames := engine.step():
-        for frame in frames:
-            ids[frame.session] += frame.token_ids
-            text[frame.session] += frame.text
-            if frame.finished:
-                ends[frame.session] = frame.finished
-    return [(ids[n], text[n], ends[n]) for n in range(len(requests))]
-
-
-def alone(engine, request, delivered=()):
-    return together(engine, [request], [delivered])[0]
+    return torch_engine()
 
 
 def test_the_promise_is_made_and_says_what_it_depends_on(engine):

@@ -33,9 +33,9 @@ from aivillage.models.inference.generate import (
     prompt_bytes,
     usage,
 )
+from tests.integration.asking_engines import PLENTY, alone, together
 
 pytestmark = pytest.mark.slow
-PLENTY = 10**6
 SLOTS = 8
 STORY = GenerateRequest(prompt="Tell me a story about a fox.", max_tokens=12)
 SAMPLED = msgspec.structs.replace(STORY, temperature=0.9, top_p=0.95, seed=7)
@@ -47,27 +47,6 @@ def engine(request):
     return engine_choice.engine_of(
         catalogue.known(catalogue.DEFAULT), slots=SLOTS, engine=request.param
     )
-
-
-def together(engine, requests, delivered=()):
-    """Each request's (ids, text, finished), all run in one batch."""
-    delivered = delivered or [()] * len(requests)
-    ids, text, ends = {}, {}, {}
-    for number, (request, before) in enumerate(zip(requests, delivered, strict=True)):
-        engine.add(number, request, before)
-        engine.allow(number, PLENTY)
-        ids[number], text[number] = list(before), ""
-    while frames := engine.step():
-        for frame in frames:
-            ids[frame.session] += frame.token_ids
-            text[frame.session] += frame.text
-            if frame.finished:
-                ends[frame.session] = frame.finished
-    return [(ids[n], text[n], ends[n]) for n in range(len(requests))]
-
-
-def alone(engine, request, delivered=()):
-    return together(engine, [request], [delivered])[0]
 
 
 def test_it_says_what_it_is_and_what_its_bits_depend_on(engine):

@@ -20,9 +20,8 @@ except AivillageError as error:
 
 pytest.importorskip("torch", reason="the extra `models` is not installed")
 
-from aivillage.models.inference.engine_torch import shared_engine
 from aivillage.models.inference.generate import GenerateRequest
-from tests.integration.test_engine import alone
+from tests.integration.asking_engines import alone, torch_engine
 
 pytestmark = pytest.mark.slow
 STAGE = "inference.stage"
@@ -69,7 +68,7 @@ def test_a_split_answer_is_the_unsplit_one_and_all_stages_are_paid(village):
     assert "nobody offers SmolLM2-135M-Instruct whole" in choice["why"]
     assert "tokens/s expected" in choice["why"]
     found = answered(buyer)
-    ids, text, finished = alone(shared_engine(catalogue.DEFAULT), GenerateRequest(**REQUEST))
+    ids, text, finished = alone(torch_engine(), GenerateRequest(**REQUEST))
     assert found["result"]["token_ids"] == ids
     assert (found["result"]["text"], found["result"]["finish_reason"]) == (text, finished)
     receipt = found["receipt"]

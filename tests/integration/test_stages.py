@@ -14,14 +14,14 @@ except AivillageError as error:
 torch = pytest.importorskip("torch", reason="the extra `models` is not installed")
 
 from aivillage.models.inference.engine_stage import StageEngine  # noqa: E402
-from aivillage.models.inference.engine_torch import SLOTS, shared_engine  # noqa: E402
+from aivillage.models.inference.engine_torch import SLOTS  # noqa: E402
 from aivillage.models.inference.generate import GenerateRequest  # noqa: E402
 from aivillage.models.inference.llama import Span  # noqa: E402
 from aivillage.models.inference.stage import spans_of  # noqa: E402
 from aivillage.models.inference.stages import StageInput, StageRequest  # noqa: E402
 from aivillage.protocols.codec import pack  # noqa: E402
+from tests.integration.asking_engines import together, torch_engine  # noqa: E402
 from tests.integration.split_chain import MODEL, Chain  # noqa: E402
-from tests.integration.test_engine import together  # noqa: E402
 
 pytestmark = pytest.mark.slow
 COPY = "The quick brown fox jumps over the lazy dog. " * 10
@@ -36,7 +36,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def unsplit():
-    return shared_engine(catalogue.DEFAULT)
+    return torch_engine()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,37 @@
+"""Engines asked without a node: whole answers, alone and together. Needs the extra `models`."""
+
+from __future__ import annotations
+
+import functools
+
+from aivillage.models.inference import catalogue
+from aivillage.models.inference.engine_torch import TorchEngine
+
+PLENTY = 10**6
+
+
+@functools.cache
+def torch_engine() -> TorchEngine:
+    """This process's reference engine of the packaged model, loaded once for all tests."""
+    return TorchEngine(catalogue.known(catalogue.DEFAULT))
+
+
+def together(engine, requests, delivered=()):
+    """Each request's (ids, text, finished), all run in one batch."""
+    delivered = delivered or [()] * len(requests)
+    ids, text, ends = {}, {}, {}
+    for number, (request, before) in enumerate(zip(requests, delivered, strict=True)):
+        engine.add(number, request, before)
+        engine.allow(number, PLENTY)
+        ids[number], text[number] = list(before), ""
+    while frames := engine.step():
+        for frame in frames:
+            ids[frame.session] += frame.token_ids
+            text[frame.session] += frame.text
+            if frame.finished:
+                ends[frame.session] = frame.finished
+    return [(ids[n], text[n], ends[n]) for n in range(len(requests))]
+
+
+def alone(engine, request, delivered=()):
+    return together(engine, [request], [delivered])[0]
