@@ -18,10 +18,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from claims import Claims, main
-from processes import village
+from processes import sum_when_settled, village, wait_for_offers
 
 from aivillage.cli.fetching import fetch
 from aivillage.cli.village_process import NodeProcess
@@ -85,29 +84,6 @@ def fetched(nodes: list[NodeProcess], cid: Cid, kill_at: int = 0) -> tuple[float
     store_of(buyer).get(cid, verify=True)
     store_of(buyer).remove(cid)
     return seconds, int(receipt["price_micro_credits"])
-
-
-def wait_for_offers(buyer: NodeProcess, count: int) -> None:
-    deadline = time.monotonic() + 30
-    while len(known(buyer)) < count:
-        if time.monotonic() > deadline:
-            raise SystemExit("the members did not come")
-        time.sleep(0.05)
-
-
-def known(buyer: NodeProcess) -> list[Any]:
-    return [peer for peer in buyer.ask("peers") if peer["connected"] and peer["offers"]]
-
-
-def sum_when_settled(nodes: list[NodeProcess]) -> int:
-    deadline = time.monotonic() + 20
-    while True:
-        balances = [node.ask("balance") for node in nodes]
-        found = sum(balance["net"] for balance in balances)
-        quiet = not found and not any(balance["in_transit"] for balance in balances)
-        if quiet or time.monotonic() > deadline:
-            return int(found)
-        time.sleep(0.2)
 
 
 if __name__ == "__main__":

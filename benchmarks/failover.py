@@ -28,16 +28,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from claims import Claims, main
+from yard import books_exact, known
 
 from aivillage.protocols import messages
-from tests.integration.daemons import Daemon, DaemonError, Yard, settled, wait_for
+from tests.integration.daemons import Daemon, DaemonError, Yard
 
 FLAGS = ("--set", "offer_seconds=2")
 TOKENS = 48
 PROMPT = "Explain in a few sentences why the sky is blue, and why the evening sky is red."
+OPERATION: Final = "inference.generate"
 REQUEST: dict[str, Any] = {"prompt": PROMPT, "max_tokens": TOKENS}
 RECOVER_SECONDS, GOAL_SECONDS = 2.0, 0.5
 SILENT_SECONDS = 6.0
@@ -56,7 +58,7 @@ class Lost(NamedTuple):
 def measure(claims: Claims, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder, Yard(Path(folder)) as yard:
         buyer, *sellers = nodes = yard.village("buyer", "one", "two", flags=FLAGS)
-        known(buyer, sellers)
+        known(buyer, sellers, OPERATION)
         warm(buyer, sellers)
         wanted = answer_of(buyer, sellers[0])
         runs = [warm_run(seed, buyer, sellers) for seed in range(3 if args.quick else 20)]
@@ -101,7 +103,7 @@ def cold_run(cold: Daemon, buyer: Daemon, sellers: list[Daemon]) -> Lost:
 
     def start_it() -> None:
         cold.restart()
-        known(buyer, sellers)
+        known(buyer, sellers, OPERATION)
 
     run = lost_at(2, buyer, sellers, signal.SIGKILL, start_it)
     back(run.victim, buyer, sellers)
@@ -117,7 +119,7 @@ def lost_at(
 ) -> Lost:
     """One answer; its seller is lost when that many pieces of text have come."""
     pieces, victim, lost, noticed, recovered = 0, sellers[0], 0.0, 0.0, 0.0
-    for frame in buyer.follow("inference.generate", **REQUEST):
+    for frame in buyer.follow(OPERATION, **REQUEST):
         if isinstance(frame, messages.Answer):
             if not recovered:
                 raise DaemonError(f"nobody went on: {frame.value['receipt']}")
@@ -146,30 +148,20 @@ def back(victim: Daemon, buyer: Daemon, sellers: list[Daemon]) -> None:
     os.killpg(victim.pid, signal.SIGKILL)
     victim.kill()
     victim.restart()
-    known(buyer, sellers)
-
-
-def known(buyer: Daemon, sellers: list[Daemon]) -> None:
-    def linked() -> bool:
-        found = {peer["peer"]: peer for peer in buyer.ask("peers")}
-        return all(s.peer in found and found[s.peer]["connected"] for s in sellers)
-
-    wait_for(linked, 40, "the buyer is linked with both sellers")
-    peers = {seller.peer for seller in sellers}
-    wait_for(lambda: peers <= buyer.sellers_known("inference.generate"), 40, "both offers came")
+    known(buyer, sellers, OPERATION)
 
 
 def warm(buyer: Daemon, sellers: list[Daemon]) -> None:
     """Both have the model loaded: two cores load at the same time."""
     short = REQUEST | {"max_tokens": 1}
-    jobs = [buyer.submit("inference.generate", peer=seller.peer, **short) for seller in sellers]
+    jobs = [buyer.submit(OPERATION, peer=seller.peer, **short) for seller in sellers]
     for job in jobs:
         buyer.job_ended(job, 120)
 
 
 def answer_of(buyer: Daemon, seller: Daemon) -> dict[str, Any]:
     """The undisturbed answer of one seller."""
-    for frame in buyer.follow("inference.generate", peer=seller.peer, **REQUEST):
+    for frame in buyer.follow(OPERATION, peer=seller.peer, **REQUEST):
         if isinstance(frame, messages.Answer):
             return dict(frame.value)
     raise DaemonError("frames end with an answer or an error")
@@ -180,15 +172,6 @@ def is_same(answer: dict[str, Any], wanted: dict[str, Any]) -> bool:
     bills = {found["receipt"]["price_micro_credits"] for found in (answer, wanted)}
     same = answer["result"] == wanted["result"]
     return same and len(bills) == 1 and len(answer["receipt"]["sellers"]) == 2
-
-
-def books_exact(nodes: list[Daemon]) -> int:
-    try:
-        settled(nodes, 30)
-    except DaemonError as wrong:
-        print(wrong, file=sys.stderr)
-        return 0
-    return 1
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import Claims, main
-from processes import village
+from processes import sum_when_settled, village, wait_for_offers
 
 from aivillage.cli.client import Client
 from aivillage.cli.village_process import NodeProcess
@@ -63,7 +63,7 @@ def one_round(nodes: list[NodeProcess]) -> dict[str, float]:
     killed = mapped(buyer, TASKS, SECONDS)
     killer.join()
     peer.start(*FLAGS)
-    wait_for_offer(buyer)
+    wait_for_offers(buyer, 1)
     return {"makespan_s": makespan, "kill_makespan_s": killed, "kill_extra_s": killed - makespan}
 
 
@@ -93,25 +93,6 @@ def ends(client: Client, name: str) -> list[dict[str, Any]]:
     while page := client.ask("map_lines", map=name, after=len(found))["lines"]:
         found += page
     return found
-
-
-def wait_for_offer(buyer: NodeProcess) -> None:
-    deadline = time.monotonic() + 20
-    while not any(peer["connected"] and peer["offers"] for peer in buyer.ask("peers")):
-        if time.monotonic() > deadline:
-            raise SystemExit("the peer did not come back")
-        time.sleep(0.05)
-
-
-def sum_when_settled(nodes: list[NodeProcess]) -> int:
-    deadline = time.monotonic() + 20
-    while True:
-        balances = [node.ask("balance") for node in nodes]
-        found = sum(balance["net"] for balance in balances)
-        quiet = not found and not any(balance["in_transit"] for balance in balances)
-        if quiet or time.monotonic() > deadline:
-            return int(found)
-        time.sleep(0.2)
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:

@@ -32,16 +32,29 @@ def village(folder: Path, count: int, *flags: str) -> Iterator[list[NodeProcess]
             node.kill()
 
 
-def cpu_seconds(nodes: list[NodeProcess]) -> float:
-    """User and system time of all daemons and their workers so far."""
-    total = 0.0
-    for node in nodes:
-        daemon = psutil.Process(node.pid)
-        for process in (daemon, *daemon.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):  # a worker may just have ended
-                times = process.cpu_times()
-                total += times.user + times.system
-    return total
+def wait_for_offers(buyer: NodeProcess, count: int) -> None:
+    """Returns once the buyer is linked with so many peers that offer something.
+
+    Raises:
+        SystemExit: not within 30 s.
+    """
+    deadline = time.monotonic() + 30
+    while sum(peer["connected"] and bool(peer["offers"]) for peer in buyer.ask("peers")) < count:
+        if time.monotonic() > deadline:
+            raise SystemExit("the members did not come")
+        time.sleep(0.05)
+
+
+def sum_when_settled(nodes: list[NodeProcess]) -> int:
+    """Of all balances, once nothing is in transit; what it is after 20 s if it never is."""
+    deadline = time.monotonic() + 20
+    while True:
+        balances = [node.ask("balance") for node in nodes]
+        found = sum(balance["net"] for balance in balances)
+        quiet = not found and not any(balance["in_transit"] for balance in balances)
+        if quiet or time.monotonic() > deadline:
+            return int(found)
+        time.sleep(0.2)
 
 
 def cpu_by_process(nodes: list[NodeProcess]) -> dict[str, float]:
@@ -53,5 +66,7 @@ def cpu_by_process(nodes: list[NodeProcess]) -> dict[str, float]:
 
 
 def _seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+    with contextlib.suppress(psutil.NoSuchProcess):  # a worker may just have ended
+        times = process.cpu_times()
+        return float(times.user + times.system)
+    return 0.0

@@ -34,14 +34,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from claims import Claims, main
+from yard import books_exact, known
 
 from aivillage.models.inference import catalogue, tokenizer
-from aivillage.models.inference.engine_torch import TorchEngine, shared_engine
+from aivillage.models.inference.engine_torch import TorchEngine
 from aivillage.models.inference.generate import GenerateRequest
 from aivillage.models.inference.split import DRAFT_TOKENS_MAX, SplitAnswer
 from aivillage.models.inference.stages import OPERATION
 from aivillage.protocols import messages
-from tests.integration.daemons import Daemon, DaemonError, Yard, settled, wait_for
+from tests.integration.daemons import Daemon, DaemonError, Yard
 from tests.integration.split_chain import MODEL, Chain
 
 FLIGHT = 8
@@ -61,7 +62,7 @@ SPLIT_BAR, GAIN_BAR, RESUME_SECONDS, RESUME_GOAL = 0.9, 1.8, 2.0, 0.5
 
 
 def measure(claims: Claims, args: argparse.Namespace) -> None:
-    engine = shared_engine(catalogue.DEFAULT)
+    engine = TorchEngine(catalogue.known(catalogue.DEFAULT))
     chains = [Chain(parts) for parts in ((2,) if args.quick else (2, 3, 5))]
     same(claims, engine, chains, 8 if args.quick else 50)
     guessing(claims, chains[0], quick=args.quick)
@@ -73,7 +74,7 @@ def measure(claims: Claims, args: argparse.Namespace) -> None:
         yard.environment["AIVILLAGE_OFFER_SECONDS"] = "2"
         nodes = yard.village("buyer", "one", "two", "three")
         buyer, *stages = nodes
-        known(buyer, stages)
+        known(buyer, stages, OPERATION)
         answer(buyer)  # layers are loaded
         wanted = [answer(buyer) for _ in range(1 if args.quick else 3)]
         rounds = rounds_of(wanted[0].token_ids)
@@ -247,7 +248,7 @@ def killed(seed: int, buyer: Daemon, stages: list[Daemon]) -> Answered:
             stand_in, layers = note_loaded(buyer, stages)[-1]
             was_warm = (stand_in.pid, layers) in loaded
             victim.restart()
-            known(buyer, stages)
+            known(buyer, stages, OPERATION)
             return Answered(frame.value["result"]["token_ids"], 0.0, resumed, was_warm)
     raise DaemonError("frames end with an answer or an error")
 
@@ -268,16 +269,6 @@ def latest(buyer: Daemon) -> str:
     return str(buyer.ask("jobs", limit=1)[0]["job"])
 
 
-def known(buyer: Daemon, stages: list[Daemon]) -> None:
-    def linked() -> bool:
-        found = {peer["peer"]: peer for peer in buyer.ask("peers")}
-        return all(s.peer in found and found[s.peer]["connected"] for s in stages)
-
-    wait_for(linked, 40, "the buyer is linked with every stage")
-    peers = {stage.peer for stage in stages}
-    wait_for(lambda: peers <= buyer.sellers_known(OPERATION), 40, "all offers came")
-
-
 def tell(claims: Claims, runs: list[Answered]) -> None:
     warm = sorted(run.resume_seconds for run in runs if run.was_warm)
     cold = [run.resume_seconds for run in runs if not run.was_warm]
@@ -290,15 +281,6 @@ def tell(claims: Claims, runs: list[Answered]) -> None:
         claims.add("stage_resume_s_p95", p95, at_most=RESUME_SECONDS)
     if cold:
         claims.add("cold_resume_s", statistics.median(cold))
-
-
-def books_exact(nodes: list[Daemon]) -> int:
-    try:
-        settled(nodes, 30)
-    except DaemonError as wrong:
-        print(wrong, file=sys.stderr)
-        return 0
-    return 1
 
 
 if __name__ == "__main__":
