@@ -7,7 +7,6 @@ checked in full, beside what is there, before anything of it is replaced.
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import tempfile
 import time
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.ledger import books, queries, reader
 from aivillage.ledger import restore as restored_book
+from aivillage.models.durable import sync_folder
 from aivillage.node import archive, identity, lock
 from aivillage.node.archive import Manifest
 from aivillage.node.jobs import SCHEMA_VERSION
@@ -76,7 +76,7 @@ def backup(where: Paths, target: Path, *, force: bool = False) -> Manifest:
             draft = Path(folder) / "draft.tar"
             manifest = _written(where.data_dir, Path(folder), draft, peer)
             draft.replace(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
     except OSError as error:
         raise archive.unwritten(error, f"{target} cannot be written") from None
     return manifest
@@ -284,7 +284,7 @@ def _swap(data_dir: Path, staged: Path) -> Path | None:
             path.rename(target)
             done.append((path, target))
         for folder in (aside, data_dir):
-            _sync_folder(folder)
+            sync_folder(folder)
     except BaseException:
         for path, target in reversed(done):
             target.rename(path)
@@ -307,11 +307,3 @@ def _is_ours(path: Path) -> bool:
         name = name.removesuffix(suffix)
     is_member = archive.MEMBERS.fullmatch(name) is not None
     return path.is_file() and (is_member or name == identity.NEXT_FILE)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

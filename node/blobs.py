@@ -21,6 +21,7 @@ from typing import BinaryIO, Final
 
 import msgspec
 
+from aivillage.models.durable import sync_folder
 from aivillage.node.blob_room import (
     DRAFT_PREFIX,
     FETCH_PREFIX,
@@ -104,8 +105,8 @@ class Blobs:
             path.parent.mkdir(exist_ok=True, mode=0o700)
             self._keep_hashes(path, manifest.hashes)
             draft.replace(path)
-            _sync_folder(path.parent)
-            _sync_folder(self.folder)
+            sync_folder(path.parent)
+            sync_folder(self.folder)
         return path
 
     def room(self) -> Room:
@@ -167,7 +168,7 @@ class Blobs:
                 beside(path, PIN_SUFFIX).touch(mode=0o600)
             else:
                 beside(path, PIN_SUFFIX).unlink(missing_ok=True)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def all(self) -> list[BlobInfo]:
         """Every blob, the newest first."""
@@ -224,7 +225,7 @@ class Blobs:
             )
         with self.typed():
             forget(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def _remove_begun(self, path: Path) -> None:
         with locked_alone(path) as is_ours:
@@ -390,12 +391,3 @@ def open_blobs(folder: Path, settings: Settings) -> Blobs:
 def hash_of(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is durable once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

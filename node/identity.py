@@ -9,6 +9,7 @@ from typing import Final
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from aivillage.models.durable import sync_folder, write_private
 from aivillage.protocols.errors import ConfigError
 from aivillage.protocols.types import PeerId, peer_id
 
@@ -57,11 +58,7 @@ def _write_whole(path: Path, pem: bytes) -> None:
     draft = path.with_suffix(".new")
     draft.unlink(missing_ok=True)  # of a start that was killed
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
+        write_private(draft, pem)
         os.link(draft, path)  # refuses to replace a key, unlike a rename
     finally:
         draft.unlink(missing_ok=True)
@@ -81,11 +78,7 @@ def replace(data_dir: Path, former: PeerId) -> None:
     if not kept.exists():
         os.link(path, kept)
     (data_dir / NEXT_FILE).replace(path)
-    descriptor = os.open(data_dir, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the folder's own entries: a power cut must not undo the rename
-    finally:
-        os.close(descriptor)
+    sync_folder(data_dir)
 
 
 def load(data_dir: Path, name: str = KEY_FILE) -> Ed25519PrivateKey:

@@ -14,6 +14,7 @@ import secrets
 from pathlib import Path
 from typing import Final
 
+from aivillage.models.durable import sync_folder, write_private
 from aivillage.protocols.errors import ConfigError, RequestError
 
 KEY_FILE: Final = "village.key"
@@ -92,17 +93,18 @@ def store(data_dir: Path, key: bytes | None) -> None:
         former = path.read_bytes() if path.exists() else None
         if former == (to_text(key).encode() if key else None):
             return
-        if former is not None:
-            kept = hashlib.sha256(former).hexdigest()[:8]
-            path.replace(data_dir / f"village-{kept}.old")
         if key is not None:
             draft.unlink(missing_ok=True)  # of a command that was killed
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w", encoding="ascii") as file:
-                file.write(to_text(key))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
+            write_private(draft, to_text(key).encode("ascii"))
+        if former is not None:
+            kept = data_dir / f"village-{hashlib.sha256(former).hexdigest()[:8]}.old"
+            kept.unlink(missing_ok=True)
+            os.link(path, kept)
+        if key is not None:
+            draft.replace(path)  # at no moment is there none: a node without one is open
+        else:
+            path.unlink()
+        sync_folder(data_dir)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written: {error.strerror}",

@@ -17,6 +17,7 @@ from typing import BinaryIO, Final
 
 import msgspec
 
+from aivillage.models.durable import sync_folder
 from aivillage.models.inference import catalogue
 from aivillage.models.library import inspection
 from aivillage.models.library import manifest as manifests
@@ -221,8 +222,8 @@ class Pull:
             os.fsync(file.fileno())
         place = self._library.folder / self.name
         self.draft.rename(place)
-        _sync_folder(place)
-        _sync_folder(self._library.folder)
+        sync_folder(place)
+        sync_folder(self._library.folder)
         shutil.rmtree(place / ".wheel", ignore_errors=True)
         for name in (".lock", ".source", ".identity"):
             (place / name).unlink(missing_ok=True)
@@ -248,12 +249,3 @@ def _full(folder: Path) -> NodeError:
         code="DISK_FULL",
         next_step="free some disk space; pull again, and it goes on",
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is durable once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import nacl.secret
 import pytest
 
@@ -67,6 +69,22 @@ def test_the_key_is_kept_for_the_owner_alone_and_a_former_one_beside_it(tmp_path
     assert village_key.load(tmp_path) is None
     kept = {file.read_text() for file in tmp_path.glob("village-????????.old")}
     assert kept == {village_key.to_text(KEY), village_key.to_text(KEY[::-1])}
+
+
+def test_a_change_of_keys_that_is_cut_off_leaves_the_former_one(tmp_path, monkeypatch):
+    """Without a key in its folder a node would start open."""
+
+    def cut_off(*_args):
+        raise OSError(28, "No space left on device")
+
+    village_key.store(tmp_path, KEY)
+    monkeypatch.setattr(pathlib.Path, "replace", cut_off)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        village_key.store(tmp_path, KEY[::-1])
+    assert village_key.load(tmp_path) == KEY
+    monkeypatch.undo()
+    village_key.store(tmp_path, KEY[::-1])
+    assert village_key.load(tmp_path) == KEY[::-1]
 
 
 def test_a_key_that_others_can_read_or_that_is_none_stops_the_node(tmp_path):
