@@ -189,16 +189,29 @@ class EngineClient:
             raise JobError("an engine's worker floods its sessions") from None
 
 
-async def load_engine(worker: WorkerProcess, load: say.Load) -> EngineClient:
-    """Loads a model, or a part of one, in `worker`, which the caller started and stops on error.
+async def load_engine(nursery: trio.Nursery, worker: WorkerProcess, load: say.Load) -> EngineClient:
+    """Loads a model, or a part of one, in `worker`, and tells its sessions apart in `nursery`.
+
+    Where that fails, the worker is stopped.
 
     Raises:
         AivillageError: the model is unknown, not on this machine, or damaged.
     """
+    try:
+        client = EngineClient(worker, await _loaded(worker, load), load.slots)
+    except BaseException:
+        await worker.stop()
+        raise
+    nursery.start_soon(client.dispatch)
+    return client
+
+
+async def _loaded(worker: WorkerProcess, load: say.Load) -> say.Loaded:
+    """Raises: AivillageError: it cannot be loaded."""
     worker.send(load)
     reply = await worker.next()
     if isinstance(reply, say.Failed):
         raise from_code(reply.code, reply.message, reply.next_step)
     if not isinstance(reply, say.Loaded):
         raise JobError(f"a loading worker said {type(reply).__name__}")
-    return EngineClient(worker, reply, load.slots)
+    return reply

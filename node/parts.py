@@ -82,7 +82,7 @@ class Parts:
                 self._loaded.pop(load, None)
                 if load.part == "stage":
                     await self._make_room()
-                client = await self._load(load)
+                client = await load_engine(self._nursery, await self._start(), load)
                 self._loaded[load] = client
         return client
 
@@ -100,13 +100,3 @@ class Parts:
             raise RefusedError(f"{STAGES_MAX} stages are at work here", next_step="try again")
         oldest = max(idle, key=lambda load: self._loaded[load].idle_seconds())
         await self._loaded.pop(oldest).put_away()
-
-    async def _load(self, load: say.Load) -> EngineClient:
-        worker = await self._start()
-        try:
-            client = await load_engine(worker, load)
-        except BaseException:
-            await worker.stop()
-            raise
-        self._nursery.start_soon(client.dispatch)
-        return client

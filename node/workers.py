@@ -325,18 +325,12 @@ class Workers:
 
     async def _load(self, model: str) -> EngineClient:
         worker = await self._start()
+        load = say.Load(model=model, slots=self._slots, engine=self._settings.engine)
         try:
-            load = say.Load(model=model, slots=self._slots, engine=self._settings.engine)
-            client = await load_engine(worker, load)
+            return await load_engine(self._nursery, worker, load)
         except (ConfigError, RequestError) as error:  # it will not load the next time either
             self.shelf.spoil(model, error)
-            await worker.stop()
             raise
-        except BaseException:
-            await worker.stop()
-            raise
-        self._nursery.start_soon(client.dispatch)
-        return client
 
     async def _start(self) -> WorkerProcess:
         worker = await start_worker(self._nursery, self._settings.limits, self._scratch_folder)

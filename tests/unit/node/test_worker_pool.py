@@ -64,7 +64,7 @@ async def test_a_node_with_many_slots_loads_an_engine_with_those_it_can_have(
 ):
     asked = []
 
-    async def load(_worker, wanted):
+    async def load(_nursery, _worker, wanted):
         asked.append(wanted.slots)
         raise KeyError
 
@@ -96,7 +96,7 @@ class Loaded:
 
 
 async def test_as_many_stages_are_loaded_as_the_limit_and_the_longest_idle_makes_room(monkeypatch):
-    async def load(_worker, _wanted):
+    async def load(_nursery, _worker, _wanted):
         return Loaded()
 
     monkeypatch.setattr(parts, "load_engine", load)
