@@ -46,7 +46,7 @@ class Neighbour(Protocol):
 
     @property
     def peer(self) -> PeerId: ...
-    def send(self, message: Frame) -> None: ...
+    def send(self, message: Frame, *, may_ride: bool = False) -> None: ...
 
 
 class Gossiper:
@@ -172,13 +172,13 @@ def _name(gossip: Gossip) -> bytes:
     return hashlib.sha256(gossip.topic.encode() + b"\0" + gossip.envelope).digest()[:16]
 
 
-def send_or_drop(neighbour: Neighbour, message: Frame) -> bool:
+def send_or_drop(neighbour: Neighbour, message: Frame, *, may_ride: bool = False) -> bool:
     """Sends to a neighbour that may just have gone, or take no frames of this size.
 
     Its link reports a loss itself; what a neighbour does not take, it does without.
     """
     try:
-        neighbour.send(message)
+        neighbour.send(message, may_ride=may_ride)
     except (PeerError, RequestError):
         return False
     return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import time
 from collections.abc import Awaitable, Callable
@@ -116,8 +115,7 @@ class Seller:
             self._refuse(link, call.id, error)
             return
         self._sales[link, call.id] = sale
-        with contextlib.suppress(PeerError, RequestError):  # it may just have gone
-            link.send(messages.Accepted(id=call.id), may_ride=True)
+        send_or_drop(link, messages.Accepted(id=call.id), may_ride=True)
         self._nursery.start_soon(self._serve, sale)
 
     def on_cancel(self, link: Link, call_id: int) -> None:

@@ -28,7 +28,7 @@ class Neighbour:
         self.heard = []
         self.error = error
 
-    def send(self, message):
+    def send(self, message, *, may_ride=False):
         if self.error:
             raise self.error
         self.heard.append(message)

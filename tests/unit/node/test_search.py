@@ -21,7 +21,7 @@ class Neighbour:
         self.peer = make_peer(number)
         self.heard = []
 
-    def send(self, message):
+    def send(self, message, *, may_ride=False):
         self.heard.append(message)
 
 

@@ -100,7 +100,7 @@ class Wire:
     def __init__(self, error=None):
         self.peer, self.frames, self.error = make_peer(1), [], error
 
-    def send(self, frame):
+    def send(self, frame, *, may_ride=False):
         if self.error:
             raise self.error
         self.frames.append(frame)
