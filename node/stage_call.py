@@ -220,14 +220,14 @@ class StageCall:
                 await trade.book.abandon(self.seller, self.attempt)
             else:
                 await trade.book.settle(self.seller, self.attempt, self.amount, self._out_hash)
-            trade.jobs.name_kernel(self.attempt, self.kernel)
-            trade.jobs.end_attempt(self.attempt, self.amount, outcome)
-            if outcome == "done" or outcome in BLAMED:
-                self._rate(good=outcome == "done")
-        except AivillageError as error:
+        except AivillageError as error:  # nothing is lost: SYNC claims it
             trade.events.emit(
                 "settle_failed", level=40, job=self._job, peer=self.seller, reason=str(error)
             )
+        trade.jobs.name_kernel(self.attempt, self.kernel)
+        trade.jobs.end_attempt(self.attempt, self.amount, outcome)
+        if outcome == "done" or outcome in BLAMED:
+            self._rate(good=outcome == "done")
 
     def _rate(self, *, good: bool) -> None:
         record = self._trade.discovery.record_of(self.seller)
