@@ -242,7 +242,7 @@ def certificate(founder: Node, guest: PeerId) -> bytes:
     return village.redeem(founder.key, token, guest, now)[1]
 
 
-async def until(condition: Callable[[], object], seconds: float = 8.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
     with trio.fail_after(seconds):
         while not condition():
             await trio.sleep(0.005)

@@ -118,6 +118,7 @@ async def test_a_generous_peer_does_not_make_us_generous(tmp_path):
     async with open_mesh(tmp_path) as mesh:
         buyer, seller = await mesh.add("buyer", serve=False), await mesh.add("seller")
         await mesh.knows(buyer, seller)
+        await until(lambda: buyer.ledger.view(seller.peer).received_line)  # else the truth is last
         standing = messages.Standing(line_micro_credits=10**12, exposure_micro_credits=10**12)
         seller.desk.links.get(buyer.peer).send(standing)
         await until(lambda: buyer.ledger.view(seller.peer).received_line == 10**12)
