@@ -33,6 +33,7 @@ import trio
 from claims import Claims, main
 
 from aivillage.node import exchange, villagers
+from aivillage.node.config import Settings
 from aivillage.node.market import SEEK_SECONDS
 from tests.simulation import large_village
 from tests.simulation.large_village import NEWS, RARE, Plan, Village
@@ -46,6 +47,10 @@ NARROW_VIEW, NARROW_NEIGHBOURS = 12, 4
 FLATNESS_BAR = 1.5
 DONE_BAR = 0.999
 LATECOMERS = 10
+LIARS, VICTIMS = 5, 45
+GREED_SECONDS = 60.0
+LENT_MICRO_CREDITS = 100
+"""Ten small jobs: at the default of 20,000 a liar would be busy for hours of virtual time."""
 PINGS = ("Ping", "Pong")
 
 
@@ -118,6 +123,31 @@ def grown(claims: Claims, prefix: str, sizes: dict[int, tuple[float, float]]) ->
     return villages
 
 
+async def robbed(claims: Claims) -> None:
+    """One in ten takes work and never pays: what it gains, and what the others do meanwhile."""
+    settings = Settings(
+        heartbeat_seconds=60.0,
+        village_line_micro_credits=10**9,
+        village_exposure_micro_credits=LENT_MICRO_CREDITS,
+    )
+    async with trio.open_nursery() as nursery:
+        village = Village(Plan(size=LIARS + VICTIMS, liars=LIARS, settings=settings), nursery)
+        await village.settle()
+        await trio.sleep(20)
+        with trio.move_on_after(GREED_SECONDS):
+            async with trio.open_nursery() as life:
+                life.start_soon(village.demand, VICTIMS / 10, 0.0)
+                for liar in village.members[-LIARS:]:
+                    life.start_soon(village.greed, liar)
+        gains = list(village.gains())
+        claims.add("liar_gain", max(gain / most for gain, most in gains), at_most=1.0)
+        claims.add("liar_gain_micro_credits", sum(gain for gain, _ in gains) / LIARS)
+        claims.add("liar_gain_most_micro_credits", sum(most for _, most in gains) / LIARS)
+        claims.add("liar_jobs", village.stolen)
+        claims.add("robbed_jobs_done_fraction", village.done / (village.done + village.failed))
+        nursery.cancel_scope.cancel()
+
+
 def measure(claims: Claims, args: argparse.Namespace) -> None:
     with (
         mock.patch.object(exchange, "VIEW_MAX", NARROW_VIEW),
@@ -127,6 +157,7 @@ def measure(claims: Claims, args: argparse.Namespace) -> None:
     villages += grown(claims, "n", QUICK if args.quick else SIZES)
     for key in [key for key in claims.found if key.startswith(("nmessages", "nfind"))]:
         claims.found[key[1:]] = claims.found.pop(key)
+    large_village.run(lambda: robbed(claims))
     done, failed = sum(v.done for v in villages), sum(v.failed for v in villages)
     claims.add("jobs_done_fraction", done / (done + failed), at_least=DONE_BAR)
     claims.add("credits_sum", sum(abs(v.sum_of_balances()) for v in villages), at_most=0)

@@ -49,6 +49,7 @@ from aivillage.node.market import Choice, Market
 from aivillage.node.membership import VILLAGE_SETTING
 from aivillage.node.pairs import Pairs
 from aivillage.node.pricelist import PriceList
+from aivillage.node.records import Work
 from aivillage.node.seller import Seller
 from aivillage.node.switch import Switch
 from aivillage.node.trade import Attempts, Trade
@@ -59,6 +60,7 @@ from aivillage.protocols.codec import frame as framed
 from aivillage.protocols.codec import pack
 from aivillage.protocols.messages import VERSION_MINOR, Frame, OperationInfo, Submit
 from aivillage.protocols.types import PeerId
+from aivillage.protocols.vouchers import Voucher, decode
 from tests.conftest import make_key
 from tests.simulation.economy import Runner
 from tests.simulation.mesh import certificate
@@ -108,6 +110,8 @@ class Plan:
     """Between two arrivals."""
     churn_an_hour: float = 0.2
     down_seconds: float = 300.0
+    liars: int = 0
+    """The last so many: they buy what they can, and what they sign never leaves them."""
     settings: Settings = field(
         default_factory=lambda: Settings(heartbeat_seconds=60.0, village_line_micro_credits=10**9)
     )
@@ -124,6 +128,7 @@ class Member:
         self.address = f"/memory/{self.name}/p2p/{self.peer}"
         self.skills = (COMMON, RARE) if 0 < index <= home.plan.rare_sellers else (COMMON,)
         self.hollow: tuple[str, ...] = ()
+        self.lies = index >= home.plan.size - home.plan.liars
         self.sent: collections.Counter[str] = collections.Counter()
         self.sent_bytes = 0
         self.up = False
@@ -240,6 +245,8 @@ class Member:
                 self.sent[name] += 1
                 if name in NEWS:
                     self.sent_bytes += len(framed(message))
+                if self.lies and isinstance(message, messages.Ledger):
+                    message = without_vouchers(message)
                 real_send(message, may_ride=may_ride)
 
             link.send = send  # type: ignore[method-assign]
@@ -258,6 +265,11 @@ class Member:
         return running
 
 
+def without_vouchers(message: messages.Ledger) -> messages.Ledger:
+    kept = tuple(blob for blob in message.blobs if not isinstance(decode(blob)[1], Voucher))
+    return msgspec.structs.replace(message, blobs=kept)
+
+
 def books_in_memory(key: Any) -> apsw.Connection:
     """A fresh ledger.db."""
     db = apsw.Connection(":memory:")
@@ -274,7 +286,7 @@ class Village:
         self.rng = random.Random(f"{plan.seed}/life")
         self.network = LoopbackNetwork(plan.seed, latency_seconds=0.02, jitter_seconds=0.02)
         self.members: list[Member] = []
-        self.done = self.failed = self.nobody_could = self.left = 0
+        self.done = self.failed = self.nobody_could = self.left = self.stolen = 0
         self.errors: collections.Counter[str] = collections.Counter()
         self._nursery = nursery
         self._busy: collections.Counter[str] = collections.Counter()
@@ -338,6 +350,14 @@ class Village:
             able = [m for m in self.present() if operation not in m.skills or operation == COMMON]
             self._nursery.start_soon(self._job, self.rng.choice(able), operation)
 
+    async def greed(self, liar: Member) -> None:
+        """One job after the other, for as long as anybody does them."""
+        while True:
+            running = await liar.ask(COMMON)
+            self.stolen += running.error is None
+            if running.error is not None:
+                await trio.sleep(1)
+
     async def _job(self, member: Member, operation: str) -> None:
         self._busy[member.name] += 1
         running = await member.ask(operation)
@@ -387,7 +407,7 @@ class Village:
         with trio.move_on_after(GIVE_UP_SECONDS):
             while not buyer.discovery.candidates(operation):
                 news = buyer.discovery.next_news()
-                buyer.herald.advertise(operation)
+                buyer.herald.advertise(Work(operation))
                 with trio.move_on_after(AD_SECONDS):
                     await news.wait()
         found.append(trio.current_time() - began)
@@ -395,6 +415,16 @@ class Village:
     # ------------------------------------------------------------------ figures
     def sum_of_balances(self) -> int:
         return sum(p.balance for m in self.members for p in m.ledger.desk.pairs())
+
+    def gains(self) -> Iterator[tuple[int, float]]:
+        """For each liar and each honest node: what the one had of the other and did not pay, and
+        the most that docs/security.md allows, both in micro-credits."""
+        for liar in (m for m in self.members if m.lies):
+            for victim in (m for m in self.members if not m.lies):
+                view = victim.ledger.view(liar.peer)
+                most = view.exposure * (1 + 1 / 4) + view.paid / 16
+                if most:
+                    yield view.delivered + view.written_off, most
 
     def clear_counts(self) -> None:
         for member in self.members:

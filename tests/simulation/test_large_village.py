@@ -242,3 +242,28 @@ def test_a_stranger_is_told_of_nobody():
             assert answer.envelopes == ()
 
     large_village.run(life)
+
+
+def test_who_never_pays_gains_what_each_node_lends_and_no_more():
+    async def life():
+        settings = Settings(heartbeat_seconds=60.0, village_exposure_micro_credits=50)
+        async with settled(12, liars=1, settings=settings) as home:
+            await trio.sleep(10)
+            with trio.move_on_after(30):
+                await home.greed(home.members[-1])
+            gains = list(home.gains())
+            assert len(gains) == 11
+            assert all(gain <= most for gain, most in gains)
+            assert 5 <= home.stolen <= 55
+
+    large_village.run(life)
+
+
+def test_what_begins_to_be_sold_is_found_by_who_asked_for_it():
+    async def life():
+        async with settled(6) as home:
+            found = await home.find_cold(2)
+            assert len(found) == 2
+            assert max(found) < market.SEEK_SECONDS
+
+    large_village.run(life)
