@@ -22,6 +22,7 @@ from aivillage.node.market import Need
 from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit
 from aivillage.node.split_job import SplitJob
 from aivillage.node.stage_peers import explanation, plan_for
+from aivillage.node.stand_ins import StandIns
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
 from aivillage.node.trade import Say, Trade, Verify
 from aivillage.protocols import messages
@@ -62,6 +63,7 @@ class Buyer:
         self._starting = 0
         self.refusal: Callable[[], AivillageError | None] = lambda: None
         trade.market.running_at = self._running_at
+        self._stand_ins = StandIns(trade, nursery)
         self.on_ended: Callable[[Pursuit], None] = lambda _pursuit: None
         """A job on the mesh ended, and its owner heard of it."""
         self.verify: Verify | None = None
@@ -360,7 +362,7 @@ class Buyer:
         if isinstance(pursuit, Pursuit) and pursuit.here:
             await self._do_here(running, pursuit, pursuit.here)
         elif isinstance(pursuit, Pursuit) and pursuit.is_split:
-            running.pursuit = split = SplitJob(pursuit, self._trade)
+            running.pursuit = split = SplitJob(pursuit, self._trade, self._stand_ins)
             await split.run()
 
     async def _do_here(self, running: Running, pursuit: Pursuit, choice: Explanation) -> None:
