@@ -22,6 +22,7 @@ from aivillage.node.market import Need
 from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit
 from aivillage.node.split_job import SplitJob
 from aivillage.node.stage_peers import explanation, plan_for
+from aivillage.node.stand_by import StandBy
 from aivillage.node.stand_ins import StandIns
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
 from aivillage.node.trade import Say, Trade, Verify
@@ -93,6 +94,8 @@ class Buyer:
             pursuit = self._pursuit(row, say, order.sub_jobs if order else None)
             if submit.verify and isinstance(pursuit, Pursuit):
                 pursuit.verify = self.verify
+            if submit.stand_by and isinstance(pursuit, Pursuit):
+                pursuit.stand_by = StandBy(self._trade, self._nursery, say)
             return self._start(pursuit)
         finally:
             self._starting -= 1
@@ -172,6 +175,12 @@ class Buyer:
                 f"{submit.operation} is done by nodes, and checked as it comes",
                 next_step="leave out --local and --verify",
             )
+        has_other = registry.is_served_by_engine(submit.operation) and not submit.peer
+        if submit.stand_by and (submit.local or not has_other):
+            raise RequestError(
+                "only an answer of a model that any peer may give has another peer standing by",
+                next_step="leave out --stand-by, or --local and --peer",
+            )
         if registry.takes_inputs(submit.operation):
             raise RequestError(
                 f"{submit.operation} is a part of other jobs", next_step="submit inference.generate"
@@ -190,7 +199,7 @@ class Buyer:
             local=submit.local,
             parent=parent,
             prefer=self._preference(submit.prefer),
-            mesh=submit.mesh or submit.verify,
+            mesh=submit.mesh or submit.verify or submit.stand_by,
         )
 
     def _preference(self, said: str) -> str:
@@ -352,6 +361,8 @@ class Buyer:
             self._running.pop(row.id, None)
             running.ended.set()
             if isinstance(running.pursuit, Pursuit):
+                if running.pursuit.stand_by:
+                    running.pursuit.stand_by.stop()
                 self.on_ended(running.pursuit)
 
     async def _work(self, running: Running) -> None:
