@@ -46,7 +46,7 @@ async def test_a_stand_by_loads_for_nothing_and_goes_on(tmp_path):
         waiting = next(node for node in (second, third) if node.peer == ready["peer"])
         assert any("stands by" in note for note in said(notes))
         await until(lambda: not waiting.script.open_sessions)
-        assert buyer.ledger.owed_to(waiting.peer) == 0
+        assert (waiting.script.made, buyer.ledger.owed_to(waiting.peer)) == (0, 0)
         # The other one would be chosen now: the model is loaded where it was asked to be.
         other = next(node for node in (second, third) if node is not waiting)
         buyer.has_measured(other.peer, 1e6)
