@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import functools
+
+import msgspec
 import pytest
-import trio
 
 from aivillage.protocols.codec import pack
-from aivillage.protocols.errors import RefusedError, RequestError
+from aivillage.protocols.errors import RequestError
 from aivillage.protocols.messages import Call, Progress, Submit
 from tests.simulation.mesh import open_mesh, price_of, result_of, settled, until
 from tests.simulation.test_market import PROMPT, expected
 from tests.simulation.test_market_failures import buyer_has
 
 
-async def village(mesh, *sellers):
+async def village(mesh, count):
     buyer = await mesh.add("buyer", serve=False)
-    found = [await mesh.add(name) for name in sellers]
-    await mesh.knows(buyer, *found)
-    for rank, seller in enumerate(found):
-        buyer.has_measured(seller.peer, 1000.0 / (1 + rank))
-    return buyer, *found
+    sellers = [await mesh.add(f"seller{number}") for number in range(count)]
+    await mesh.knows(buyer, *sellers)
+    return buyer, sellers
 
 
-async def paused_with_stand_by(buyer, seller, notes):
-    """The job, its answer stopped at five tokens."""
-    seller.script.pause_at = 5
+async def paused_with_stand_by(buyer, sellers, notes):
+    """The job, its answer stopped at five tokens, at work the first of what comes back."""
+    for seller in sellers:
+        seller.script.pause_at = 5
     running = await buyer.submit(PROMPT, tokens=12, stand_by=True, mesh=True, say=notes.append)
-    with trio.fail_after(10):
-        await seller.script.paused.wait()
+    await until(lambda: any(seller.script.paused.is_set() for seller in sellers))
+    at_work = next(seller for seller in sellers if seller.script.paused.is_set())
+    for seller in sellers:
+        if seller is not at_work:
+            seller.script.pause_at = None
     await until(lambda: buyer_has(buyer, 5))
-    return running
+    return running, at_work, *(seller for seller in sellers if seller is not at_work)
+
+
+async def ready_of(buyer, nodes):
+    """Who stands by, and who does not."""
+    await until(lambda: buyer.events("stand_by_ready"))
+    (ready,) = buyer.events("stand_by_ready")
+    return sorted(nodes, key=lambda node: node.peer != ready["peer"])
 
 
 def said(notes):
@@ -39,16 +50,13 @@ def said(notes):
 async def test_a_stand_by_loads_for_nothing_and_goes_on(tmp_path):
     notes = []
     async with open_mesh(tmp_path) as mesh:
-        buyer, first, second, third = await village(mesh, "first", "second", "third")
-        running = await paused_with_stand_by(buyer, first, notes)
-        await until(lambda: buyer.events("stand_by_ready"))
-        (ready,) = buyer.events("stand_by_ready")
-        waiting = next(node for node in (second, third) if node.peer == ready["peer"])
+        buyer, sellers = await village(mesh, 3)
+        running, first, *others = await paused_with_stand_by(buyer, sellers, notes)
+        waiting, other = await ready_of(buyer, others)
         assert any("stands by" in note for note in said(notes))
         await until(lambda: not waiting.script.open_sessions)
         assert (waiting.script.made, buyer.ledger.owed_to(waiting.peer)) == (0, 0)
         # The other one would be chosen now: the model is loaded where it was asked to be.
-        other = next(node for node in (second, third) if node is not waiting)
         buyer.has_measured(other.peer, 1e6)
         await first.stop()
         await running.ended.wait()
@@ -59,14 +67,22 @@ async def test_a_stand_by_loads_for_nothing_and_goes_on(tmp_path):
 
 
 async def test_who_refuses_to_stand_by_is_passed_over(tmp_path):
+    spoiled = []
+
+    def spoils_one(frame):
+        if not spoiled and isinstance(frame, Call) and not frame.ceiling_micro_credits:
+            spoiled.append(frame)
+            return (msgspec.structs.replace(frame, quote_hash=bytes(32)),)  # that nobody gave
+        return (frame,)
+
     async with open_mesh(tmp_path) as mesh:
-        buyer, first, second, third = await village(mesh, "first", "second", "third")
-        second.script.load_failure = RefusedError("no memory", code="OWNER_LIMIT")
-        buyer.has_measured(second.peer, 900.0)
-        buyer.has_measured(third.peer, 1.0)
-        running = await paused_with_stand_by(buyer, first, [])
-        await until(lambda: buyer.events("stand_by_ready"))
-        assert {e["peer"] for e in buyer.events("stand_by_ready")} == {third.peer}
+        buyer, sellers = await village(mesh, 3)
+        buyer.tamper = spoils_one
+        running, first, *others = await paused_with_stand_by(buyer, sellers, [])
+        waiting, other = await ready_of(buyer, others)
+        (refused,) = buyer.events("stand_by_refused")
+        assert (refused["peer"], len(spoiled)) == (other.peer, 1)
+        assert not other.script.made + waiting.script.made
         first.script.go.set()
         await running.ended.wait()
         assert result_of(running) == expected(PROMPT, 12)
@@ -75,8 +91,8 @@ async def test_who_refuses_to_stand_by_is_passed_over(tmp_path):
 
 async def test_where_nobody_can_stand_by_the_answer_is_none_the_worse(tmp_path):
     async with open_mesh(tmp_path) as mesh:
-        buyer, first = await village(mesh, "first")
-        running = await paused_with_stand_by(buyer, first, [])
+        buyer, sellers = await village(mesh, 1)
+        running, first = await paused_with_stand_by(buyer, sellers, [])
         await until(lambda: buyer.events("stand_by_missing"))
         first.script.go.set()
         await running.ended.wait()
@@ -85,12 +101,9 @@ async def test_where_nobody_can_stand_by_the_answer_is_none_the_worse(tmp_path):
 
 async def test_a_stand_by_that_is_lost_first_is_replaced_by_the_market(tmp_path):
     async with open_mesh(tmp_path) as mesh:
-        buyer, first, second, third = await village(mesh, "first", "second", "third")
-        running = await paused_with_stand_by(buyer, first, [])
-        await until(lambda: buyer.events("stand_by_ready"))
-        (ready,) = buyer.events("stand_by_ready")
-        waiting = next(node for node in (second, third) if node.peer == ready["peer"])
-        other = next(node for node in (second, third) if node is not waiting)
+        buyer, sellers = await village(mesh, 3)
+        running, first, *others = await paused_with_stand_by(buyer, sellers, [])
+        waiting, other = await ready_of(buyer, others)
         await waiting.stop()
         await first.stop()
         await running.ended.wait()
@@ -100,16 +113,25 @@ async def test_a_stand_by_that_is_lost_first_is_replaced_by_the_market(tmp_path)
 
 async def test_nobody_is_sought_once_the_job_has_ended(tmp_path):
     async with open_mesh(tmp_path) as mesh:
-        buyer, first, second = await village(mesh, "first", "second")
-        # The stand-by says nothing at all: it would be waited for.
-        second.tamper = lambda frame: () if type(frame).__name__ != "QuoteReply" else (frame,)
-        running = await paused_with_stand_by(buyer, first, [])
+        buyer, sellers = await village(mesh, 2)
+        for seller in sellers:  # whoever stands by never says that it is ready
+            seller.tamper = functools.partial(mute_to_stand_by, seller)
+        running, first, second = await paused_with_stand_by(buyer, sellers, [])
+        await until(lambda: calls_at(second))
         first.script.go.set()
         await running.ended.wait()
-        calls = [frame for frame in second.heard if isinstance(frame, Call)]
         await until(lambda: not second.desk.seller.running())
-        assert len(calls) <= 1
+        assert len(calls_at(second)) == 1
         assert not buyer.events("stand_by_ready")
+
+
+def mute_to_stand_by(node, frame):
+    asked = {call.id for call in calls_at(node) if not call.ceiling_micro_credits}
+    return () if getattr(frame, "id", 0) in asked else (frame,)
+
+
+def calls_at(node):
+    return [frame for frame in node.heard if isinstance(frame, Call)]
 
 
 @pytest.mark.parametrize(
