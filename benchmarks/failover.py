@@ -41,6 +41,8 @@ TOKENS = 48
 PROMPT = "Explain in a few sentences why the sky is blue, and why the evening sky is red."
 OPERATION: Final = "inference.generate"
 REQUEST: dict[str, Any] = {"prompt": PROMPT, "max_tokens": TOKENS}
+LONG: dict[str, Any] = REQUEST | {"max_tokens": 160}
+"""The other one loads for several seconds of it."""
 RECOVER_SECONDS, GOAL_SECONDS = 2.0, 0.5
 SILENT_SECONDS = 6.0
 """2 s of quiet, 2 s for a sign of life, then as above."""
@@ -62,15 +64,22 @@ def measure(claims: Claims, args: argparse.Namespace) -> None:
         warm(buyer, sellers)
         wanted = answer_of(buyer, sellers[0])
         runs = [warm_run(seed, buyer, sellers) for seed in range(3 if args.quick else 20)]
-        silent, cold = [], []
+        silent, cold, stood_by = [], [], []
         for seed in range(1 if args.quick else 3):
             silent.append(warm_run(seed, buyer, sellers, signal.SIGSTOP))
             cold.append(cold_run(silent[-1].victim, buyer, sellers))
+        if not args.quick:
+            stood_by = [stand_by_run(buyer, sellers) for _ in range(3)]
         tell(claims, runs)
         silent_s = statistics.median(run.recover_seconds for run in silent)
         claims.add("silent_recover_s", silent_s, at_most=SILENT_SECONDS)
         claims.add("cold_recover_s", statistics.median(run.recover_seconds for run in cold))
         same = [is_same(run.answer, wanted) for run in (*runs, *silent, *cold)]
+        if stood_by:
+            stand_by_s = statistics.median(run.recover_seconds for run in stood_by)
+            claims.add("stand_by_recover_s", stand_by_s, at_most=RECOVER_SECONDS)
+            wanted = answer_of(buyer, sellers[0], LONG)
+            same += [is_same(run.answer, wanted) for run in stood_by]
         claims.add("identical_fraction", statistics.mean(same), at_least=1.0)
         claims.note("identical_said", sorted({run.answer["receipt"]["identical"] for run in runs}))
         claims.add("books_exact", books_exact(nodes), at_least=1)
@@ -110,23 +119,43 @@ def cold_run(cold: Daemon, buyer: Daemon, sellers: list[Daemon]) -> Lost:
     return run
 
 
+def stand_by_run(buyer: Daemon, sellers: list[Daemon]) -> Lost:
+    """A long answer begun where nobody has the model loaded, by a job with `--stand-by`."""
+    for seller in sellers:
+        seller.kill()
+        seller.restart()
+    known(buyer, sellers, OPERATION)
+    run = lost_at(2, buyer, sellers, signal.SIGKILL, request=LONG, stand_by=True)
+    back(run.victim, buyer, sellers)
+    return run
+
+
 def lost_at(
     text_count: int,
     buyer: Daemon,
     sellers: list[Daemon],
     how: signal.Signals,
     just_before: Callable[[], None] = lambda: None,
+    *,
+    request: dict[str, Any] = REQUEST,
+    stand_by: bool = False,
 ) -> Lost:
-    """One answer; its seller is lost when that many pieces of text have come."""
+    """One answer; its seller is lost when that many pieces of text have come.
+
+    With a stand-by, that many after it has said that it is ready.
+    """
     pieces, victim, lost, noticed, recovered = 0, sellers[0], 0.0, 0.0, 0.0
-    for frame in buyer.follow(OPERATION, **REQUEST):
+    waits = stand_by
+    for frame in buyer.follow(OPERATION, stand_by=stand_by, **request):
         if isinstance(frame, messages.Answer):
             if not recovered:
                 raise DaemonError(f"nobody went on: {frame.value['receipt']}")
             return Lost(frame.value, victim, noticed - lost, recovered - lost)
         if isinstance(frame, messages.Progress) and lost and "is gone" in frame.note:
             noticed = time.monotonic()
-        if isinstance(frame, messages.Text):
+        if isinstance(frame, messages.Progress) and "stands by" in frame.note:
+            waits = False
+        if isinstance(frame, messages.Text) and not waits:
             pieces += 1
             if noticed and not recovered:
                 recovered = time.monotonic()
@@ -159,9 +188,9 @@ def warm(buyer: Daemon, sellers: list[Daemon]) -> None:
         buyer.job_ended(job, 120)
 
 
-def answer_of(buyer: Daemon, seller: Daemon) -> dict[str, Any]:
+def answer_of(buyer: Daemon, seller: Daemon, request: dict[str, Any] = REQUEST) -> dict[str, Any]:
     """The undisturbed answer of one seller."""
-    for frame in buyer.follow(OPERATION, peer=seller.peer, **REQUEST):
+    for frame in buyer.follow(OPERATION, peer=seller.peer, **request):
         if isinstance(frame, messages.Answer):
             return dict(frame.value)
     raise DaemonError("frames end with an answer or an error")

@@ -59,6 +59,7 @@ def _wanted(args: argparse.Namespace, call: int, request: dict[str, Any]) -> mes
         follow=not args.detach,
         local=args.local,
         verify=args.verify,
+        stand_by=args.stand_by,
         mesh=args.mesh,
         prefer=args.prefer or "",
     )

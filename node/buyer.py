@@ -22,6 +22,8 @@ from aivillage.node.market import Need
 from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit
 from aivillage.node.split_job import SplitJob
 from aivillage.node.stage_peers import explanation, plan_for
+from aivillage.node.stand_by import StandBy
+from aivillage.node.stand_ins import StandIns
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
 from aivillage.node.trade import Say, Trade, Verify
 from aivillage.protocols import messages
@@ -62,6 +64,7 @@ class Buyer:
         self._starting = 0
         self.refusal: Callable[[], AivillageError | None] = lambda: None
         trade.market.running_at = self._running_at
+        self._stand_ins = StandIns(trade, nursery)
         self.on_ended: Callable[[Pursuit], None] = lambda _pursuit: None
         """A job on the mesh ended, and its owner heard of it."""
         self.verify: Verify | None = None
@@ -91,6 +94,8 @@ class Buyer:
             pursuit = self._pursuit(row, say, order.sub_jobs if order else None)
             if submit.verify and isinstance(pursuit, Pursuit):
                 pursuit.verify = self.verify
+            if submit.stand_by and isinstance(pursuit, Pursuit):
+                pursuit.stand_by = StandBy(self._trade, self._nursery, say)
             return self._start(pursuit)
         finally:
             self._starting -= 1
@@ -170,6 +175,12 @@ class Buyer:
                 f"{submit.operation} is done by nodes, and checked as it comes",
                 next_step="leave out --local and --verify",
             )
+        has_other = registry.is_served_by_engine(submit.operation) and not submit.peer
+        if submit.stand_by and (submit.local or not has_other):
+            raise RequestError(
+                "only an answer of a model that any peer may give has another peer standing by",
+                next_step="leave out --stand-by, or --local and --peer",
+            )
         if registry.takes_inputs(submit.operation):
             raise RequestError(
                 f"{submit.operation} is a part of other jobs", next_step="submit inference.generate"
@@ -188,7 +199,7 @@ class Buyer:
             local=submit.local,
             parent=parent,
             prefer=self._preference(submit.prefer),
-            mesh=submit.mesh or submit.verify,
+            mesh=submit.mesh or submit.verify or submit.stand_by,
         )
 
     def _preference(self, said: str) -> str:
@@ -350,6 +361,8 @@ class Buyer:
             self._running.pop(row.id, None)
             running.ended.set()
             if isinstance(running.pursuit, Pursuit):
+                if running.pursuit.stand_by:
+                    running.pursuit.stand_by.stop()
                 self.on_ended(running.pursuit)
 
     async def _work(self, running: Running) -> None:
@@ -360,7 +373,7 @@ class Buyer:
         if isinstance(pursuit, Pursuit) and pursuit.here:
             await self._do_here(running, pursuit, pursuit.here)
         elif isinstance(pursuit, Pursuit) and pursuit.is_split:
-            running.pursuit = split = SplitJob(pursuit, self._trade)
+            running.pursuit = split = SplitJob(pursuit, self._trade, self._stand_ins)
             await split.run()
 
     async def _do_here(self, running: Running, pursuit: Pursuit, choice: Explanation) -> None:

@@ -111,6 +111,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     worker_nice: Annotated[
         int, Meta(ge=0, le=19), _doc("how far workers step back behind other programs")
     ] = 10
+    stage_stand_by: Annotated[
+        bool, _doc("load layers ahead, unpaid and where there is room, for when a stage is lost")
+    ] = True
     blob_bytes_max: Annotated[int, Meta(ge=1), _doc("largest blob that is kept here")] = 4 << 30
     blob_store_bytes_max: Annotated[
         int, Meta(ge=1), _doc("all blobs together; the longest unused and unpinned ones make room")

@@ -237,6 +237,7 @@ def worker_settings(settings: Settings, library: Path | None = None) -> WorkerSe
         ray_address=settings.ray_address if settings.executor == "ray" else "",
         models_memory_bytes_max=settings.models_memory_mb << 20,
         engine=settings.engine,
+        stands_by=settings.stage_stand_by,
         limits=WorkerLimits(
             memory_bytes_max=settings.worker_memory_mb << 20,
             nice=settings.worker_nice,

@@ -22,6 +22,7 @@ from aivillage.node.market import Choice, Here, Need
 from aivillage.node.pricelist import listed_by
 from aivillage.node.records import work_of
 from aivillage.node.stage_peers import may_be_split
+from aivillage.node.stand_by import StandBy
 from aivillage.node.trade import DoubtfulError, Receipt, RejectedError, Say, Trade, Verify
 from aivillage.node.verifier import Share
 from aivillage.protocols import messages
@@ -69,6 +70,8 @@ class Pursuit:
         """Nobody has the whole model: peers that have layers of it do it together."""
         self.verify: Verify | None = None
         """Done before anybody gets the result, where its owner asked for that."""
+        self.stand_by: StandBy | None = None
+        """Has another seller load the model, where its owner asked for that."""
         self.checked = ""
         self.is_kept = False
         """Its result is stored: a restart has only to end it."""
@@ -179,6 +182,8 @@ class Pursuit:
         Raises:
             AivillageError: nobody does it.
         """
+        if self.stand_by and (ready := await self.stand_by.choice(need, self.excluded)):
+            return ready
         try:
             return await self._trade.market.choose(need, self.excluded)
         except AivillageError as error:
@@ -248,7 +253,7 @@ class Pursuit:
             book=self._trade.book,
             jobs=self._trade.jobs,
             say=self.say,
-            acknowledged=lambda: self.move("acknowledged"),
+            acknowledged=lambda: self._acknowledged(need, choice),
             is_other_there=lambda: self._trade.market.has_other(
                 need, {choice.link.peer, *self.excluded}
             ),
@@ -279,6 +284,11 @@ class Pursuit:
                 outcome = "late"
             with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
                 await self._leave(attempt, outcome)
+
+    def _acknowledged(self, need: Need, choice: Choice) -> None:
+        self.move("acknowledged")
+        if self.stand_by:
+            self.stand_by.prepare(need, choice.link.peer, self.excluded)
 
     def _overtook(self, attempt: Attempt) -> bool:
         """Whether the job's deadline passed while the seller took longer than it had said."""

@@ -74,7 +74,11 @@ class SessionSales:
         """
         request = unpack(StageRequest, sale.call.request)
         stages.model_of(request)
-        engine = await self._loaded(sale, functools.partial(self._workers.stage, request))
+        load = self._workers.stage_ahead if request.ahead else self._workers.stage
+        engine = await self._loaded(sale, functools.partial(load, request))
+        if request.ahead:  # nothing is computed, and nothing owed
+            self._finish_stage(sale, StageResult())
+            return
         layer_tokens = head_tokens = 0
         async with engine.open_session(sale.call.request) as session:
             while (body := await sale.inputs.next()) is not None:
@@ -91,10 +95,12 @@ class SessionSales:
                 await self._counter.deliver(sale, usage, {}, out_hash)
                 part = messages.Part(id=sale.call.id, seq=seq, body=output, hash8=out_hash[:8])
                 send_or_drop(sale.link, part)
-        result = StageResult(layer_tokens=layer_tokens, head_tokens=head_tokens)
+        self._finish_stage(sale, StageResult(layer_tokens=layer_tokens, head_tokens=head_tokens))
+
+    def _finish_stage(self, sale: Sale, result: StageResult) -> None:
         whole = pack(result)
         sale.fold(whole)
-        self._counter.finish(sale, whole, stages.units(layer_tokens, head_tokens))
+        self._counter.finish(sale, whole, stages.units(result.layer_tokens, result.head_tokens))
 
     async def _room_for(self, sale: Sale, usage: Usage) -> None:
         """Returns once so much in all could be delivered."""

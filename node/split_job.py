@@ -32,6 +32,7 @@ from aivillage.node.records import Work
 from aivillage.node.split_plan import Placed, Plan, plan, stand_in
 from aivillage.node.stage_call import StageCall
 from aivillage.node.stage_peers import explanation, stage_peers
+from aivillage.node.stand_ins import StandIns
 from aivillage.node.trade import Receipt, Say, Trade
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
@@ -50,7 +51,7 @@ DRAFT_ROWS_PER_TOKEN: Final = 8
 class SplitJob:
     """What a `Pursuit` is for a job that one peer does. `before` is the one that chose this."""
 
-    def __init__(self, before: Pursuit, trade: Trade) -> None:
+    def __init__(self, before: Pursuit, trade: Trade, stand_ins: StandIns) -> None:
         self.row: JobRow = before.row
         self.say: Say = before.say
         self.state: State = "new"
@@ -61,10 +62,12 @@ class SplitJob:
         self.resumed_seconds: list[Seconds] = []
         self.seconds_left = before.seconds_left
         self._trade = trade
+        self._stand_ins = stand_ins
         self._request = unpack(GenerateRequest, self.row.request)
         self._model = catalogue.known(self._request.model)
         self._spent_before = before.spent
         self._calls: list[StageCall] = []
+        self._hops: tuple[Hop, ...] = ()
         self._rows = 0
         self._prompt_tokens = 0
         self._usage: Usage = {}
@@ -86,6 +89,8 @@ class SplitJob:
             self._prompt_tokens = begun.prompt_tokens
             self._rows = self._prompt_tokens + DRAFT_ROWS_PER_TOKEN * self._request.max_tokens
             chain = await self._open()
+            self._hops = chain.hops
+            self._have_stand_ins()
             outcome = "stopped"
             try:
                 body = await self._answer(session, chain, begun)
@@ -117,9 +122,14 @@ class SplitJob:
         self.state = step(self.state, event)
 
     def _identical(self) -> str:
-        """Guaranteed where every stage promises it, in one kernel class but for its own layers."""
+        """Guaranteed where every stage promises it, in one kernel class but for its own layers.
+
+        Those names are of the same bits where two had the same layers: the lost and its stand-in.
+        """
         kernels = {(call.kernel[0].rpartition("/")[0], call.kernel[1]) for call in self._calls}
+        own = {(call.request.first, call.request.last): call.kernel[0] for call in self._calls}
         same = len(kernels) == 1 and {promise for _, promise in kernels} == {"guaranteed"}
+        same = same and {call.kernel[0] for call in self._calls} <= {*own.values()}
         return "guaranteed" if same else "best effort"
 
     # ------------------------------------------------------------------ opening
@@ -217,9 +227,10 @@ class SplitJob:
             raise error
         self._exclude(lost.peer, error)
         chain = [call.seller for call in self._calls if call.seller not in self.excluded]
+        ready = self._stand_ins.ready(self._request.model, lost, hop.call.kernel[0])
         while True:
             peers = stage_peers(self._trade, self._request.model, self.excluded)
-            found = stand_in(self._model, peers, lost, chain)
+            found = stand_in(self._model, peers, lost, chain, ready)
             placed = msgspec.structs.replace(lost, peer=found.peer)
             note = f"{lost.peer[-8:]} is lost; its layers go on at {found.peer[-8:]}"
             self.say(messages.Progress(id=0, done=0, note=note))
@@ -232,9 +243,15 @@ class SplitJob:
             self.resumed_seconds.append(time.monotonic() - begun)
             self._trade.events.emit(
                 "stage_replaced", job=self.row.id, peer=lost.peer, by=found.peer,
-                seconds=round(self.resumed_seconds[-1], 3),
+                seconds=round(self.resumed_seconds[-1], 3), was_ready=found.peer == ready,
             )  # fmt: skip
+            self._have_stand_ins()
             return call
+
+    def _have_stand_ins(self) -> None:
+        """Somebody stands by for each stage as it is now, from a moment on."""
+        chain = [(hop.placed, hop.call.kernel[0]) for hop in self._hops]
+        self._stand_ins.prepare(self._model, chain, self.excluded)
 
     def _exclude(self, peer: PeerId, error: AivillageError) -> None:
         self.excluded[peer] = error

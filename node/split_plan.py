@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
@@ -24,6 +25,8 @@ LOST_SECONDS: Final[Seconds] = 0.05
 PEERS_MAX: Final = 5
 """Looked at, the best first: all orders of them are 120, some 10 ms of the daemon's loop."""
 STAGES_MAX: Final = 5
+STAGES_A_PEER: Final = 2
+"""That one peer may have loaded: `parts.py`."""
 LAYERS_PER_SECOND_GUESS: Final = 300.0
 """Of a peer never measured, one token at a time: one slow core at our model."""
 RTT_SECONDS_GUESS: Final[Seconds] = 0.05
@@ -100,9 +103,15 @@ def plan(model: KnownModel, peers: Sequence[StagePeer]) -> Plan:
 
 
 def stand_in(
-    model: KnownModel, peers: Sequence[StagePeer], lost: Placed, chain: Sequence[PeerId]
+    model: KnownModel,
+    peers: Sequence[StagePeer],
+    lost: Placed,
+    chain: Sequence[PeerId],
+    ready: PeerId | None = None,
 ) -> StagePeer:
-    """Who computes the layers of a lost stage instead; one that has none of the chain, if any.
+    """Who computes the layers of a lost stage instead.
+
+    `ready`, which has them loaded; else one that has none of the chain, if any.
 
     Raises:
         RefusedError: NO_PEER.
@@ -117,7 +126,24 @@ def stand_in(
             next_step="submit it again",
         )
     layers = lost.last - lost.first
-    return min(able, key=lambda one: (one.peer in chain, one.failures, one.seconds(layers)))
+
+    def rank(one: StagePeer) -> tuple[bool, bool, float, Seconds]:
+        return one.peer != ready, one.peer in chain, one.failures, one.seconds(layers)
+
+    return min(able, key=rank)
+
+
+def stand_bys(
+    model: KnownModel, peers: Sequence[StagePeer], stage: Placed, busy: Counter[PeerId]
+) -> list[StagePeer]:
+    """Who could load the layers of `stage` ahead, the best first.
+
+    `busy`: the chain's peers, and those that stand by already, with how much they have: who has
+    less comes first, and who has two stages is full.
+    """
+    needed, layers = memory_bytes(model, stage.first, stage.last), stage.last - stage.first
+    able = [p for p in peers if p.memory_bytes >= needed and busy[p.peer] < STAGES_A_PEER]
+    return sorted(able, key=lambda one: (busy[one.peer], one.failures, one.seconds(layers)))
 
 
 def may_hold(model: KnownModel, peers: Sequence[StagePeer], count: int = STAGES_MAX) -> bool:
@@ -178,9 +204,10 @@ def _laid_out(
     where = ", ".join(f"{one.first}-{one.last - 1} at {one.peer[-8:]}" for one in placed)
     guessed = "" if all(peer.layers_per_second for peer in order) else " (never measured: guessed)"
     needed = memory_bytes(model, 0, model.layers) >> 20
+    must = "; split because it must be, not for speed" if len(placed) > 1 else ""
     why = (
         f"nobody offers {model.name} whole ({needed} MB); layers {where}: about "
         f"{1 / seconds:.1f} tokens/s expected{guessed}, {(seconds - away) * 1000:.0f} ms of work "
-        f"and {away * 1000:.0f} ms of travel a token; split because it must be, not for speed"
+        f"and {away * 1000:.0f} ms of travel a token{must}"
     )
     return Plan(stages=placed, tokens_per_second=1 / seconds, why=why)

@@ -70,6 +70,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     models_memory_bytes_max: int = 0
     """That loaded models share; 0: half of the machine's."""
     engine: str = DEFAULT_ENGINE
+    stands_by: bool = True
+    """Whether buyers may have layers loaded here before they need them."""
     limits: WorkerLimits = WorkerLimits()
 
     @property
@@ -300,6 +302,11 @@ class Workers:
         for name in names:
             log.info("model_put_away", extra={"model": name, "needed_for": model.name})
             await self._engines.pop(name).put_away()
+        await self._parts.make_way(self._memory_left() - model.memory_bytes)
+
+    def _memory_left(self) -> int:
+        """Of what loaded models share, in bytes, without what stages have."""
+        return self._budget_bytes - sum(model.memory_bytes for model in self.warm())
 
     def is_loaded(self, model: str) -> bool:
         """Whether an engine of that model is warm."""
@@ -318,6 +325,22 @@ class Workers:
             AivillageError: they could not be loaded.
         """
         return await self._parts.stage(request, self._slots)
+
+    async def stage_ahead(self, request: StageRequest) -> EngineClient:
+        """The same for whoever may need it later: only where memory is free, which it is lent.
+
+        Raises:
+            RefusedError: OWNER_LIMIT, the owner lets nobody have that, or as `stage`; BUSY, there
+                is no room beside what is loaded.
+            AivillageError: they could not be loaded.
+        """
+        if not self._settings.stands_by:
+            raise RefusedError(
+                "this node loads no layers ahead",
+                code="OWNER_LIMIT",
+                next_step="ask another peer; its owner sets stage_stand_by",
+            )
+        return await self._parts.ahead(request, self._slots, self._memory_left)
 
     async def driver(self, model: str) -> EngineClient:
         """The resident driver of split answers. Raises: AivillageError: it could not be loaded."""

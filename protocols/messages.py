@@ -369,6 +369,8 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     prefer: str = ""
     """fast, cheap or balanced; empty: as the settings say."""
     verify: bool = False
+    stand_by: bool = False
+    """Another peer is to have the model loaded, should the first one be lost."""
 
 
 class Text(Message, frozen=True, kw_only=True, tag="text"):

@@ -33,8 +33,13 @@ _LAYER_ROWS_PER_SECOND_GUESS: Final = 300.0
 Layer = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 
 
-class StageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Layers first..last-1. What follows `rows` says how the last layers' stage draws tokens."""
+class StageRequest(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """Layers first..last-1. What follows `rows` says how the last layers' stage draws tokens.
+
+    What is not said is not sent: who does not know `ahead` refuses it, and nothing else.
+    """
 
     first: Layer
     last: Layer
@@ -48,6 +53,9 @@ class StageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.0
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    ahead: Annotated[
+        bool, msgspec.Meta(description="Load the layers, for when a stage is lost, and no more.")
+    ] = False
 
     def __post_init__(self) -> None:
         if not self.first < self.last:

@@ -263,7 +263,13 @@ class Daemon:
         return str(next(f for f in frames if isinstance(f, messages.Answer)).value["job"])
 
     def follow(
-        self, operation: str, *, peer: str = "", follow: bool = True, **request: Any
+        self,
+        operation: str,
+        *,
+        peer: str = "",
+        follow: bool = True,
+        stand_by: bool = False,
+        **request: Any,
     ) -> Iterator[messages.Frame]:
         """Hands in a job and yields what comes; closing the iterator leaves the job running."""
         with self.client() as client:
@@ -275,6 +281,7 @@ class Daemon:
                     request=msgspec.msgpack.encode(request),
                     peer=peer or None,
                     follow=follow,
+                    stand_by=stand_by,
                 )
             )
             yield from client.frames(call)

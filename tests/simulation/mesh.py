@@ -158,6 +158,7 @@ class Node:
         deadline: float | None = None,
         peer: PeerId | None = None,
         mesh: bool = False,
+        stand_by: bool = False,
         say: Callable[[Frame], None] = lambda _frame: None,
         operation: str = "inference.generate",
         request: bytes | None = None,
@@ -171,6 +172,7 @@ class Node:
             deadline_seconds=deadline,
             peer=peer,
             mesh=mesh,
+            stand_by=stand_by,
         )
         return await self.desk.buyer.submit(submit, say)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 
 from aivillage.models.inference import catalogue, stages
@@ -18,6 +20,9 @@ from aivillage.models.inference.generate import GenerateRequest, GenerateResult,
 from aivillage.models.inference.split import Draws, Round, SplitAnswer
 from aivillage.models.inference.stages import StageInput, StageOutput, StageRequest
 from aivillage.models.inference.tokenizer import Prompt
+from aivillage.models.worker_messages import Load
+from aivillage.node.parts import Parts
+from aivillage.node.workers import WorkerSettings
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import JobError
 from aivillage.protocols.ports import EngineInfo, SessionFrame, Verdict
@@ -95,16 +100,29 @@ class Resident:
 
     def __init__(self, script: Script, info: EngineInfo, session: Any) -> None:
         self.info = info
+        self.dead = False
+        self.session_count = 0
         self._script = script
         self._session = session
 
     @asynccontextmanager
     async def open_session(self, request: bytes) -> AsyncIterator[Any]:
         self._script.open_sessions += 1
+        self.session_count += 1
         try:
             yield self._session(request)
         finally:
             self._script.open_sessions -= 1
+            self.session_count -= 1
+
+    def idle_seconds(self) -> float:
+        return 0.0
+
+    async def put_away(self) -> None:
+        self.dead = True
+        await trio.lowlevel.checkpoint()
+
+    stop = put_away
 
 
 class DriverSession:
@@ -127,21 +145,41 @@ class DriverSession:
         return SessionFrame(1, frame.token_ids, frame.text, frame.read_bytes, body=body)
 
 
+class ScriptedParts(Parts):
+    """The product's room for parts of models; what is loaded there has no process."""
+
+    script: Script
+
+    def loaded(self) -> set[tuple[int, int]]:
+        return {load.layers for load in self._alive()}
+
+    async def _load(self, load: Load) -> Any:
+        await trio.lowlevel.checkpoint()
+        if load.part == "driver":
+            return Resident(self.script, INFO, DriverSession)
+        first, last = load.layers
+        kernel = f"{self.script.kernel_class}/{first}-{last}{self.script.key}"
+        return Resident(
+            self.script,
+            msgspec.structs.replace(INFO, kernel_class=kernel),
+            lambda body: StageSession(self.script, unpack(StageRequest, body)),
+        )
+
+
 class StageWorkers(ScriptedWorkers):
     """Stages and drivers of split answers, and the check of them."""
 
-    async def stage(self, request: StageRequest) -> Any:
-        await trio.lowlevel.checkpoint()
-        kernel = f"scripted/1/{request.first}-{request.last}"
-        info = EngineInfo(**{f: getattr(INFO, f) for f in INFO.__struct_fields__}
-                          | {"kernel_class": kernel})  # fmt: skip
-        return Resident(
-            self.script, info, lambda body: StageSession(self.script, unpack(StageRequest, body))
-        )
-
-    async def driver(self, model: str) -> Any:
-        await trio.lowlevel.checkpoint()
-        return Resident(self.script, INFO, DriverSession)
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        folder: Path,
+        script: Script,
+        settings: WorkerSettings | None = None,
+    ) -> None:
+        super().__init__(nursery, folder, script, settings)
+        limit = self._settings.limits.memory_bytes_max
+        self._parts = self.parts = ScriptedParts(nursery, self._start, limit)
+        self.parts.script = script
 
     async def check(self, operation: str, request: bytes, result: bytes) -> Verdict:
         if operation != "inference.generate":

@@ -113,6 +113,103 @@ async def test_a_lost_stage_is_replaced_and_the_answer_is_the_same(tmp_path, at)
         assert event["peer"] == lost.peer
 
 
+def standing_by(buyer):
+    """Layers -> whoever has them ready."""
+    return {event["layers"]: event["peer"] for event in buyer.events("stand_in_ready")}
+
+
+def loaded(seller):
+    return seller.desk.seller._workers.parts.loaded()
+
+
+async def test_while_an_answer_is_computed_others_load_its_layers_and_are_paid_nothing(tmp_path):
+    async with lenders(tmp_path, count=4) as (_mesh, buyer, sellers):
+        running, paused = await begun(buyer, sellers, 2)
+        await until(lambda: len(standing_by(buyer)) == 2)
+        chain = {hop.placed.peer for hop in running.pursuit._hops}
+        ready = standing_by(buyer)
+        assert len({*ready.values()} | chain) == 4, "one stage each, outside of the chain"
+        by_peer = {seller.peer: seller for seller in sellers}
+        for layers, peer in ready.items():
+            first, last = map(int, layers.split("-"))
+            assert loaded(by_peer[peer]) == {(first, last + 1)}
+        await paused.stop()
+        assert result_of(await ended(running)) == expected(REQUEST)
+        (event,) = buyer.events("stage_replaced")
+        assert event["was_ready"]
+        assert event["by"] in ready.values()
+        assert running.pursuit.receipt().identical == "guaranteed"
+        idle = by_peer[({*ready.values()} - {event["by"]}).pop()]
+        assert buyer.ledger.view(idle.peer).owed_by_me == 0
+        await all_settled(buyer, [seller for seller in sellers if seller is not paused])
+
+
+async def test_one_peer_stands_by_for_two_stages_and_the_next_answer_asks_nobody(tmp_path):
+    async with lenders(tmp_path) as (_mesh, buyer, sellers):
+        running = await buyer.ask(PROMPT, tokens=TOKENS)
+        await until(lambda: len(standing_by(buyer)) == 2)
+        (idle,) = [s for s in sellers if buyer.ledger.view(s.peer).owed_by_me == 0]
+        assert {*standing_by(buyer).values()} == {idle.peer}
+        assert loaded(idle) == {(0, 15), (15, 30)}
+        running.pursuit._have_stand_ins()
+        await until(lambda: not buyer.desk.buyer._stand_ins._wanted)
+        assert len(buyer.events("stand_in_ready")) == 2
+
+
+async def test_who_computes_other_bits_does_not_stand_by_and_what_it_helps_with_is_not_guaranteed(
+    tmp_path,
+):
+    """Its kernel class is the same, but for what its layers gave when they were tried."""
+    async with lenders(tmp_path) as (_mesh, buyer, sellers):
+        running, paused = await begun(buyer, sellers, 0)
+        (idle,) = [
+            s for s in sellers if s.peer not in {h.placed.peer for h in running.pursuit._hops}
+        ]
+        await until(lambda: not buyer.desk.buyer._stand_ins._wanted)
+        buyer.desk.buyer._stand_ins._ready.clear()
+        for client in idle.desk.seller._workers.parts._loaded.values():
+            client.info = msgspec.structs.replace(
+                client.info, kernel_class=client.info.kernel_class + "-other"
+            )
+        running.pursuit._have_stand_ins()
+        await until(lambda: buyer.events("stand_in_refused"))
+        assert "other bits" in buyer.events("stand_in_refused")[0]["reason"]
+        await paused.stop()
+        await ended(running)
+        (event,) = buyer.events("stage_replaced")
+        assert (event["by"], event["was_ready"]) == (idle.peer, False)
+        assert running.pursuit.receipt().identical == "best effort"
+
+
+async def test_a_peer_whose_owner_forbids_it_is_not_asked_again_for_a_while(tmp_path):
+    async with lenders(tmp_path, count=2) as (mesh, buyer, sellers):
+        mean = await mesh.add("mean", workers=StageWorkers, stage_stand_by=False, **LENDS)
+        await mesh.knows(buyer, mean, operation=OPERATION)
+        buyer.desk.discovery.record_of(mean.peer).rate(good=False)  # so the others compute
+        for _ in range(2):
+            assert result_of(await buyer.ask(PROMPT, tokens=TOKENS)) == expected(REQUEST)
+            await until(lambda: not buyer.desk.buyer._stand_ins._wanted)
+        assert not loaded(mean)
+        assert all(loaded(seller) for seller in sellers)
+        (refusal,) = buyer.events("stand_in_refused")
+        assert refusal["peer"] == mean.peer
+        assert "ahead" in refusal["reason"]
+
+
+async def test_a_stand_in_that_was_restarted_is_asked_again(tmp_path):
+    async with lenders(tmp_path) as (mesh, buyer, sellers):
+        running = await buyer.ask(PROMPT, tokens=TOKENS)
+        await until(lambda: len(standing_by(buyer)) == 2)
+        (idle,) = [s for s in sellers if s.peer in standing_by(buyer).values()]
+        await idle.stop()
+        await mesh.start(idle)
+        await mesh.knows(buyer, idle, operation=OPERATION)
+        assert not loaded(idle)
+        running.pursuit._have_stand_ins()
+        await until(lambda: not buyer.desk.buyer._stand_ins._wanted)
+        assert loaded(idle) == {(0, 15), (15, 30)}
+
+
 async def test_a_stage_that_fails_is_replaced_too(tmp_path):
     async with lenders(tmp_path) as (_mesh, buyer, sellers):
         for seller in sellers[:2]:

@@ -1,16 +1,29 @@
 """Who computes which layers: the fewest hops, within every memory, and no promise of speed."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aivillage.models.inference import catalogue
 from aivillage.models.inference.stages import memory_bytes
-from aivillage.node.split_plan import Placed, StagePeer, layers_held, may_hold, plan, stand_in
+from aivillage.node import parts
+from aivillage.node.split_plan import (
+    STAGES_A_PEER,
+    Placed,
+    StagePeer,
+    layers_held,
+    may_hold,
+    plan,
+    stand_bys,
+    stand_in,
+)
 from aivillage.protocols.errors import RefusedError
 
 MODEL = catalogue.known(catalogue.DEFAULT)
 MB = 1 << 20
+assert STAGES_A_PEER == parts.STAGES_MAX
 
 
 def peer(name, megabytes=800, speed=300.0, rtt=0.01, **fields):
@@ -111,3 +124,48 @@ def test_a_stand_in_is_outside_of_the_chain_where_there_is_one():
     assert stand_in(MODEL, others[:1], lost, ["b"]).peer == "b"
     with pytest.raises(RefusedError, match="nobody"):
         stand_in(MODEL, others[2:], lost, ["b"])
+
+
+def test_who_has_the_layers_loaded_stands_in_before_who_is_nearer():
+    lost = Placed(peer="a", first=0, last=15)
+    others = [peer("near", rtt=0.001), peer("ready", rtt=0.2), peer("tiny", 500)]
+    assert stand_in(MODEL, others, lost, []).peer == "near"
+    assert stand_in(MODEL, others, lost, [], "ready").peer == "ready"
+    assert stand_in(MODEL, others, lost, [], "gone").peer == "near"
+    assert stand_in(MODEL, others, lost, [], "tiny").peer == "near"
+
+
+def test_stand_bys_are_outside_of_the_chain_with_room_and_whoever_has_less_comes_first():
+    stage = Placed(peer="a", first=0, last=15)
+    peers = [peer("a"), peer("b"), peer("c", rtt=0.001), peer("d", rtt=0.2), peer("tiny", 500)]
+    chain = Counter(a=STAGES_A_PEER, b=STAGES_A_PEER)
+
+    def found(**busy):
+        return [one.peer for one in stand_bys(MODEL, peers, stage, chain + Counter(busy))]
+
+    assert found() == ["c", "d"]
+    assert found(c=STAGES_A_PEER - 1) == ["d", "c"]
+    assert found(c=STAGES_A_PEER) == ["d"]
+
+
+@given(
+    st.lists(
+        st.builds(peer, st.uuids().map(str), st.integers(600, 1000), st.floats(30, 1000)),
+        min_size=2,
+        max_size=4,
+    ),
+    st.floats(30, 1000),
+)
+def test_a_split_is_never_said_to_be_faster_than_the_whole_at_its_fastest_peer(peers, speed):
+    """And where one peer holds the model, it is not split, however slow that peer is."""
+    try:
+        found = plan(MODEL, peers)
+    except RefusedError:
+        return
+    assert len(found.stages) > 1
+    fastest = max(peers, key=lambda one: one.speed)
+    whole = plan(MODEL, [peer(fastest.peer, 4000, fastest.speed)])
+    assert found.tokens_per_second <= whole.tokens_per_second * (1 + 1e-9)
+    alone = plan(MODEL, [*peers, peer("whole", 4000, speed)])
+    assert [one.peer for one in alone.stages] == ["whole"]
+    assert "split" not in alone.why

@@ -11,6 +11,7 @@ from aivillage.models.inference.stages import StageRequest, memory_bytes
 from aivillage.node import parts
 from aivillage.node import workers as node_workers
 from aivillage.node.module_runs import WorkerPool
+from aivillage.node.warmth import Warm
 from aivillage.node.workers import Workers, WorkerSettings
 from aivillage.protocols.errors import RefusedError
 
@@ -113,6 +114,110 @@ async def test_as_many_stages_are_loaded_as_the_limit_and_the_longest_idle_makes
         first.session_count, second.session_count, second.idle = 0, 0, 1.0
         await found.stage(StageRequest(first=0, last=3), 8)
         assert (first.dead, second.dead) == (False, True)
+
+
+MODEL = catalogue.MODELS[DEFAULT]
+MUCH = 1 << 40
+
+
+@pytest.fixture
+async def lent(monkeypatch):
+    """Room for parts, where loading takes no process and no time."""
+    asked = []
+
+    async def load(_nursery, _worker, wanted):
+        asked.append(wanted.layers)
+        return Loaded()
+
+    monkeypatch.setattr(parts, "load_engine", load)
+    async with trio.open_nursery() as nursery:
+        found = parts.Parts(nursery, started, 4 << 30)
+        found.asked = asked
+        yield found
+
+
+def layers(first, last):
+    return StageRequest(first=first, last=last, rows=1, ahead=True)
+
+
+async def test_layers_loaded_ahead_are_those_that_a_stage_then_has(lent):
+    ahead = await lent.ahead(layers(0, 9), 8, lambda: MUCH)
+    assert await lent.ahead(layers(0, 9), 8, lambda: MUCH) is ahead
+    assert await lent.stage(StageRequest(first=0, last=9), 8) is ahead
+    assert await lent.stage(StageRequest(first=9, last=10), 8) is not ahead
+    assert lent.asked == [(0, 9), (9, 10)]
+
+
+async def test_layers_are_loaded_ahead_within_the_memory_that_is_left_and_not_a_byte_more(lent):
+    one, other = memory_bytes(MODEL, 0, 9), memory_bytes(MODEL, 9, 10)
+    with pytest.raises(RefusedError, match="no room"):
+        await lent.ahead(layers(0, 9), 8, lambda: one - 1)
+    await lent.ahead(layers(0, 9), 8, lambda: one)
+    with pytest.raises(RefusedError, match="no room"):
+        await lent.ahead(layers(9, 10), 8, lambda: one + other - 1)
+    await lent.ahead(layers(9, 10), 8, lambda: one + other)
+    assert lent.asked == [(0, 9), (9, 10)]
+
+
+async def test_what_was_used_makes_no_room_for_what_may_never_be(lent):
+    used = await lent.stage(StageRequest(first=0, last=9), 8)
+    used.idle = 500.0
+    ahead = await lent.ahead(layers(9, 10), 8, lambda: MUCH)
+    with pytest.raises(RefusedError, match="no room"):
+        await lent.ahead(layers(9, 11), 8, lambda: MUCH)
+    await lent.stage(StageRequest(first=9, last=12), 8)
+    assert (used.dead, ahead.dead) == (False, True), "what was only loaded ahead goes first"
+
+
+async def test_what_was_loaded_ahead_makes_room_for_another_only_after_its_time(
+    lent, autojump_clock
+):
+    first = await lent.ahead(layers(0, 9), 8, lambda: MUCH)
+    second = await lent.ahead(layers(9, 10), 8, lambda: MUCH)
+    await trio.sleep(parts.AHEAD_SECONDS_MIN - 0.001)
+    with pytest.raises(RefusedError, match="no room"):
+        await lent.ahead(layers(9, 11), 8, lambda: MUCH)
+    first.session_count = 1
+    await trio.sleep(0.001)
+    await lent.ahead(layers(9, 11), 8, lambda: MUCH)
+    assert (first.dead, second.dead) == (False, True)
+
+
+async def test_what_was_loaded_ahead_makes_way_for_a_model_and_what_is_used_does_not(lent):
+    used = await lent.stage(StageRequest(first=0, last=9), 8)
+    ahead = await lent.ahead(layers(9, 10), 8, lambda: MUCH)
+    both = memory_bytes(MODEL, 0, 9) + memory_bytes(MODEL, 9, 10)
+    await lent.make_way(both)
+    assert not ahead.dead
+    await lent.make_way(both - 1)
+    assert (used.dead, ahead.dead) == (False, True)
+    await lent.make_way(0)
+    assert not used.dead
+
+
+async def test_an_owner_may_forbid_that_layers_are_loaded_ahead(tmp_path):
+    async with trio.open_nursery() as nursery:
+        found = Workers(nursery, WorkerSettings(stands_by=False), tmp_path)
+        with pytest.raises(RefusedError, match="no layers ahead") as refusal:
+            await found.stage_ahead(layers(0, 9))
+        assert refusal.value.code == "OWNER_LIMIT"
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+async def test_layers_ahead_share_the_memory_of_loaded_models(lent, tmp_path, monkeypatch, missing):
+    needed = memory_bytes(MODEL, 0, 9)
+    settings = WorkerSettings(models_memory_bytes_max=needed + 7 - missing)
+    async with trio.open_nursery() as nursery:
+        found = Workers(nursery, settings, tmp_path)
+        found._parts = lent
+        monkeypatch.setattr(
+            found, "warm", lambda: [Warm(name="m", memory_bytes=7, worth=0.0, is_busy=True)]
+        )
+        if missing:
+            with pytest.raises(RefusedError, match="no room"):
+                await found.stage_ahead(layers(0, 9))
+        else:
+            await found.stage_ahead(layers(0, 9))
 
 
 async def test_more_memory_than_a_worker_may_have_is_refused_before_anything_is_loaded():
