@@ -14,12 +14,7 @@ import msgspec
 import trio
 
 from aivillage.models.inference import catalogue, stages
-from aivillage.models.inference.generate import (
-    FinishReason,
-    GenerateRequest,
-    GenerateResult,
-    Piece,
-)
+from aivillage.models.inference.generate import GenerateRequest, piece_of
 from aivillage.models.inference.split import Draws, Round
 from aivillage.models.inference.stages import ROWS_MAX, StageRequest
 from aivillage.node.attempt import Output
@@ -256,18 +251,11 @@ class SplitJob:
             frame = await anext(session)
             self._take(frame)
             if frame.finished:
-                return pack(
-                    GenerateResult(
-                        text="".join(self.output.text),
-                        token_ids=tuple(self.output.ids),
-                        finish_reason=msgspec.convert(frame.finished, FinishReason),
-                        prompt_bytes=self.output.read_bytes,
-                    )
-                )
+                return pack(self.output.result(self._request, frame.finished))
             inputs = unpack(Round, frame.body).inputs
 
     def _take(self, frame: SessionFrame) -> None:
-        self.output.add_piece(Piece(frame.token_ids, frame.text, frame.read_bytes))
+        self.output.add_piece(piece_of(frame))
         if frame.text:
             self.say(messages.Text(id=0, text=frame.text))
 
