@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol, runtime_checkable
+
 import msgspec
 
 from aivillage.models import registry
@@ -10,6 +12,18 @@ from aivillage.protocols.errors import RequestError
 from aivillage.protocols.messages import OperationInfo
 from aivillage.protocols.ports import Module, Verdict
 from aivillage.protocols.pricing import Terms
+
+
+@runtime_checkable
+class CarefulModule(Protocol):
+    """A module some of whose requests only a worker can look at, once, before they cost anything.
+
+    It is asked wherever a worker estimates.
+    """
+
+    def validate(self, request: Any) -> None:
+        """Raises: RequestError: this cannot be done, by anybody."""
+        ...
 
 
 def described(module: Module, operation: str) -> OperationInfo:

@@ -17,7 +17,7 @@ import msgspec
 
 from aivillage.models import registry, sandbox
 from aivillage.models import worker_messages as say
-from aivillage.models.description import checked, described
+from aivillage.models.description import CarefulModule, checked, described
 from aivillage.models.file_fence import fence_files
 from aivillage.models.inference import catalogue
 from aivillage.protocols.codec import unpack
@@ -171,6 +171,8 @@ def _answer(
         return say.Described(id=command.id, info=described(module, command.operation))
     request = unpack(module.Request, command.request)
     if isinstance(command, say.Estimate):
+        if isinstance(module, CarefulModule):
+            module.validate(request)
         usage, seconds = module.estimate(request, command.machine)
         return say.Estimated(id=command.id, usage=dict(usage), seconds=seconds)
     if isinstance(command, say.Check):

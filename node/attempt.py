@@ -13,8 +13,14 @@ import msgspec
 import trio
 
 from aivillage.models import registry
+from aivillage.models.inference import logprobs
 from aivillage.models.inference.fingerprint import require_span
-from aivillage.models.inference.generate import Piece
+from aivillage.models.inference.generate import (
+    GenerateRequest,
+    GenerateResult,
+    Piece,
+    joined,
+)
 from aivillage.models.inference.generate import usage as units
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.jobs import Jobs
@@ -23,7 +29,7 @@ from aivillage.node.market import Choice
 from aivillage.node.module_runs import EVENT_BYTES_MIN, RUN_BYTES_MAX
 from aivillage.node.verifier import Share
 from aivillage.protocols import messages
-from aivillage.protocols.codec import pack
+from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import AivillageError, JobError, PeerError, RequestError
 from aivillage.protocols.job import running_hash, token_bytes
 from aivillage.protocols.messages import (
@@ -58,6 +64,7 @@ class Output(msgspec.Struct):
     bodies: list[bytes] = []
     ids: list[int] = []
     text: list[str] = []
+    logprobs: list[bytes] = []
     read_bytes: int = 0
 
     def add_piece(self, piece: Piece) -> bytes:
@@ -65,8 +72,18 @@ class Output(msgspec.Struct):
         self.bodies.append(body)
         self.ids += piece.token_ids
         self.text.append(piece.text)
+        self.logprobs.append(piece.logprobs)
         self.read_bytes = max(self.read_bytes, piece.read_bytes)
         return body
+
+    def whole(self) -> Piece:
+        """All of it as one piece, which another engine can go on from."""
+        said = b"".join(self.logprobs)
+        return Piece(tuple(self.ids), "".join(self.text), self.read_bytes, logprobs=said)
+
+    def result(self, request: GenerateRequest, finished: str) -> GenerateResult:
+        """Of an answer that is whole."""
+        return joined(request, [self.whole()], finished)
 
 
 class Attempt:
@@ -107,6 +124,8 @@ class Attempt:
         self._acknowledged = acknowledged
         self._is_other_there = is_other_there
         self._number = 0
+        self._logprobs = 0
+        """How many alternatives of each token were asked for."""
         self._fingerprinted = len(output.ids)
         """Up to this token fingerprints came: each begins where the one before it ended."""
         self._book = book
@@ -168,6 +187,8 @@ class Attempt:
             self.seller, self.attempt, call.quote_hash, call.ceiling_micro_credits,
             soon=not registry.is_served_by_engine(call.operation),
         )  # fmt: skip
+        if registry.is_served_by_engine(call.operation):
+            self._logprobs = unpack(GenerateRequest, call.request).logprobs
         link.send(call)
         with self._scope:
             await self._acknowledge(inbox)
@@ -298,11 +319,11 @@ class Attempt:
         )
         if any(count > self._most.get(unit, 0) for unit, count in usage.items()):
             raise PeerError("more was delivered than was asked for", code="BAD_REQUEST")
-        self._fold(token_bytes(item.token_ids) + item.fingerprint, item.hash8)
+        self._fold(token_bytes(item.token_ids) + item.fingerprint + item.logprobs, item.hash8)
         self._take_fingerprint(item)
         if not item.token_ids and item.read_bytes <= output.read_bytes:
             return  # nothing to store, nothing to pay, and no sign of work
-        piece = Piece(item.token_ids, item.text, item.read_bytes, item.fingerprint)
+        piece = Piece(item.token_ids, item.text, item.read_bytes, item.fingerprint, item.logprobs)
         body = output.add_piece(piece)
         self._keep(body, price_of_rest(self.choice.quote.terms, usage, self.done))
         self._beat(worked=True)
@@ -310,10 +331,15 @@ class Attempt:
             self._say(messages.Text(id=0, text=item.text))
 
     def _take_fingerprint(self, item: StepItem) -> None:
-        """Raises: PeerError: it is of other tokens than those that came since the last one."""
-        if not item.fingerprint:
-            return
+        """And log-probabilities, which are only counted: their check is that of the result.
+
+        Raises:
+            PeerError: they are of other tokens than came with them, or since the last one.
+        """
         try:
+            logprobs.require_size(item.logprobs, len(item.token_ids), self._logprobs)
+            if not item.fingerprint:
+                return
             self._fingerprinted = require_span(
                 item.fingerprint, self._fingerprinted, item.first + len(item.token_ids)
             )

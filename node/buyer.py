@@ -186,6 +186,7 @@ class Buyer:
                 f"{submit.operation} is a part of other jobs", next_step="submit inference.generate"
             )
         await self._trade.workers.estimate(submit.operation, submit.request)
+        await self._trade.workers.validate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
         return JobRow(
             id=JobId(secrets.token_hex(16)),

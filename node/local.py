@@ -18,10 +18,8 @@ from aivillage.models import registry
 from aivillage.models.inference.generate import (
     PROMPT_BYTES_MAX,
     TOKENS_MAX,
-    FinishReason,
     GenerateRequest,
-    GenerateResult,
-    Piece,
+    piece_of,
 )
 from aivillage.node.attempt import Output
 from aivillage.node.choice import Explanation
@@ -167,17 +165,12 @@ class LocalJob:
             async for frame in session:
                 self._take(frame)
                 if frame.finished:
-                    result = GenerateResult(
-                        text="".join(self.output.text),
-                        token_ids=tuple(self.output.ids),
-                        finish_reason=msgspec.convert(frame.finished, FinishReason),
-                        prompt_bytes=self.output.read_bytes,
-                    )
-                    return pack(result)
+                    request = unpack(GenerateRequest, self.row.request)
+                    return pack(self.output.result(request, frame.finished))
         raise JobError("the engine stopped before the end")
 
     def _take(self, frame: SessionFrame) -> None:
-        self.output.add_piece(Piece(frame.token_ids, frame.text, frame.read_bytes))
+        self.output.add_piece(piece_of(frame))
         if frame.text:
             self.say(messages.Text(id=0, text=frame.text))
 

@@ -29,7 +29,10 @@ class OneTry(Pursuit):
     def had(self) -> Had:
         """What it was given so far, and by whom."""
         output = self.output
-        copied = Output(list(output.bodies), list(output.ids), list(output.text), output.read_bytes)
+        copied = Output(
+            list(output.bodies), list(output.ids), list(output.text), list(output.logprobs),
+            output.read_bytes,
+        )  # fmt: skip
         return Had(self.row.id, copied, tuple(self._sellers), frozenset(self._kernels))
 
     def go_on_from(self, had: Had) -> None:

@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from aivillage.models import registry
+from aivillage.models.inference import logprobs
 from aivillage.models.inference.generate import GenerateResult, Piece, usage
 from aivillage.node.attempt import Attempt, Output
 from aivillage.node.choice import Explanation
@@ -316,7 +317,7 @@ class Pursuit:
             return tuple(output.bodies)
         if not output.ids:
             return ()
-        return (pack(Piece(tuple(output.ids), "".join(output.text), output.read_bytes)),)
+        return (pack(output.whole()),)
 
     async def _conclude(self, attempt: Attempt, finished: Finished, *, continued: bool) -> None:
         """Only a result that passes its check is settled.
@@ -368,7 +369,9 @@ class Pursuit:
                 raise PeerError("the result's hash is not that of what came", code="BAD_REQUEST")
             return
         result = unpack(GenerateResult, finished.result)
-        if result.token_ids != tuple(self.output.ids) or finished.out_hash != attempt.out_hash:
+        ids, said = tuple(self.output.ids), b"".join(self.output.logprobs)
+        same = logprobs.packed_all(result.logprobs) == said and result.token_ids == ids
+        if not same or finished.out_hash != attempt.out_hash:
             raise PeerError("the result is not what was streamed", code="BAD_REQUEST")
 
     async def _leave(self, attempt: Attempt, outcome: str) -> None:

@@ -10,18 +10,17 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
-import msgspec
-
 from aivillage.models import registry
 from aivillage.models.inference import stages
 from aivillage.models.inference.generate import (
-    FinishReason,
     GenerateRequest,
-    GenerateResult,
     Piece,
+    joined,
+    piece_of,
     prompt_bytes,
 )
 from aivillage.models.inference.generate import usage as units
+from aivillage.models.inference.logprobs import require_size
 from aivillage.models.inference.stages import StageInput, StageRequest, StageResult
 from aivillage.node.allowances import Allowances
 from aivillage.node.engines import EngineClient, EngineSession
@@ -115,8 +114,9 @@ class SessionSales:
         call = sale.call
         delivered = [unpack(Piece, body) for body in call.delivered]
         ids = [token for piece in delivered for token in piece.token_ids]
-        text = ["".join(piece.text for piece in delivered)]
         request = unpack(GenerateRequest, call.request)
+        for piece in delivered:
+            require_size(piece.logprobs, len(piece.token_ids), request.logprobs)
         asked_bytes = prompt_bytes(request)
         had = units(asked_bytes, len(ids)) if ids else {}
         done = self._waived(sale, had)
@@ -130,26 +130,20 @@ class SessionSales:
                     raise JobError(frame.error, code="JOB_FAILED")
                 first = len(ids)
                 ids += frame.token_ids
-                text.append(frame.text)
+                delivered.append(piece_of(frame))
                 usage = units(frame.read_bytes, len(ids))
                 mark = frame.fingerprint if call.fingerprints else b""
-                body = token_bytes(frame.token_ids) + mark
+                body = token_bytes(frame.token_ids) + mark + frame.logprobs
                 await self._counter.pace(sale, len(body) + len(frame.text.encode()))
                 out_hash = sale.fold(body)
                 await self._counter.deliver(sale, usage, done, out_hash)
                 sale.steps.add(
                     StepItem(call.id, first, frame.token_ids, frame.text, out_hash[:8],
-                             frame.read_bytes, mark)
+                             frame.read_bytes, mark, frame.logprobs)
                 )  # fmt: skip
                 self._allow(sale, session, sum(usage.values()))
                 if frame.finished:
-                    result = GenerateResult(
-                        text="".join(text),
-                        token_ids=tuple(ids),
-                        finish_reason=msgspec.convert(frame.finished, FinishReason),
-                        prompt_bytes=frame.read_bytes,
-                    )
-                    whole = pack(result)
+                    whole = pack(joined(request, delivered, frame.finished))
                     await self._counter.pace(sale, len(whole))
                     self._counter.finish(sale, whole, usage)
                     return

@@ -177,14 +177,29 @@ class Workers:
         if module := self.module(operation):
             usage, seconds = module.estimate(unpack(module.Request, request), self._machine)
             return dict(usage), seconds
+        estimated = await self._estimate_there(operation, request)
+        if not 0 <= estimated.seconds < math.inf:
+            raise JobError(f"{operation} estimates {estimated.seconds} seconds")
+        return estimated.usage, estimated.seconds
+
+    async def validate(self, operation: str, request: bytes) -> None:
+        """What of a request of the owner's only a worker can tell, before anybody is asked.
+
+        Raises:
+            RequestError: its format is wrong, matches nothing, or is too large.
+            JobError: the worker failed.
+        """
+        if not registry.is_served_by_engine(operation):
+            return  # other modules of ours have nothing to tell; others' estimate in a worker
+        if unpack(GenerateRequest, request).format is not None:
+            await self._estimate_there(operation, request)
+
+    async def _estimate_there(self, operation: str, request: bytes) -> say.Estimated:
         command = say.Estimate(
             id=next(self._ids), operation=operation, request=request, machine=self._machine
         )
         async with self._worker(self._short, operation) as worker:
-            estimated = await ask(worker, command, say.Estimated)
-        if not 0 <= estimated.seconds < math.inf:
-            raise JobError(f"{operation} estimates {estimated.seconds} seconds")
-        return estimated.usage, estimated.seconds
+            return await ask(worker, command, say.Estimated)
 
     async def meter(self, operation: str, request: bytes, result: bytes) -> dict[str, int]:
         """Usage of a partial or full `result`. Raises as `estimate` does."""

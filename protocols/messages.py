@@ -48,6 +48,8 @@ HAVE_MAX: Final = 1024
 """In one question: eight times what a view holds, and 14 KB."""
 OFFERS_PER_ANSWER_MAX: Final = 32
 """Each costs a signature's check, and the loop waits for all: 3 ms."""
+LOGPROBS_BYTES_MAX: Final = 1 << 16
+"""Of one step's tokens: 164 bytes a token with 20 alternatives."""
 BLOBS_MAX: Final = 16
 """In one `Ledger` frame: each may cost a signature's check, and the loop waits for all."""
 
@@ -385,7 +387,8 @@ class StepItem(msgspec.Struct, frozen=True, array_like=True):
 
     `first` is the position of `token_ids[0]` in the whole answer (earlier attempts included),
     `read_bytes` how much of the prompt has been read so far, `hash8` the running hash after it.
-    `fingerprint`, where the call asked for it: of the tokens since the last one.
+    `fingerprint`, where the call asked for it: of the tokens since the last one. `logprobs`, where
+    the request asks for them: of `token_ids`, one after the other.
     """
 
     session: U32
@@ -395,6 +398,7 @@ class StepItem(msgspec.Struct, frozen=True, array_like=True):
     hash8: bytes
     read_bytes: Count = 0
     fingerprint: Fingerprint = b""
+    logprobs: Annotated[bytes, msgspec.Meta(max_length=LOGPROBS_BYTES_MAX)] = b""
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):

@@ -445,6 +445,8 @@ class SessionFrame(msgspec.Struct, frozen=True, array_like=True):
     finding: Finding | None = None
     body: bytes = b""
     """What an engine of sessions with inputs gave for one of them."""
+    logprobs: bytes = b""
+    """Of `token_ids`, where they were asked for: `logprobs.packed`, one after the other."""
 
 
 class Engine(Protocol):

@@ -11,7 +11,13 @@ from typing import Final
 
 import torch
 
-from aivillage.models.inference import catalogue, gguf_model, openvino_model, openvino_sameness
+from aivillage.models.inference import (
+    catalogue,
+    gguf_model,
+    grammar,
+    openvino_model,
+    openvino_sameness,
+)
 from aivillage.models.inference.gguf_file import GgufFile
 from aivillage.models.inference.session_engine import SessionEngine
 from aivillage.models.inference.tokenizer import ChatTokenizer
@@ -72,6 +78,7 @@ def _kernel_class(weights_sha256: str, threads: int, digest: str) -> str:
         openvino_model.device(),
         f"threads{threads}",
         openvino_sameness.rule(),
+        grammar.version(),
         digest,
     )
     return "/".join(parts)

@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from aivillage.models.inference import catalogue, gguf_model, sameness
+from aivillage.models.inference import catalogue, gguf_model, grammar, sameness
 from aivillage.models.inference.gguf_file import GgufFile
 from aivillage.models.inference.linear import rule
 from aivillage.models.inference.llama import Llama
@@ -70,6 +70,7 @@ def kernel_class(weights_sha256: str, digest: str) -> str:
         isa,
         f"threads{torch.get_num_threads()}",
         f"{rule()}-{sameness.rule()}",
+        grammar.version(),
         digest,
     )
     return "/".join(parts)

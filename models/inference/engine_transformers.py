@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from aivillage.models.inference import catalogue, safetensors_model
+from aivillage.models.inference import catalogue, constraint, grammar, safetensors_model
 from aivillage.models.inference.session import Session
 from aivillage.models.inference.session_engine import prompt_of, slots_taken
 from aivillage.models.inference.template_tokenizer import TemplateTokenizer
@@ -62,6 +62,7 @@ class TransformersEngine:
             vocabulary=model.vocabulary,
             weights_sha256=model.sha256,
         )
+        constraint.make_ready(self.tokenizer, model.vocabulary)
         self.load_seconds = time.monotonic() - begun
 
     def info(self) -> EngineInfo:
@@ -74,7 +75,8 @@ class TransformersEngine:
         prompt = prompt_of(request, delivered, self._info, self.tokenizer)
         if len(self._sessions) >= self._slots:
             raise slots_taken()
-        added = Session(session, 0, request, prompt, self.tokenizer)
+        format_ = constraint.of_format(request.format, self.tokenizer, self._info.vocabulary)
+        added = Session(session, 0, request, prompt, self.tokenizer, format_)
         added.replay(delivered)
         self._sessions[session] = added
 
@@ -129,5 +131,6 @@ def _kernel_class(model: catalogue.KnownModel) -> str:
         "cpu",
         torch.backends.cpu.get_cpu_capability(),
         f"threads{torch.get_num_threads()}",
+        grammar.version(),
     )
     return "/".join(parts)

@@ -11,9 +11,19 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from aivillage.models.inference import catalogue
+from aivillage.models.inference import catalogue, grammar, logprobs
+from aivillage.models.inference.formats import Format
+from aivillage.models.inference.logprobs import ALTERNATIVES_MAX, TokenLogprobs
 from aivillage.protocols.errors import JobError, RequestError
-from aivillage.protocols.ports import Context, Event, Machine, PartEvent, ResultEvent, Verdict
+from aivillage.protocols.ports import (
+    Context,
+    Event,
+    Machine,
+    PartEvent,
+    ResultEvent,
+    SessionFrame,
+    Verdict,
+)
 from aivillage.protocols.pricing import Usage, token_price
 from aivillage.protocols.types import Seconds
 
@@ -40,8 +50,13 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     content: Text
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Either `prompt` or `messages`."""
+class GenerateRequest(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """Either `prompt` or `messages`.
+
+    A field that nobody set does not travel: older sellers refuse `format` and `logprobs`.
+    """
 
     prompt: Annotated[Text, msgspec.Meta(description="One user message.")] = ""
     messages: Annotated[
@@ -66,7 +81,22 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         msgspec.Meta(max_length=STOPS_MAX, description="The answer ends before any of these."),
     ] = ()
 
+    format: Annotated[
+        Format | None,
+        msgspec.Meta(description="What the answer looks like: choice, schema, regex or lark."),
+    ] = None
+    logprobs: Annotated[
+        int,
+        msgspec.Meta(
+            ge=0,
+            le=ALTERNATIVES_MAX,
+            description="With each token its log-probability, and so many of the likeliest.",
+        ),
+    ] = 0
+
     def __post_init__(self) -> None:
+        if self.format is not None and self.stop:
+            raise ValueError("an answer in a format ends with it: leave out stop")
         if bool(self.prompt) == bool(self.messages):
             raise ValueError("give either a prompt or messages")
         if not (self.temperature >= 0 and self.top_p > 0):  # NaN passes the schema's bounds
@@ -79,24 +109,30 @@ class GenerateResult(msgspec.Struct, frozen=True, kw_only=True):
     """`token_ids` hold every token drawn, the end token and those of a stop string included.
 
     In a partial result `prompt_bytes` is how much was read so far and `finish_reason` is empty.
+    Where a format was asked for, `text` matches it, unless it ends for `length`: then it is the
+    beginning of what does. `logprobs`, one for each token where asked for: log-softmax of the
+    model's logits in float32, at temperature 1 and before the format forbids any.
     """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason = ""
     prompt_bytes: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
     """The body of one `PartEvent`: what one step gave. `read_bytes` counts from the start.
 
-    `fingerprint`: of the tokens since the last one, if its seller sent any.
+    `fingerprint`: of the tokens since the last one, if its seller sent any. `logprobs`: of
+    `token_ids`, as `logprobs.packed` has them, where asked for.
     """
 
     token_ids: tuple[int, ...]
     text: str
     read_bytes: int
     fingerprint: bytes = b""
+    logprobs: bytes = b""
 
 
 def conversation(request: GenerateRequest) -> tuple[ChatMessage, ...]:
@@ -151,13 +187,25 @@ class Generate:
 
         Raises:
             RequestError: TOO_LARGE, more tokens than the context of a packaged model holds.
+            RefusedError: NOT_OFFERED, its format cannot be compiled on this machine.
         """
         del machine
+        if request.format is not None and not request.format.choice:
+            grammar.require_installed()
         if packaged := catalogue.MODELS.get(request.model):
             require_fits(request, packaged.context_tokens)
         most = usage(prompt_bytes(request), request.max_tokens)
         seconds = most["prompt_quads"] / _QUADS_PER_SECOND_GUESS
         return most, seconds + request.max_tokens / _TOKENS_PER_SECOND_GUESS
+
+    def validate(self, request: GenerateRequest) -> None:
+        """What `estimate` cannot tell; in a worker.
+
+        Raises:
+            RequestError: the format is wrong, matches nothing, or is too large.
+        """
+        if request.format is not None:
+            grammar.require_compiles(request.format)
 
     def meter(self, request: GenerateRequest, result: GenerateResult) -> Usage:
         """Of a partial or full result; never looks at the tokens, only counts them."""
@@ -181,10 +229,11 @@ class Generate:
                 (frame,) = engine.step()
                 if frame.error:
                     raise JobError(frame.error)
-                pieces.append(Piece(frame.token_ids, frame.text, frame.read_bytes))
+                pieces.append(piece_of(frame))
                 yield PartEvent(body=msgspec.msgpack.encode(pieces[-1]))
                 if frame.finished:
-                    yield ResultEvent(body=msgspec.msgpack.encode(_joined(pieces, frame.finished)))
+                    result = joined(request, pieces, frame.finished)
+                    yield ResultEvent(body=msgspec.msgpack.encode(result))
                     return
         finally:
             engine.cancel(0)
@@ -192,23 +241,41 @@ class Generate:
     def check(self, request: GenerateRequest, result: GenerateResult) -> Verdict:
         """Everything that can be told without the weights; reads the tokenizer, not torch.
 
-        Of a model that is not here only what its tokens need not be known for.
+        Of a model that is not here only what its tokens need not be known for. That an answer is
+        in its format is told of every model; that log-probabilities are the model's of none.
         """
         model = catalogue.find(request.model)
         reason = _count_fault(request, result, model)
+        said = result.text.encode()
         if not reason and model is not None and catalogue.is_here(model):
             from aivillage.models.inference import tokenizer
 
-            reason = _text_fault(request, result, tokenizer.of_model(model).token_bytes)
+            token_bytes = tokenizer.of_model(model).token_bytes
+            said = b"".join(map(token_bytes, result.token_ids))
+            reason = _text_fault(request, result, token_bytes)
+        reason = reason or _format_fault(request, result, said)
         return Verdict(ok=not reason, reason=reason)
 
 
-def _joined(pieces: Sequence[Piece], finished: str) -> GenerateResult:
+def piece_of(frame: SessionFrame) -> Piece:
+    """What a step of this node's own engine gave."""
+    return Piece(frame.token_ids, frame.text, frame.read_bytes, logprobs=frame.logprobs)
+
+
+def joined(request: GenerateRequest, pieces: Sequence[Piece], finished: str) -> GenerateResult:
+    """The result of an answer in pieces.
+
+    Raises:
+        RequestError: their log-probabilities are of another number of tokens.
+    """
+    ids = tuple(token for piece in pieces for token in piece.token_ids)
+    said = b"".join(piece.logprobs for piece in pieces)
     return GenerateResult(
         text="".join(piece.text for piece in pieces),
-        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        token_ids=ids,
         finish_reason=msgspec.convert(finished, FinishReason),
         prompt_bytes=pieces[-1].read_bytes,
+        logprobs=logprobs.read(said, len(ids), request.logprobs),
     )
 
 
@@ -230,7 +297,7 @@ def _count_fault(
         return "finished for length before the last token"
     if result.prompt_bytes != prompt_bytes(request):
         return "the prompt has another number of bytes"
-    return ""
+    return logprobs.fault(result.logprobs, result.token_ids, request.logprobs, vocabulary)
 
 
 def _ends_as_said(result: GenerateResult, end_token_ids: frozenset[int]) -> bool:
@@ -254,6 +321,17 @@ def _text_fault(
     if stream.stopped != (result.finish_reason == "stop"):
         return "the stop strings and the finish reason do not agree"
     return "" if text + stream.flush() == result.text else "the text is not what the tokens say"
+
+
+def _format_fault(request: GenerateRequest, result: GenerateResult, said: bytes) -> str:
+    """Why `said` is not in its format; where the answer was cut, only what is there is held."""
+    if request.format is None:
+        return ""
+    whole = result.finish_reason != "length"
+    broken = "\ufffd".encode()
+    while not whole and said.endswith(broken):  # what is cut may end inside a character
+        said = said.removesuffix(broken)
+    return grammar.fault(request.format, said, whole=whole)
 
 
 MODULE: Final = Generate()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aivillage.models.inference import sampling
+from aivillage.models.inference.constraint import Constraint
 from aivillage.models.inference.fingerprint import (
     DRAW_MARGIN_MAX,
     LOGIT_MARGIN,
@@ -41,6 +42,7 @@ class Recheck:
         request: GenerateRequest,
         prompt_ids: tuple[int, ...],
         claim: Claim,
+        constraint: Constraint | None = None,
     ) -> None:
         """Raises: RequestError: it answers nothing or too much, or a fingerprint is of no span."""
         if not claim.token_ids:
@@ -52,6 +54,8 @@ class Recheck:
         self.finished = ""
         self._request = request
         self._claim = claim
+        self._constraint = constraint
+        self._left_format = False
         self._fingerprints = in_order(claim.fingerprints, len(claim.token_ids))
         self._ids = prompt_ids + claim.token_ids[:-1]
         self._first_row = len(prompt_ids) - 1
@@ -89,8 +93,12 @@ class Recheck:
             return
         self._marks += marks(states, first)
         self._lengths += states.double().norm(dim=1).tolist()
-        for position, line in enumerate(logits, first):
-            self._hold(position, line)
+        try:
+            for position, line in enumerate(logits, first):
+                self._hold(position, line)
+        except RequestError as error:  # our engine would not have gone on here
+            self.finished, self._error = "error", error.message
+            return
         if self._read_tokens == len(self._ids):
             self.finished = "rechecked"
 
@@ -110,10 +118,17 @@ class Recheck:
     def _hold(self, position: int, line: Tensor) -> None:
         """The claimed token against the draw of this place."""
         request, token = self._request, self._claim.token_ids[position]
+        if self._left_format:
+            return  # no mask means anything after the token that was told of
+        if self._constraint:
+            line = self._constraint.masked(line)
         u = sampling.uniform(request.seed, position)
         drawn = sampling.choose(line, temperature=request.temperature, top_p=request.top_p, u=u)
         if drawn != token and len(self._odd) < ODD_MAX:
             self._odd.append(OddDraw(position, is_near(line, request, u, token)))
+        self._left_format = bool(line[token] == -math.inf)
+        if self._constraint and not self._left_format:
+            self._constraint.advance(token)
 
     def _deviation(self, span: Fingerprint) -> Deviation:
         """Root mean square of what the marks miss, relative to the states' lengths."""

@@ -8,6 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from aivillage.models.inference.logprobs import TokenLogprobs
+
 _LIKELY: Final = 1e-4
 """Of the likeliest token's weight, which is 1: few others have more."""
 
@@ -44,6 +46,21 @@ def interval(
     total = float(weights.sum())
     before = float(weights[:token].sum())
     return before / total, (before + float(weights[token])) / total
+
+
+def log_probabilities(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Of `token` and of the `count` likeliest of `logits` (vocabulary,), ties to the lowest id.
+
+    Log-softmax in float64, rounded to float32 once: no order of summing shows in it.
+    """
+    lasting = logits.to(torch.float64)
+    values = lasting - torch.logsumexp(lasting, dim=0)
+    floor = torch.topk(logits, count).values[-1]
+    likely = torch.nonzero(logits >= floor).squeeze(1)  # in id order
+    _, places = torch.sort(logits[likely], descending=True, stable=True)
+    top = likely[places[:count]]
+    own, *others = values[torch.cat([torch.tensor([token]), top])].float().tolist()
+    return TokenLogprobs(own, tuple(top.tolist()), tuple(others))
 
 
 def _weights(logits: Tensor, temperature: float, top_p: float) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aivillage.models.inference import sampling
+from aivillage.models.inference import logprobs, sampling
+from aivillage.models.inference.constraint import Constraint
 from aivillage.models.inference.generate import BYTES_PER_QUAD, GenerateRequest
 from aivillage.models.inference.llama import KEY_STEP, Span
 from aivillage.models.inference.marks import Recorder
@@ -27,7 +28,9 @@ class Session:
         request: GenerateRequest,
         prompt: Prompt,
         tokenizer: Speaker,
+        constraint: Constraint | None = None,
     ) -> None:
+        """`constraint`: of the request's format, at its beginning."""
         self.number = number
         self.slot = slot
         self.finished = ""
@@ -41,7 +44,9 @@ class Session:
         self._reported_bytes = 0
         self._new_ids: list[int] = []
         self._new_text = ""
+        self._new_logprobs = b""
         self._error = ""
+        self._constraint = constraint
         self._recorder = Recorder(0)
 
     @property
@@ -56,7 +61,7 @@ class Session:
         """Takes `delivered` as drawn already: its text was said by an earlier engine.
 
         Raises:
-            RequestError: the answer had ended before the last of them.
+            RequestError: the answer had ended before the last of them, or they leave its format.
         """
         for token in delivered:
             if self.finished:
@@ -103,13 +108,23 @@ class Session:
         if not bool(torch.isfinite(logits).all()):
             self.finished, self._error = "error", "the model computed something that is no number"
             return
-        u = sampling.uniform(self._request.seed, self.output_tokens)
-        token = sampling.choose(
-            logits, temperature=self._request.temperature, top_p=self._request.top_p, u=u
-        )
-        self._append(token)
+        try:
+            self._append(token := self._chosen(logits))
+        except RequestError as error:  # its format goes no further: no other session's step fails
+            self.finished, self._error = "error", error.message
+            return
+        if self._request.logprobs:
+            said = sampling.log_probabilities(logits, token, self._request.logprobs)
+            self._new_logprobs += logprobs.packed(said)
         if self.finished:
             self._new_text += self._stream.flush()
+
+    def _chosen(self, logits: Tensor) -> int:
+        """Raises: RequestError: its format goes no further."""
+        request = self._request
+        allowed = self._constraint.masked(logits) if self._constraint else logits
+        u = sampling.uniform(request.seed, self.output_tokens)
+        return sampling.choose(allowed, temperature=request.temperature, top_p=request.top_p, u=u)
 
     @property
     def has_news(self) -> bool:
@@ -127,12 +142,15 @@ class Session:
             finished=self.finished,
             error=self._error,
             fingerprint=self._recorder.taken(ended=bool(self.finished)),
+            logprobs=self._new_logprobs,
         )
         self._reported_bytes = read_bytes
-        self._new_ids, self._new_text = [], ""
+        self._new_ids, self._new_text, self._new_logprobs = [], "", b""
         return frame
 
     def _append(self, token: int) -> None:
+        if self._constraint:
+            self._constraint.advance(token)
         self._ids.append(token)
         self._new_ids.append(token)
         self._new_text += self._stream.push(token)

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 
+from aivillage.models.inference import constraint
 from aivillage.models.inference.generate import GenerateRequest, conversation
 from aivillage.models.inference.linear import ROW_SIZES
 from aivillage.models.inference.llama import RowModel, Span
@@ -42,6 +43,7 @@ class SessionEngine:
         self._free_slots = list(range(slots))
         self._sessions: dict[int, Session | Recheck] = {}
         self._turn = 0
+        constraint.make_ready(tokenizer, info.vocabulary)
 
     def info(self) -> EngineInfo:
         return self._info
@@ -50,12 +52,13 @@ class SessionEngine:
         """Queues `request`, a `GenerateRequest`, to go on after the ids in `delivered`.
 
         Raises:
-            RequestError: it is for another model, too long for the context, or `delivered`
-                holds more than the request asks for.
-            RefusedError: BUSY, no slot.
+            RequestError: it is for another model, too long for the context, `delivered`
+                holds more than the request asks for, or its format cannot be taken.
+            RefusedError: BUSY, no slot. NOT_OFFERED, no formats here.
         """
         prompt = self._prompt(session, request, delivered)
-        added = Session(session, self._free_slots[-1], request, prompt, self.tokenizer)
+        slot, format_ = self._free_slots[-1], self._constraint(request)
+        added = Session(session, slot, request, prompt, self.tokenizer, format_)
         added.replay(delivered)
         self._free_slots.pop()
         self._sessions[session] = added
@@ -65,12 +68,16 @@ class SessionEngine:
 
         Raises:
             RequestError: it cannot be an answer to it, or a fingerprint is of the wrong span.
-            RefusedError: BUSY, no slot.
+            RefusedError: BUSY, no slot. NOT_OFFERED, no formats here.
         """
         prompt = self._prompt(session, request, claim.token_ids)
-        added = Recheck(session, self._free_slots[-1], request, prompt.token_ids, claim)
+        slot, format_ = self._free_slots[-1], self._constraint(request)
+        added = Recheck(session, slot, request, prompt.token_ids, claim, format_)
         self._free_slots.pop()
         self._sessions[session] = added
+
+    def _constraint(self, request: GenerateRequest) -> constraint.Constraint | None:
+        return constraint.of_format(request.format, self.tokenizer, self._info.vocabulary)
 
     def _prompt(self, session: int, request: Any, answered: Sequence[int]) -> Prompt:
         """The prompt of a session that there is room for.

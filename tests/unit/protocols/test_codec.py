@@ -15,6 +15,7 @@ from aivillage.protocols.job import FINGERPRINT_BYTES_MAX
 from aivillage.protocols.messages import (
     CERTIFICATES_MAX,
     GRANTS_MAX,
+    LOGPROBS_BYTES_MAX,
     PAIR_LANES_MAX,
     SUCCESSIONS_MAX,
     Answer,
@@ -80,9 +81,24 @@ def test_an_unknown_optional_field_passes(frame):
 
 
 def test_an_unknown_element_at_the_end_of_a_step_passes():
-    assert codec.decode(raw([3, [[0, 1, [2], "a", b"h", 0, b"", "new"]], None, "new"])) == Step(
-        seq=3, items=(StepItem(session=0, first=1, token_ids=(2,), text="a", hash8=b"h"),)
-    )
+    assert codec.decode(
+        raw([3, [[0, 1, [2], "a", b"h", 0, b"", b"", "new"]], None, "new"])
+    ) == Step(seq=3, items=(StepItem(session=0, first=1, token_ids=(2,), text="a", hash8=b"h"),))
+
+
+def test_log_probabilities_of_a_step_have_a_limit():
+    def sent(size):
+        item = StepItem(0, 0, (5,), "x", bytes(8), logprobs=bytes(size))
+        return codec.decode(codec.encode(Step(seq=1, items=(item,))))
+
+    assert len(sent(LOGPROBS_BYTES_MAX).items[0].logprobs) == 1 << 16
+    with pytest.raises(PeerError, match="not a message"):
+        sent(LOGPROBS_BYTES_MAX + 1)
+
+
+def test_a_step_of_an_older_peer_has_no_log_probabilities():
+    (item,) = codec.decode(raw([3, [[0, 1, [2], "a", b"h", 0, b""]], None])).items
+    assert item.logprobs == b""
 
 
 def test_a_fingerprint_of_a_step_has_a_limit():
