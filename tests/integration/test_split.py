@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-import time
 from typing import Any
 
+import psutil
 import pytest
 
 from aivillage.models.inference import catalogue
@@ -86,25 +86,40 @@ def packed() -> bytes:
     return msgspec.msgpack.encode(REQUEST)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_stage_killed_at_a_random_token_is_replaced_and_the_answer_identical(village, seed):
+def events(buyer: Daemon, name: str) -> list[dict[str, Any]]:
+    return [event for event in buyer.ask("events")["recent"] if event["event"] == name]
+
+
+def kill_workers(victim: Daemon) -> None:
+    for worker in psutil.Process(victim.pid).children():
+        worker.kill()
+
+
+@pytest.mark.parametrize(("seed", "kill"), [(1, Daemon.kill), (2, kill_workers)])
+def test_a_stage_killed_at_a_random_token_goes_on_where_its_layers_are_loaded(village, seed, kill):
     buyer, *sellers = village
     wanted = answered(buyer)
     by_peer = {seller.peer: seller for seller in sellers}
+    wait_for(
+        lambda: any(event["ready"] == 2 for event in events(buyer, "stand_ins_sought")),
+        60,
+        f"the third loaded all layers\n{buyer.log_end()}",
+    )
     victims = [by_peer[peer] for peer in wanted["receipt"]["sellers"]]
     draw = random.Random(seed)
     victim, at = draw.choice(victims), draw.randrange(3, 10)
-    times = []
 
-    def kill(count: int) -> None:
-        times.append(time.monotonic())
+    def now(count: int) -> None:
         if count == at:
-            victim.kill()
+            kill(victim)
 
-    found = answered(buyer, kill)
+    found = answered(buyer, now)
     assert found["result"]["token_ids"] == wanted["result"]["token_ids"]
     assert found["receipt"]["identical"] == "guaranteed"
-    assert len(found["receipt"]["sellers"]) == 3
+    (replaced,) = events(buyer, "stage_replaced")
+    assert (replaced["peer"], replaced["was_ready"]) == (victim.peer, True)
+    assert replaced["by"] in found["receipt"]["sellers"]
     assert any("its layers go on at" in note for note in found["said"])
-    victim.restart()
+    if not victim.running():
+        victim.restart()
     settled(village, 40)
