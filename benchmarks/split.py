@@ -76,10 +76,15 @@ LIST = "apples, pears, plums, cherries, grapes, lemons, limes, melons, figs, dat
 CODE = inspect.getsource(textwrap.indent).partition('"""')[0] + "    pass\n"
 PROMPTS = (
     f"Repeat this text three times: {FOX}",
-    f"Copy this list exactly, then copy it again: {LIST}",
+    f"Add a comment to this function:\n\n```python\n{CODE}```",
+    f"Extract the sentences about cats: {FOX} {FOX}",
+    f"Fix the typos: {FOX.replace('lazy', 'lazzy')}",
     f"Repeat this code exactly:\n\n```python\n{CODE}```",
+    f"Rename prefix to start in this code, and print all of it:\n\n```python\n{CODE}```",
     f"Quote the first sentence of this text: {FOX} {PROMPT}",
+    f"Copy this list exactly, then copy it again: {LIST}",
 )
+"""The first half with `--quick`. With AIVILLAGE_TEST_DATA two of WikiText-2 are added."""
 
 
 def measure(claims: Claims, args: argparse.Namespace) -> None:
@@ -103,7 +108,7 @@ async def over_processes(claims: Claims, quick: bool) -> None:
                 tokens += sum(len(one.token_ids) for one in got)
                 rounds += sum(one.rounds for one in got)
                 if parts == 2:
-                    await guessing(claims, found, 24 if quick else 48)
+                    await guessing(claims, found, quick=quick)
                 if not quick:
                     await forwarding(claims, found)
     claims.note("split_answers", len(equal))
@@ -111,30 +116,57 @@ async def over_processes(claims: Claims, quick: bool) -> None:
     claims.add("tokens_per_round", tokens / rounds)
 
 
-async def guessing(claims: Claims, found: Stages, tokens: int) -> None:
-    """Every prompt with guesses and without, all in flight at once."""
+async def guessing(claims: Claims, found: Stages, *, quick: bool) -> None:
+    """Every prompt with guesses and without, four of them in flight at once."""
+    prompts = PROMPTS[:4] if quick else (*PROMPTS, *of_wikitext())
+    copied: dict[bool, list[float]] = {True: [], False: []}
+    for first in range(0, len(prompts), 4):
+        for at, gain in (
+            await gains(found, prompts[first : first + 4], 32 if quick else 64)
+        ).items():
+            copied[gain.is_copied].append(gain.speed)
+            claims.note(f"speculation_gain_{first + at}", round(gain.speed, 2))
+    claims.note("speculation_prompts_copied", len(copied[True]))
+    claims.add("speculation_gain", statistics.median(copied[True] or [0.0]), at_least=GAIN_BAR)
+    claims.add("speculation_gain_min", min(copied[True] or [0.0]))
+    if copied[False]:
+        claims.add("speculation_gain_plain", statistics.median(copied[False]))
+
+
+class Gain(NamedTuple):
+    is_copied: bool
+    speed: float
+
+
+async def gains(found: Stages, prompts: Sequence[str], tokens: int) -> dict[int, Gain]:
     got: dict[tuple[int, int], Answered] = {}
     away = star(len(found.clients))
 
     async def ask(at: int, drafts_max: int) -> None:
-        request = GenerateRequest(prompt=PROMPTS[at], max_tokens=tokens)
+        request = GenerateRequest(prompt=prompts[at], max_tokens=tokens)
         got[at, drafts_max] = await answer(found, request, drafts_max=drafts_max, away_seconds=away)
 
     async with trio.open_nursery() as nursery:
-        for at in range(len(PROMPTS)):
+        for at in range(len(prompts)):
             nursery.start_soon(ask, at, DRAFT_TOKENS_MAX)
             nursery.start_soon(ask, at, 0)
-    copied: dict[bool, list[float]] = {True: [], False: []}
-    for at, prompt in enumerate(PROMPTS):
+    gained = {}
+    for at, prompt in enumerate(prompts):
         guessed, plain = got[at, DRAFT_TOKENS_MAX], got[at, 0]
         assert guessed.said == plain.said, "a guess changed the answer"
-        gain = plain.decode_seconds / max(guessed.decode_seconds, 1e-9)
-        copied[is_copied(prompt, plain.token_ids)].append(gain)
-        claims.note(f"speculation_gain_{at}", round(gain, 2))
-    claims.note("speculation_prompts_copied", len(copied[True]))
-    claims.add("speculation_gain", statistics.median(copied[True] or [0.0]), at_least=GAIN_BAR)
-    if copied[False]:
-        claims.add("speculation_gain_plain", statistics.median(copied[False]))
+        speed = plain.decode_seconds / max(guessed.decode_seconds, 1e-9)
+        gained[at] = Gain(is_copied(prompt, plain.token_ids), speed)
+    return gained
+
+
+def of_wikitext() -> list[str]:
+    """Two prompts of paragraphs, where the data is there."""
+    path = Path(os.environ.get("AIVILLAGE_TEST_DATA", "")) / "wikitext-2" / "valid.txt"
+    if not path.is_file():
+        return []
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    one, other, *_ = [line for line in lines if 300 < len(line) < 500]
+    return [f"Summarize by quoting: {one}", f"{other}\n\nRepeat the text above word for word."]
 
 
 def is_copied(prompt: str, token_ids: Sequence[int]) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import trio
 
 from aivillage.models.inference import tokenizer
-from aivillage.models.inference.generate import GenerateRequest
+from aivillage.models.inference.generate import ChatMessage, GenerateRequest
 from aivillage.models.inference.split import DRAFT_TOKENS_MAX, SplitAnswer
 from aivillage.models.inference.stages import StageInput, StageOutput, StageRequest
 from aivillage.node.chain import Chain, Hop, row_bytes
@@ -36,7 +36,7 @@ from tests.integration.split_chain import MODEL, cuts
 
 FLIGHT = 8
 """A stage has as many slots."""
-TOKENS = 8
+TOKENS = 6
 TOPICS = ("rain", "a fox", "the number 12", "bread", "cats", "a small house", "Mars", "eggs",
           "snow", "tea")  # fmt: skip
 FORMS = ("Tell me about {0}.", "List three facts about {0}.", "A title for a story about {0}?",
@@ -68,7 +68,8 @@ def questions(count: int) -> list[GenerateRequest]:
     made = []
     for number, prompt in enumerate(order[:count]):
         heat = {"temperature": 0.8, "top_p": 0.9, "seed": number} if number % 5 == 4 else {}
-        made.append(GenerateRequest(prompt=prompt, max_tokens=TOKENS, **heat))
+        said = ChatMessage(role="system", content=""), ChatMessage(content=prompt)  # short to read
+        made.append(GenerateRequest(messages=said, max_tokens=TOKENS, **heat))
     assert len(made) == count, f"there are {len(asked)} questions"
     return made
 
@@ -225,7 +226,9 @@ async def compared(
     return Compared(
         parts=parts,
         count=len(got),
-        different=[str(r.prompt) for r, mine, theirs in pairs if mine.said != tuple(theirs)],
+        different=[
+            r.messages[-1].content for r, mine, theirs in pairs if mine.said != tuple(theirs)
+        ],
         is_one_class=found.kernels() == {whole},
         tokens=sum(len(one.token_ids) for one in got),
         rounds=sum(one.rounds for one in got),
