@@ -2,172 +2,302 @@
 
     python benchmarks/split.py [--quick] [--json]
 
-`split_identical_fraction`: answers of 2, 3 and 5 stages, several in flight, with guesses, that are
-the unsplit engine's token for token, text and end included. In this process, one kernel class.
+`split_identical_fraction`: answers over 2, 3 and 5 real stage processes (2 with `--quick`), eight
+in flight, with guesses, that are the unsplit engine's token for token, text and end included.
 
-`speculation_gain`: steps (tokens) a second with guesses over those without, two stages whose every
-way takes 50 ms (slept, in this process), for prompts that the answer copies; for one that it does
-not copy, `speculation_gain_plain`.
+`speculation_gain`: steps (tokens) a second while decoding, with guesses over those without, over
+two such stages whose every way takes 50 ms (slept where the rows come and go); the median of
+prompts that ask for a copy, an edit of code, or a quoting summary. Those whose answer copies
+nothing are counted apart (`speculation_gain_plain`): copied is an answer of which half of all runs
+of three tokens were there before. `forwarding_gain_S`: what S stages that hand states to each other
+would save at these 50 ms, one way a stage, without guesses; nothing here does that.
 
-The rest is real daemons on loopback, credits on. The workers of each may have 800 MB, so that none
-holds the model: a buyer, two stages and a spare one. `split2_over_local`: rounds a second of the
-split answer over tokens a second of the unsplit engine in this process; rounds, so that no guess
-flatters it. `stage_resume_s`: from the SIGKILL of a stage, its workers included, at a random token
-to the next token, where the stand-in had the layers loaded; `cold_resume_s` where it had not.
-`books_exact` is 1 where all books agree in the end and sum to 0.
+The rest is real daemons on loopback, credits on. The workers of three may have 800 MB, so that none
+holds the model, and those of a fourth may. `split2_over_local`: rounds a second of answers split
+over two of them, over tokens a second of the fourth's, each asked by the same buyer; rounds, so
+that no guess flatters it. `split2_cpu_over_local` is the same of processor seconds, daemons and
+workers of both ends: on a busy machine it says more.
+
+`resume_s`: from the SIGKILL of a stage, its workers included, at a random token, to the next text,
+where another peer had loaded its layers ahead; `cold_resume_s` where it had not. `books_exact` is 1
+where all books agree in the end and sum to 0.
 
 Elsewhere, not measured here: Petals over its own unsplit model 0.69 to 0.89; patched Petals goes on
-after 3.1 s, stock Petals never. On a busy machine trust ratios more than seconds.
+after 3.1 s, stock Petals never.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import random
 import signal
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+import trio
 from claims import Claims, main
 from yard import books_exact, known
 
-from aivillage.models.inference import catalogue, tokenizer
-from aivillage.models.inference.engine_torch import TorchEngine
+from aivillage.models.inference import tokenizer
 from aivillage.models.inference.generate import GenerateRequest
 from aivillage.models.inference.split import DRAFT_TOKENS_MAX, SplitAnswer
 from aivillage.models.inference.stages import OPERATION
 from aivillage.protocols import messages
-from tests.integration.daemons import Daemon, DaemonError, Yard
-from tests.integration.split_chain import MODEL, Chain
+from tests.integration.daemons import Daemon, DaemonError, Yard, wait_for
+from tests.integration.split_chain import MODEL
+from tests.integration.split_processes import (
+    Answered,
+    Stages,
+    answer,
+    answers,
+    questions,
+    stages,
+    unsplit,
+)
 
-FLIGHT = 8
 WAY_SECONDS = 0.05
-TOO_LITTLE_MB = 800
+LENDS = ("--enable", OPERATION, "--set", "worker_memory_mb=800", "--set", "offer_seconds=2")
+COLD = (*LENDS, "--set", "stage_stand_by=false")
 TOKENS = 32
 PROMPT = "Explain in a few sentences why the sky is blue, and why the evening sky is red."
 REQUEST: dict[str, Any] = {"prompt": PROMPT, "max_tokens": TOKENS}
-TOPICS = ("rain", "a fox", "the number 12", "bread", "why cats sleep", "a small house", "Mars",
-          "how to boil an egg", "snow", "a poem about tea")  # fmt: skip
-FORMS = ("Tell me about {}.", "List three facts about {}.", "Write a title for a story about {}.",
-         "Translate to French: {}.", "Repeat ten times: {}. {}. {}. {}.")  # fmt: skip
-COPIED = ("The quick brown fox jumps over the lazy dog. " * 10,
-          "Repeat: 'la la la la la la la la la la la la la la la la'")  # fmt: skip
-PLAIN = ("List the numbers from 1 to 30, one per line.",)
 SPLIT_BAR, GAIN_BAR, RESUME_SECONDS, RESUME_GOAL = 0.9, 1.8, 2.0, 0.5
+FOX = "The quick brown fox jumps over the lazy dog while the old cat sleeps under the apple tree."
+LIST = "apples, pears, plums, cherries, grapes, lemons, limes, melons, figs, dates, nuts, kiwis"
+CODE = inspect.getsource(textwrap.indent).partition('"""')[0] + "    pass\n"
+PROMPTS = (
+    f"Repeat this text three times: {FOX}",
+    f"Add a comment to this function:\n\n```python\n{CODE}```",
+    f"Extract the sentences about cats: {FOX} {FOX}",
+    f"Fix the typos: {FOX.replace('lazy', 'lazzy')}",
+    f"Repeat this code exactly:\n\n```python\n{CODE}```",
+    f"Rename prefix to start in this code, and print all of it:\n\n```python\n{CODE}```",
+    f"Quote the first sentence of this text: {FOX} {PROMPT}",
+    f"Copy this list exactly, then copy it again: {LIST}",
+)
+"""The first half with `--quick`. With AIVILLAGE_TEST_DATA two of WikiText-2 are added."""
 
 
 def measure(claims: Claims, args: argparse.Namespace) -> None:
-    engine = TorchEngine(catalogue.known(catalogue.DEFAULT))
-    chains = [Chain(parts) for parts in ((2,) if args.quick else (2, 3, 5))]
-    same(claims, engine, chains, 8 if args.quick else 50)
-    guessing(claims, chains[0], quick=args.quick)
-    chains.clear()
-    local = local_speed(engine)
+    trio.run(over_processes, claims, args.quick)
     with tempfile.TemporaryDirectory() as folder, Yard(Path(folder)) as yard:
-        yard.environment["AIVILLAGE_WORKER_MEMORY_MB"] = str(TOO_LITTLE_MB)
-        yard.environment["AIVILLAGE_ENABLE"] = OPERATION
-        yard.environment["AIVILLAGE_OFFER_SECONDS"] = "2"
-        nodes = yard.village("buyer", "one", "two", "three")
-        buyer, *stages = nodes
-        known(buyer, stages, OPERATION)
-        answer(buyer)  # layers are loaded
-        wanted = [answer(buyer) for _ in range(1 if args.quick else 3)]
-        rounds = rounds_of(wanted[0].token_ids)
-        split = max((rounds - 1) / one.seconds for one in wanted)
-        claims.add("local_tokens_per_second", local)
-        claims.add("split2_rounds_per_second", split)
-        claims.add("split2_over_local", split / local, at_least=SPLIT_BAR)
-        runs = [killed(seed, buyer, stages) for seed in range(2 if args.quick else 20)]
-        tell(claims, runs)
-        identical = [run.token_ids == wanted[0].token_ids for run in (*wanted, *runs)]
-        claims.add("resumed_identical_fraction", statistics.mean(identical), at_least=1.0)
-        claims.add("books_exact", books_exact(nodes), at_least=1)
+        over_daemons(claims, yard, quick=args.quick)
 
 
-# --------------------------------------------------------------------------- in this process
+# --------------------------------------------------------------------------- stage processes
 
 
-def same(claims: Claims, engine: TorchEngine, chains: list[Chain], count: int) -> None:
-    prompts = [form.replace("{}", topic) for topic in TOPICS for form in FORMS][:count]
+async def over_processes(claims: Claims, quick: bool) -> None:
+    requests = questions(8 if quick else 50)
+    wanted = unsplit(requests)
     equal, tokens, rounds = [], 0, 0
-    for at in range(0, count, FLIGHT):
-        asked = [GenerateRequest(prompt=p, max_tokens=12) for p in prompts[at : at + FLIGHT]]
-        wanted = unsplit(engine, asked)
-        for chain in chains:
-            got = chain.together(asked)
-            equal += [mine[:3] == theirs for mine, theirs in zip(got, wanted, strict=True)]
-            tokens += sum(len(one[0]) for one in got)
-            rounds += sum(one[3] for one in got)
-    claims.note("split_stages", [len(chain.engines) for chain in chains])
+    for parts in (2,) if quick else (2, 3, 5):
+        with tempfile.TemporaryDirectory() as folder:
+            async with stages(parts, Path(folder)) as found:
+                got = await answers(found, requests)
+                equal += [one.said == two for one, two in zip(got, wanted, strict=True)]
+                tokens += sum(len(one.token_ids) for one in got)
+                rounds += sum(one.rounds for one in got)
+                if parts == 2:
+                    await guessing(claims, found, quick=quick)
+                if not quick:
+                    await forwarding(claims, found)
     claims.note("split_answers", len(equal))
     claims.add("split_identical_fraction", statistics.mean(equal), at_least=1.0)
     claims.add("tokens_per_round", tokens / rounds)
 
 
-def unsplit(
-    engine: TorchEngine, requests: list[GenerateRequest]
-) -> list[tuple[list[int], str, str]]:
-    ids: list[list[int]] = [[] for _ in requests]
-    text, ends = [""] * len(requests), [""] * len(requests)
-    for number, request in enumerate(requests):
-        engine.add(number, request, ())
-        engine.allow(number, 10**6)
-    while frames := engine.step():
-        for frame in frames:
-            ids[frame.session] += frame.token_ids
-            text[frame.session] += frame.text
-            ends[frame.session] = frame.finished
-    return list(zip(ids, text, ends, strict=True))
+async def guessing(claims: Claims, found: Stages, *, quick: bool) -> None:
+    """Every prompt with guesses and without, four of them in flight at once."""
+    prompts = PROMPTS[:4] if quick else (*PROMPTS, *of_wikitext())
+    copied: dict[bool, list[float]] = {True: [], False: []}
+    for first in range(0, len(prompts), 4):
+        for at, gain in (
+            await gains(found, prompts[first : first + 4], 32 if quick else 64)
+        ).items():
+            copied[gain.is_copied].append(gain.speed)
+            claims.note(f"speculation_gain_{first + at}", round(gain.speed, 2))
+    claims.note("speculation_prompts_copied", len(copied[True]))
+    claims.add("speculation_gain", statistics.median(copied[True] or [0.0]), at_least=GAIN_BAR)
+    claims.add("speculation_gain_min", min(copied[True] or [0.0]))
+    if copied[False]:
+        claims.add("speculation_gain_plain", statistics.median(copied[False]))
 
 
-class Slow(Chain):
-    """A chain whose every way to a stage and back is slept."""
-
-    def __init__(self, chain: Chain) -> None:
-        self.engines = chain.engines
-        self.first_seconds = 0.0
-
-    def pass_through(self, fed: Any) -> Any:
-        time.sleep(2 * WAY_SECONDS * len(self.engines))
-        drawn = super().pass_through(fed)
-        if not self.first_seconds and any(drawn.values()):
-            self.first_seconds = time.perf_counter()
-        return drawn
+class Gain(NamedTuple):
+    is_copied: bool
+    speed: float
 
 
-def guessing(claims: Claims, chain: Chain, *, quick: bool) -> None:
-    slow, tokens = Slow(chain), 24 if quick else 40
+async def gains(found: Stages, prompts: Sequence[str], tokens: int) -> dict[int, Gain]:
+    got: dict[tuple[int, int], Answered] = {}
+    away = star(len(found.clients))
 
-    def gain(prompt: str) -> float:
-        speeds = []
-        for drafts_max in (DRAFT_TOKENS_MAX, 0):
-            slow.first_seconds = 0.0  # reading the prompt is the same with guesses and without
-            asked = [GenerateRequest(prompt=prompt, max_tokens=tokens)]
-            ((ids, *_),) = slow.together(asked, drafts_max)
-            speeds.append((len(ids) - 1) / (time.perf_counter() - slow.first_seconds))
-        return speeds[0] / speeds[1]
+    async def ask(at: int, drafts_max: int) -> None:
+        request = GenerateRequest(prompt=prompts[at], max_tokens=tokens)
+        got[at, drafts_max] = await answer(found, request, drafts_max=drafts_max, away_seconds=away)
 
-    copied = [gain(prompt) for prompt in COPIED[: 1 if quick else 2]]
-    claims.add("speculation_gain", min(copied), at_least=GAIN_BAR)
-    if not quick:
-        claims.add("speculation_gain_plain", min(gain(prompt) for prompt in PLAIN))
+    async with trio.open_nursery() as nursery:
+        for at in range(len(prompts)):
+            nursery.start_soon(ask, at, DRAFT_TOKENS_MAX)
+            nursery.start_soon(ask, at, 0)
+    gained = {}
+    for at, prompt in enumerate(prompts):
+        guessed, plain = got[at, DRAFT_TOKENS_MAX], got[at, 0]
+        assert guessed.said == plain.said, "a guess changed the answer"
+        speed = plain.decode_seconds / max(guessed.decode_seconds, 1e-9)
+        gained[at] = Gain(is_copied(prompt, plain.token_ids), speed)
+    return gained
 
 
-def local_speed(engine: TorchEngine) -> float:
-    """Tokens a second of one unsplit answer, after its first one."""
-    engine.add(0, GenerateRequest(**REQUEST), ())
-    engine.allow(0, 10**6)
-    tokens, began = 0, 0.0
-    while frames := engine.step():
-        if tokens == 0 and frames[0].token_ids:
-            began = time.perf_counter()
-        tokens += len(frames[0].token_ids)
-    return (tokens - 1) / (time.perf_counter() - began)
+def of_wikitext() -> list[str]:
+    """Two prompts of paragraphs, where the data is there."""
+    path = Path(os.environ.get("AIVILLAGE_TEST_DATA", "")) / "wikitext-2" / "valid.txt"
+    if not path.is_file():
+        return []
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    one, other, *_ = [line for line in lines if 300 < len(line) < 500]
+    return [f"Summarize by quoting: {one}", f"{other}\n\nRepeat the text above word for word."]
+
+
+def is_copied(prompt: str, token_ids: Sequence[int]) -> bool:
+    """Whether half of the answer's runs of three tokens were there before."""
+    request = GenerateRequest(prompt=prompt, max_tokens=1)
+    read = SplitAnswer(request, tokenizer.of_model(MODEL)).prompt.token_ids
+    seen = {tuple(read[at : at + 3]) for at in range(len(read) - 2)}
+    again = 0
+    for at in range(len(token_ids) - 2):
+        run = tuple(token_ids[at : at + 3])
+        again += run in seen
+        seen.add(run)
+    return again >= (len(token_ids) - 2) / 2
+
+
+def star(parts: int) -> list[float]:
+    """What a round spends on the way to each stage and back."""
+    return [2 * WAY_SECONDS] * parts
+
+
+def ring(parts: int) -> list[float]:
+    """The same where each stage hands its states to the next one."""
+    return [WAY_SECONDS] * (parts - 1) + [2 * WAY_SECONDS]
+
+
+async def forwarding(claims: Claims, found: Stages) -> None:
+    parts, request = len(found.clients), GenerateRequest(**(REQUEST | {"max_tokens": 16}))
+    by_star, by_ring = [
+        await answer(found, request, drafts_max=0, away_seconds=away(parts))
+        for away in (star, ring)
+    ]
+    claims.add(f"forwarding_gain_{parts}", by_star.decode_seconds / by_ring.decode_seconds)
+
+
+# --------------------------------------------------------------------------- real daemons
+
+
+class Heard(NamedTuple):
+    """One job: `seconds` from its first text to the end; processor seconds of all that time."""
+
+    token_ids: list[int]
+    seconds: float
+    cpu_seconds: float = 0.0
+    resume_seconds: float = 0.0
+    kind: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Tokens after the first."""
+        return len(self.token_ids) - 1
+
+
+def over_daemons(claims: Claims, yard: Yard, *, quick: bool) -> None:
+    buyer = yard.daemon("buyer").start("--set", "serve=false")
+    join = ("--join", buyer.ask("invite", uses=4)["token"])
+    whole = yard.daemon("whole").start(*join, "--set", "offer_seconds=2")
+    lenders = [yard.daemon(name).start(*join, *COLD) for name in ("one", "two", "three")]
+    known(buyer, [whole], "inference.generate")
+    known(buyer, lenders, OPERATION)
+    wanted = beside_local(claims, buyer, whole, lenders, count=1 if quick else 4)
+    cold = [cold_run(0, buyer, lenders)]
+    for lender in lenders:
+        lender.kill()
+        lender.start(*LENDS)
+    known(buyer, lenders, OPERATION)
+    runs = [warm_run(seed, buyer, lenders) for seed in range(6 if quick else 20)]
+    tell(claims, [*cold, *runs])
+    identical = [run.token_ids == wanted for run in (*cold, *runs)]
+    claims.add("identical_fraction", statistics.mean(identical), at_least=1.0)
+    claims.add("books_exact", books_exact([buyer, whole, *lenders]), at_least=1)
+
+
+def beside_local(
+    claims: Claims, buyer: Daemon, whole: Daemon, lenders: list[Daemon], *, count: int
+) -> list[int]:
+    """Whole answers, then as many split ones, twice: a machine that slows down slows both."""
+    local, split = [], []
+    for turn in range(2):
+        if turn == 0:
+            heard(buyer, [whole])  # its model is loaded
+        local += [heard(buyer, [whole]) for _ in range(count)]
+        buyer.ask("block", peer=whole.peer)
+        if turn == 0:
+            heard(buyer, lenders)
+        split += [heard(buyer, lenders) for _ in range(count)]
+        buyer.ask("block", peer=whole.peer, stop=turn == 0)
+    wanted = local[0].token_ids
+    assert all(one.token_ids == wanted for one in (*local, *split)), "answers differ"
+    rounds = rounds_of(wanted) - 1
+    tokens_s = sum(one.steps for one in local) / sum(one.seconds for one in local)
+    rounds_s = rounds * len(split) / sum(one.seconds for one in split)
+    claims.add("local_tokens_per_second", tokens_s)
+    claims.add("split2_rounds_per_second", rounds_s)
+    claims.add("split2_over_local", rounds_s / tokens_s, at_least=SPLIT_BAR)
+    said = sum(one.steps for one in split) / sum(one.seconds for one in split)
+    claims.add("split2_tokens_over_local", said / tokens_s)
+    cpu_local = sum(one.cpu_seconds for one in local) / sum(one.steps for one in local)
+    cpu_split = sum(one.cpu_seconds for one in split) / (rounds * len(split))
+    claims.add("local_cpu_ms_per_token", 1000 * cpu_local)
+    claims.add("split2_cpu_ms_per_round", 1000 * cpu_split)
+    claims.add("split2_cpu_over_local", cpu_local / cpu_split, at_least=SPLIT_BAR)
+    return wanted
+
+
+def heard(buyer: Daemon, sellers: list[Daemon], **changed: Any) -> Heard:
+    """One job to its end, undisturbed."""
+    first = cpu = 0.0
+    for frame in buyer.follow("inference.generate", **(REQUEST | changed)):
+        if isinstance(frame, messages.Text) and not first:
+            first, cpu = time.monotonic(), cpu_of(buyer, *sellers)
+        if isinstance(frame, messages.Answer):
+            ids, now = frame.value["result"]["token_ids"], time.monotonic()
+            return Heard(ids, now - first, cpu_of(buyer, *sellers) - cpu)
+        fail(buyer, frame)
+    raise DaemonError("frames end with an answer or an error")
+
+
+def fail(buyer: Daemon, frame: messages.Frame) -> None:
+    if isinstance(frame, messages.Failure):
+        raise DaemonError(f"{frame.code} {frame.message}\n{buyer.log_end()}")
+
+
+def cpu_of(*nodes: Daemon) -> float:
+    """Processor seconds so far, of the daemons and of all their workers."""
+    used = 0.0
+    for node in nodes:
+        daemon = psutil.Process(node.pid)
+        for process in (daemon, *daemon.children(recursive=True)):
+            times = process.cpu_times()
+            used += times.user + times.system
+    return used
 
 
 def rounds_of(token_ids: list[int]) -> int:
@@ -180,105 +310,74 @@ def rounds_of(token_ids: list[int]) -> int:
     return driver.rounds
 
 
-# --------------------------------------------------------------------------- real daemons
+# --------------------------------------------------------------------------- lost stages
 
 
-class Answered(NamedTuple):
-    """`seconds` from the first text to the end; `resume_seconds` from the kill to the next text."""
-
-    token_ids: list[int]
-    seconds: float
-    resume_seconds: float = 0.0
-    was_warm: bool = False
-
-
-def answer(buyer: Daemon, tokens: int = TOKENS) -> Answered:
-    first = 0.0
-    for frame in buyer.follow("inference.generate", **(REQUEST | {"max_tokens": tokens})):
-        if isinstance(frame, messages.Text) and not first:
-            first = time.monotonic()
-        if isinstance(frame, messages.Answer):
-            return Answered(frame.value["result"]["token_ids"], time.monotonic() - first)
-        if isinstance(frame, messages.Failure):
-            raise DaemonError(f"{frame.code} {frame.message}\n{buyer.log_end()}")
-    raise DaemonError("frames end with an answer or an error")
+def cold_run(seed: int, buyer: Daemon, lenders: list[Daemon]) -> Heard:
+    """Nobody loads ahead: who stands in begins with that, unless it had computed layers before."""
+    rows = buyer.ask("jobs", limit=50)
+    before = {peer for row in rows for peer in sellers_of(buyer, row["job"])}
+    found = killed(seed, buyer, lenders)
+    by = events(buyer, "stage_replaced")[-1]["by"]
+    return found._replace(kind="known" if by in before else "cold")
 
 
-LOADED: set[tuple[int, str]] = set()
-"""(process, layers): what each worker was seen to compute."""
+def warm_run(seed: int, buyer: Daemon, lenders: list[Daemon]) -> Heard:
+    """A stage is killed once somebody stands by for each."""
+    sought = events(buyer, "stand_ins_sought")
+    heard(buyer, [], max_tokens=1)
+    wait_for(lambda: len(events(buyer, "stand_ins_sought")) > len(sought), 60, buyer.log_end)
+    found = killed(seed, buyer, lenders)
+    event = events(buyer, "stage_replaced")[-1]
+    return found._replace(kind="warm" if event["was_ready"] else "cold")
 
 
-def warm(buyer: Daemon, stages: list[Daemon]) -> None:
-    """Whoever is left computes once without each of them: most layers are loaded twice then."""
-    for absent in stages:
-        buyer.run("block", absent.peer)
-        answer(buyer, 1)
-        buyer.run("unblock", absent.peer)
-        note_loaded(buyer, stages)
-
-
-def note_loaded(buyer: Daemon, stages: list[Daemon]) -> list[tuple[Daemon, str]]:
-    """Who computed which layers of the latest job."""
-    by_peer = {stage.peer: stage for stage in stages}
-    served = [(by_peer[peer], layers) for peer, layers in served_by(buyer)]
-    LOADED.update((stage.pid, layers) for stage, layers in served if stage.running())
-    return served
-
-
-def killed(seed: int, buyer: Daemon, stages: list[Daemon]) -> Answered:
-    """One answer, a stage of which is killed at a random token; it is back after, and cold."""
+def killed(seed: int, buyer: Daemon, lenders: list[Daemon]) -> Heard:
+    """One answer, a stage of which is killed at a random token; it is back after."""
     draw, pieces, lost, resumed = random.Random(seed), 0, 0.0, 0.0
-    at, victim = draw.randrange(2, 12), stages[0]
-    by_peer = {stage.peer: stage for stage in stages}
-    warm(buyer, stages)
+    at, victim = draw.randrange(2, 12), lenders[0]
+    by_peer = {lender.peer: lender for lender in lenders}
     for frame in buyer.follow("inference.generate", **REQUEST):
+        fail(buyer, frame)
         if isinstance(frame, messages.Text):
             pieces += 1
-            if lost and not resumed:
-                resumed = time.monotonic() - lost
+            resumed = resumed or (time.monotonic() - lost if lost else 0.0)
             if pieces == at:
-                victim = by_peer[draw.choice(serving(buyer))]
+                latest = buyer.ask("jobs", limit=1)[0]["job"]
+                victim = by_peer[draw.choice(sellers_of(buyer, latest, "running"))]
                 lost = time.monotonic()
-                os.killpg(victim.pid, signal.SIGKILL)
-        if isinstance(frame, messages.Failure):
-            raise DaemonError(f"{frame.code} {frame.message}\n{buyer.log_end()}")
+                os.kill(victim.pid, signal.SIGKILL)  # its workers end with it
         if isinstance(frame, messages.Answer):
             victim.kill()
-            loaded = set(LOADED)
-            stand_in, layers = note_loaded(buyer, stages)[-1]
-            was_warm = (stand_in.pid, layers) in loaded
             victim.restart()
-            known(buyer, stages, OPERATION)
-            return Answered(frame.value["result"]["token_ids"], 0.0, resumed, was_warm)
+            known(buyer, lenders, OPERATION)
+            return Heard(frame.value["result"]["token_ids"], 0.0, resume_seconds=resumed)
     raise DaemonError("frames end with an answer or an error")
 
 
-def serving(buyer: Daemon) -> list[str]:
-    """Who has the stages of the latest job."""
-    attempts = buyer.ask("job", job=latest(buyer))["attempts"]
-    return [one["seller"] for one in attempts if one["outcome"] == "running"]
+def sellers_of(buyer: Daemon, job: str, *outcomes: str) -> list[str]:
+    """Of its stages, those that came to such an end; of all where none is named."""
+    attempts = buyer.ask("job", job=job)["attempts"]
+    return [one["seller"] for one in attempts if not outcomes or one["outcome"] in outcomes]
 
 
-def served_by(buyer: Daemon) -> list[tuple[str, str]]:
-    """All stages of the latest job, which has ended: (peer, layers and digest), as called."""
-    attempts = buyer.run("explain", latest(buyer), "--json").json["attempts"]
-    return [(one["seller"], one["kernel"].rpartition("/")[2]) for one in attempts]
+def events(buyer: Daemon, name: str) -> list[dict[str, Any]]:
+    return [event for event in buyer.ask("events")["recent"] if event["event"] == name]
 
 
-def latest(buyer: Daemon) -> str:
-    return str(buyer.ask("jobs", limit=1)[0]["job"])
-
-
-def tell(claims: Claims, runs: list[Answered]) -> None:
-    warm = sorted(run.resume_seconds for run in runs if run.was_warm)
-    cold = [run.resume_seconds for run in runs if not run.was_warm]
+def tell(claims: Claims, runs: list[Heard]) -> None:
+    by_kind = {
+        kind: sorted(run.resume_seconds for run in runs if run.kind == kind)
+        for kind in ("warm", "cold")
+    }
+    warm, cold = by_kind["warm"], by_kind["cold"]
     claims.note("resume_seeds", len(runs))
     claims.note("resume_warm", len(warm))
-    claims.note("stage_resume_s_goal", RESUME_GOAL)
+    claims.note("resume_s_goal", RESUME_GOAL)
     if warm:
-        claims.add("stage_resume_s_p50", statistics.median(warm))
+        claims.add("resume_s_p50", statistics.median(warm))
         p95 = warm[-(-95 * len(warm) // 100) - 1]
-        claims.add("stage_resume_s_p95", p95, at_most=RESUME_SECONDS)
+        claims.add("resume_s_p95", p95, at_most=RESUME_SECONDS)
     if cold:
         claims.add("cold_resume_s", statistics.median(cold))
 

@@ -67,6 +67,8 @@ class StageCall:
         self._sent: collections.deque[tuple[StageInput, int, float]] = collections.deque()
         self._unsent: collections.deque[StageInput] = collections.deque()
         self._decoded = (0, 0.0)
+        self._is_over = False
+        """The seller, or the loss of it, ended the call: nothing more of it comes."""
 
     @property
     def seller(self) -> PeerId:
@@ -137,7 +139,7 @@ class StageCall:
                 try:
                     if outcome == "done":
                         await self._finish(self._inbox)
-                    else:
+                    elif not self._is_over:
                         send_or_drop(self.choice.link, messages.Cancel(id=self._call_id))
                         await self._drain(self._inbox)
                 except AivillageError as error:
@@ -154,7 +156,7 @@ class StageCall:
         while trio.current_time() < deadline:
             frame = None
             with trio.move_on_after(QUIET_SECONDS):
-                frame = await next_frame(inbox)
+                frame = await self._heard(inbox)
             if isinstance(frame, kind):
                 return frame
             if frame is None:
@@ -162,6 +164,14 @@ class StageCall:
             elif not isinstance(frame, _SIGNS_OF_LIFE):
                 raise PeerError(f"{type(frame).__name__} in a stage's call", code="BAD_REQUEST")
         raise PeerError(f"no {kind.__name__.lower()} within {seconds:.0f} s", code="PEER_LOST")
+
+    async def _heard(self, inbox: trio.MemoryReceiveChannel[Frame]) -> Frame:
+        """Raises: AivillageError: how the seller ended it."""
+        try:
+            return await next_frame(inbox)
+        except AivillageError:
+            self._is_over = True
+            raise
 
     async def _probe(self) -> None:
         """Raises: PeerError: PEER_LOST, it gives no sign of life."""

@@ -92,6 +92,10 @@ class StandIns:
                     if self._wanted[model.name] is wanted:
                         await self._prepare(model, staged, *wanted)
                 done = wanted
+            ready = [self.ready(model.name, *staged) for staged in done[0]]
+            self._trade.events.emit(
+                "stand_ins_sought", stages=len(ready), ready=len([*filter(None, ready)])
+            )
         except Exception as defect:  # an answer without a stand-in is an answer
             self._trade.events.emit("stand_ins_crashed", level=40, error=repr(defect))
         finally:

@@ -222,6 +222,18 @@ async def test_a_stage_that_fails_is_replaced_too(tmp_path):
         await all_settled(buyer, sellers)
 
 
+async def test_nothing_more_is_waited_for_of_a_stage_that_said_how_it_ended(tmp_path):
+    """A stand-in begins two seconds earlier so."""
+    async with lenders(tmp_path) as (_mesh, buyer, sellers):
+        running, failing = await begun(buyer, sellers, 4)
+        failing.script.die_after = 0
+        failing.script.go.set()
+        assert result_of(await ended(running)) == expected(REQUEST)
+        assert running.pursuit.excluded[failing.peer].code == "JOB_FAILED"
+        assert not [frame for frame in failing.heard if isinstance(frame, messages.Cancel)]
+        await all_settled(buyer, sellers)
+
+
 @pytest.mark.parametrize(
     "lie",
     [
