@@ -41,6 +41,8 @@ from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 ATTEMPTS_MAX: Final = 8
 BUSY_MAX: Final = 8
 """Half a minute of asking again, ever more slowly."""
+RETRY_SECONDS_MAX: Final = 10.0
+"""Of the wait that a busy seller names, before we look again whether another one has room."""
 CREDIT_WAITS_SECONDS: Final = (0.5, 1.0, 2.0)
 """Where all that can do it want to be paid first, what we signed may be on its way."""
 DEADLINE_SECONDS: Final = 600.0
@@ -470,8 +472,9 @@ class Pursuit:
         self.say(messages.Progress(id=0, done=0, note=note))
 
     async def _wait_for_place(self, peer: PeerId, error: AivillageError) -> None:
-        """Until a job of ours ends there; where none does, ever longer, and not for ever."""
-        with trio.move_on_after(min(0.2 * 2**self._busy, 10.0)):
+        """Until a job of ours ends there, or as long as it said; else ever longer, not for ever."""
+        told = min(error.retry_after_seconds, RETRY_SECONDS_MAX)
+        with trio.move_on_after(max(told, min(0.2 * 2**self._busy, 10.0))):
             if error.code == "BUSY":
                 await self._trade.attempts.one_ends(peer)
                 return
