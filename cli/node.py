@@ -152,12 +152,19 @@ def status(args: argparse.Namespace) -> int:
             "peers": f"{found['peers']} connected, {found['members']} of my village",
             "balance": f"{as_credits(found['balance_micro_credits'])} credits",
             "my jobs": f"{found['jobs_running']} running",
-            "others' jobs": f"{found['sales_running']} running, {found['slots_free']} slots free",
+            "others' jobs": f"{found['sales_running']} running, {found['sales_waiting']} waiting, "
+            f"{found['slots_free']} slots free",
+            "models loaded": _engines(found["engines"]),
             "offers": ", ".join(found["serves"]) or "nothing",
             "health": f"{found['rss_mb']} MB, loop lag p99 {lag['p99']} ms",
         }
     )
     return 0
+
+
+def _engines(found: list[dict[str, Any]]) -> str:
+    named = [f"{each['model']} {each['sessions']} of {each['slots']} slots" for each in found]
+    return ", ".join(named) or "none"
 
 
 def _reachable(found: dict[str, Any]) -> str:

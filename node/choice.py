@@ -36,6 +36,8 @@ RETRY_SECONDS: Final = 10.0
 """What a failure costs beside the work: noticing it, and calling another one."""
 DIAL_SECONDS: Final = 0.25
 """A peer without a link is dialled first."""
+WAIT_SECONDS_MAX: Final = 300.0
+"""Of a wait that a seller tells: longer ones are all the same."""
 LINES_MAX: Final = 32
 """Candidates in an explanation: a screen, and some 10 KB in jobs.db."""
 FRESH_SECONDS: Final = 5.0
@@ -55,6 +57,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     price: MicroCredits = 0
     load: int = 0
     """Jobs ahead of or beside ours."""
+    slots: int = 1
+    """How many of them are worked at at once."""
+    wait_seconds: Seconds = 0.0
+    """What it says that ours waits for its turn."""
     has_room: bool = True
     rtt_seconds: Seconds | None = None
     """None: there is no link."""
@@ -111,12 +117,12 @@ def weigh(facts: Facts, rate: MicroCredits) -> Weighed:
         work = facts.units / facts.units_per_second
     else:
         work = max(facts.guess_seconds, facts.units / UNKNOWN_UNITS_PER_SECOND)
-    wait = work * (facts.load + (not facts.has_room))
+    wait = work * (facts.load + (not facts.has_room)) / facts.slots
     return Weighed(
         facts=facts,
         score=Score(
             work=work,
-            wait=wait,
+            wait=max(wait, min(facts.wait_seconds, WAIT_SECONDS_MAX)),  # it can only look worse
             distance=DIAL_SECONDS if facts.rtt_seconds is None else 2 * facts.rtt_seconds,
             failures=facts.failures * (RETRY_SECONDS + work),
             owes_us=(work + wait) * (1 / DEBTOR_BONUS - 1) if facts.owes_us else 0.0,

@@ -38,6 +38,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     enable: Annotated[tuple[str, ...], _doc("experimental operations to switch on")] = ()
     serve: Annotated[bool, _doc("run other people's jobs")] = True
     slots: Annotated[int, Meta(ge=1, le=256), _doc("jobs of others at the same time")] = 8
+    queue_calls: Annotated[
+        int,
+        Meta(ge=0, le=256),
+        _doc("calls of others that wait for a slot, some eight rounds of 8 slots; 0: none waits"),
+    ] = 64
+    queue_calls_per_peer: Annotated[
+        int, Meta(ge=0, le=256), _doc("of these, of one peer: half, so that two do not fill it")
+    ] = 32
+    queue_seconds: Annotated[
+        Seconds,
+        Meta(gt=0, le=240),
+        _doc("longest that a call waits for a slot: buyers give up after 300 s without work"),
+    ] = 120.0
+    first_peers: Annotated[
+        tuple[str, ...],
+        _doc("peers, by the end of their ids, whose turn comes up to four times as often"),
+    ] = ()
     module_workers: Annotated[
         int, Meta(ge=1, le=256), _doc("modules that run at once, each in a process; others wait")
     ] = 2

@@ -141,9 +141,9 @@ async def open_node(
         market = Market(links, discovery, ledger, herald.advertise)
         clearing = Clearing(ledger, villagers.hubs, events)
         market.clear, market.debt_of = clearing.try_clear, ledger.owed_by
-        trade = Trade(jobs, ledger, market, discovery, workers, events, Attempts())
+        trade = Trade(jobs, ledger, market, discovery, workers, events, Attempts(), seller.places)
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
-        seller.buy, seller.acquainted = buyer.buy, villagers.acquainted
+        seller.modules.buy, seller.door.acquainted = buyer.buy, villagers.acquainted
         market.home = Home(workers, discovery, buyer, seller).facts
         detours.join(links, villagers, herald, seller, jobs, ledger, tasks)
         _close_and_open(gate, monitor, ledger, buyer, seller, herald, tasks)
@@ -151,7 +151,7 @@ async def open_node(
         pairs = Pairs(ledger, tasks)
         blobs = Library(settings, paths, trade, buyer, seller, gate, villagers, replicator, tasks)
         switch = Switch(links, ledger, villagers, exchange, buyer, seller, herald, pairs, blobs)
-        keeper = Caretaker(ledger, jobs, events, (seller.running, buyer.running))
+        keeper = Caretaker(ledger, jobs, events, (seller.taken, buyer.running))
         desk = Desk(
             origins=origins, paths=paths, links=links, villagers=villagers, discovery=discovery,
             seller=seller, buyer=buyer, jobs=jobs, ledger=ledger, monitor=monitor, events=events,
@@ -194,8 +194,8 @@ def _close_and_open(
 ) -> None:
     """What is wrong with this machine stops all work; the owner's limits only that for others."""
     buyer.refusal = lambda: monitor.refusal() or ledger.refusing
-    seller.refusal = lambda: buyer.refusal() or gate.refusal()
-    gate.running, gate.on_change = seller.running, herald.hurry
+    seller.door.refusal = lambda: buyer.refusal() or gate.refusal()
+    gate.running, gate.on_change = seller.taken, herald.hurry
     tasks.serve(gate.run, monitor.run)
 
 

@@ -102,8 +102,11 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "stop": self.on_stop,
         }
 
-    async def on_status(self, _args: dict[str, Any]) -> dict[str, Any]:
-        """One screen of truth: every figure is read now, none is remembered."""
+    async def on_status(self, args: dict[str, Any]) -> dict[str, Any]:
+        """One screen of truth: every figure is read now, none is remembered.
+
+        `lag_seconds`: of how long ago at most the loop's lag is told.
+        """
         refusal = self.seller.refusal()
         settings = {origin.key: origin.value for origin in self.origins}
         return {
@@ -119,12 +122,15 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "members": len(self.villagers.members()),
             "jobs_running": len(self.buyer.running()),
             "sales_running": len(self.seller.running()),
+            "sales_waiting": self.seller.places.queue.waiting,
             "slots_free": self.seller.free_slots(),
+            "engines": self.seller.engines(),
             "serves": [operation.name for operation in self.seller.operations()],
             "balance_micro_credits": (await self.ledger.balance()).net,
             "dev_mode": settings["dev_mode"],
+            "tasks": self.monitor.tasks(),
             "rss_mb": round(self.monitor.rss_mb(), 1),
-            "loop_lag_ms": self.monitor.loop_lag_ms(),
+            "loop_lag_ms": self.monitor.loop_lag_ms(float(args.get("lag_seconds", 60))),
             "relay": self.detours.status(),
         }
 

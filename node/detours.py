@@ -50,7 +50,7 @@ class Detours:
         )
 
         def is_busy(link: Link) -> bool:
-            return link.waiting or any(sale.link is link for sale in seller.running())
+            return link.waiting or any(sale.link is link for sale in seller.taken())
 
         self._relay = Relay(
             transport=self._transport, is_member=villagers.is_member, limits=_limits(settings),

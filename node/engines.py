@@ -80,6 +80,7 @@ class EngineClient:
         self._sessions: dict[int, EngineSession] = {}
         self._numbers = itertools.count(1)
         self._is_put_away = False
+        self._left = trio.Event()
 
     @property
     def token_price(self) -> MicroCredits:
@@ -97,6 +98,15 @@ class EngineClient:
     @property
     def session_count(self) -> int:
         return len(self._sessions)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._sessions) >= self.slots
+
+    async def has_room(self) -> None:
+        """Returns once a session can begin, unless another one comes first."""
+        while self.is_full:
+            await self._left.wait()
 
     def idle_seconds(self) -> float:
         """How long nobody has used it; 0 while somebody does."""
@@ -119,7 +129,7 @@ class EngineClient:
         """
         if self._is_put_away:
             raise RefusedError("the model was put away for another one", next_step="try again")
-        if len(self._sessions) >= self.slots:
+        if self.is_full:
             raise RefusedError(f"all {self.slots} slots of the engine are taken")
         session = EngineSession(next(self._numbers), self)
         added = say.Add(
@@ -132,6 +142,8 @@ class EngineClient:
         finally:
             del self._sessions[session.number]
             self._worker.idle_since = trio.current_time()
+            self._left.set()
+            self._left = trio.Event()
             with suppress(JobError):  # a dead worker holds no slot
                 self.send(say.CancelSession(session=session.number))
 

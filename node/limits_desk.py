@@ -65,7 +65,7 @@ class LimitsDesk:
                     next_step="--for 2h; without it the pause lasts until `resume`",
                 )
             until = self._gate.now().timestamp() + float(seconds)
-        running = len(self._desk.seller.running())
+        running = len(self._desk.seller.taken())
         await self._gate.set_pause(Pause(until))
         return {"paused": True, "until_unix": until, "ended": running}
 

@@ -473,7 +473,7 @@ _nonces = itertools.count(1)
 
 
 def as_error(failure: Failure) -> AivillageError:
-    return from_code(failure.code, failure.message, failure.next_step)
+    return from_code(failure.code, failure.message, failure.next_step, failure.retry_after_seconds)
 
 
 def _offer(inbox: trio.MemorySendChannel[Frame], frame: Frame) -> None:

@@ -28,6 +28,7 @@ from aivillage.node.jobs import JobRow
 from aivillage.node.module_runs import OnCall
 from aivillage.node.pursuit import BLAMED, DEADLINE_SECONDS
 from aivillage.node.records import work_of
+from aivillage.node.resident import kind_of_model
 from aivillage.node.trade import Receipt, Say, Trade
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
@@ -40,7 +41,7 @@ from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 T = TypeVar("T")
 
 BUSY_SECONDS: Final = 0.5
-"""Between looks for a free slot, while others' paid jobs have them all."""
+"""Between looks for a free slot, while what reads others' answers has it."""
 UNITS_MAX: Final = PROMPT_BYTES_MAX + TOKENS_MAX
 """More than any answer needs: nobody has to pay, so nothing is held back."""
 
@@ -156,8 +157,9 @@ class LocalJob:
         model = unpack(GenerateRequest, self.row.request).model
         engine = await self._trade.workers.engine(model)
         self._identical, self._kernel = engine.info.identical, engine.info.kernel_class
-        self._worked_from = time.monotonic()
-        return await once_free(lambda: self._session(engine))
+        async with self._trade.places.own(kind_of_model(model)):
+            self._worked_from = time.monotonic()
+            return await once_free(lambda: self._session(engine))
 
     async def _session(self, engine: EngineClient) -> bytes:
         async with engine.open_session(self.row.request) as session:

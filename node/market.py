@@ -339,6 +339,8 @@ class Market:
             facts,
             guess_seconds=max(need.seconds, _quoted_seconds(quote, need)),
             load=max(facts.load, reply.queue_length),
+            slots=max(1, reply.slots),
+            wait_seconds=max(0.0, reply.wait_seconds - (time.monotonic() - quoted.at)),
             has_room=facts.has_room or not reply.queue_length,
             age_seconds=time.monotonic() - quoted.at,
         )

@@ -53,13 +53,18 @@ class Monitor:
             next_step=f"free at least {FREE_BYTES_MIN >> 20} MB; the node then goes on by itself",
         )
 
-    def loop_lag_ms(self) -> dict[str, float]:
-        """p50 and p99 of the last minute."""
-        lags = sorted(self._lags) or [0.0]
+    def loop_lag_ms(self, seconds: Seconds = LAGS_KEPT * BEAT_SECONDS) -> dict[str, float]:
+        """p50 and p99 of the last `seconds`, a minute at most."""
+        beats = max(1, int(seconds / BEAT_SECONDS))
+        lags = sorted(list(self._lags)[-beats:]) or [0.0]
         return {
             "p50": round(lags[len(lags) // 2] * 1000, 2),
             "p99": round(lags[int(len(lags) * 0.99)] * 1000, 2),
         }
+
+    def tasks(self) -> int:
+        """Tasks of the loop, the library's own included: where it only grows, something leaks."""
+        return trio.lowlevel.current_statistics().tasks_living
 
     def rss_mb(self) -> float:
         """Resident memory now (Linux), else the most it ever was."""

@@ -13,8 +13,7 @@ import msgspec
 import trio
 
 from aivillage.models import registry
-from aivillage.models.inference import logprobs
-from aivillage.models.inference.generate import GenerateResult, Piece, usage
+from aivillage.models.inference.generate import Piece, usage
 from aivillage.node.attempt import Attempt, Output
 from aivillage.node.choice import Explanation
 from aivillage.node.jobs import JobRow
@@ -25,13 +24,12 @@ from aivillage.node.records import work_of
 from aivillage.node.stage_peers import may_be_split
 from aivillage.node.stand_by import StandBy
 from aivillage.node.trade import DoubtfulError, Receipt, RejectedError, Say, Trade, Verify
+from aivillage.node.verdict import require_ok, require_same
 from aivillage.node.verifier import Share
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import (
     AivillageError,
-    JobError,
-    NodeError,
     PeerError,
     RequestError,
 )
@@ -43,6 +41,8 @@ from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds
 ATTEMPTS_MAX: Final = 8
 BUSY_MAX: Final = 8
 """Half a minute of asking again, ever more slowly."""
+RETRY_SECONDS_MAX: Final = 10.0
+"""Of the wait that a busy seller names, before we look again whether another one has room."""
 CREDIT_WAITS_SECONDS: Final = (0.5, 1.0, 2.0)
 """Where all that can do it want to be paid first, what we signed may be on its way."""
 DEADLINE_SECONDS: Final = 600.0
@@ -329,8 +329,8 @@ class Pursuit:
         self.move("finished")
         row, workers = self.row, self._trade.workers
         try:
-            self._require_same(attempt, finished)
-            await self._require_ok(finished.result, continued=continued)
+            require_same(row.operation, attempt, finished)
+            await require_ok(self._trade, row, finished.result, continued=continued)
             counted = await workers.meter(row.operation, row.request, finished.result)
             attempt.bill(counted, finished)
             if self.verify is not None:
@@ -347,32 +347,6 @@ class Pursuit:
                 row.id, self.state, finished.result, attempt.attempt, attempt.amount
             )
         self.is_kept = True
-
-    async def _require_ok(self, result: bytes, *, continued: bool) -> None:
-        """Raises: RejectedError: the verdict is no."""
-        row = self.row
-        try:
-            verdict = await self._trade.workers.check(row.operation, row.request, result)
-        except (JobError, NodeError) as error:  # our own worker failed: another one is asked, once
-            self._trade.events.emit("check_failed", level=30, job=row.id, reason=str(error))
-            verdict = await self._trade.workers.check(row.operation, row.request, result)
-        if not verdict.ok:
-            kind = DoubtfulError if continued else RejectedError
-            raise kind(f"the result is wrong: {verdict.reason}", code="BAD_REQUEST")
-
-    def _require_same(self, attempt: Attempt, finished: Finished) -> None:
-        """The last word must be about what was accepted, piece by piece."""
-        if finished.attempt != attempt.attempt:
-            raise PeerError("the result names another attempt", code="BAD_REQUEST")
-        if not self._is_engine:
-            if finished.out_hash != attempt.hash_with(finished.result):
-                raise PeerError("the result's hash is not that of what came", code="BAD_REQUEST")
-            return
-        result = unpack(GenerateResult, finished.result)
-        ids, said = tuple(self.output.ids), b"".join(self.output.logprobs)
-        same = logprobs.packed_all(result.logprobs) == said and result.token_ids == ids
-        if not same or finished.out_hash != attempt.out_hash:
-            raise PeerError("the result is not what was streamed", code="BAD_REQUEST")
 
     async def _leave(self, attempt: Attempt, outcome: str) -> None:
         """Ends an attempt: a final item for what was accepted, except after a failed verdict."""
@@ -483,8 +457,9 @@ class Pursuit:
         self.say(messages.Progress(id=0, done=0, note=note))
 
     async def _wait_for_place(self, peer: PeerId, error: AivillageError) -> None:
-        """Until a job of ours ends there; where none does, ever longer, and not for ever."""
-        with trio.move_on_after(min(0.2 * 2**self._busy, 10.0)):
+        """Until a job of ours ends there, or as long as it said; else ever longer, not for ever."""
+        told = min(error.retry_after_seconds, RETRY_SECONDS_MAX)
+        with trio.move_on_after(max(told, min(0.2 * 2**self._busy, 10.0))):
             if error.code == "BUSY":
                 await self._trade.attempts.one_ends(peer)
                 return

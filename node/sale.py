@@ -11,6 +11,7 @@ import trio
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.inputs import Inputs
 from aivillage.node.links import Link
+from aivillage.node.places import Ticket
 from aivillage.node.steps import StepWriter
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.job import running_hash
@@ -42,6 +43,7 @@ class Sale(msgspec.Struct):
     link: Link
     call: Call
     attempt: AttemptId
+    ticket: Ticket
     terms: Terms
     listed: Terms
     scope: trio.CancelScope

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from aivillage.models import registry
 from aivillage.models.inference import stages
@@ -23,6 +23,7 @@ from aivillage.models.inference.generate import usage as units
 from aivillage.models.inference.logprobs import require_size
 from aivillage.models.inference.stages import StageInput, StageRequest, StageResult
 from aivillage.node.allowances import Allowances
+from aivillage.node.delivery import Delivery
 from aivillage.node.engines import EngineClient, EngineSession
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.sale import Sale, beating
@@ -34,7 +35,7 @@ from aivillage.protocols.job import token_bytes
 from aivillage.protocols.messages import StepItem
 from aivillage.protocols.ports import Book
 from aivillage.protocols.pricing import Usage, dearest_unit, price
-from aivillage.protocols.types import AMOUNT_MAX, MicroCredits
+from aivillage.protocols.types import AMOUNT_MAX
 
 LOOKAHEAD_UNITS: Final = 32
 """The engine may compute one prompt slice ahead of what may be delivered."""
@@ -45,25 +46,16 @@ def is_paid_as_it_goes(operation: str) -> bool:
     return registry.is_served_by_engine(operation) or registry.takes_inputs(operation)
 
 
-class Counter(NamedTuple):
-    """What every sale goes through at its seller."""
-
-    deliver: Callable[[Sale, Usage, Usage, bytes], Awaitable[None]]
-    wait_for_room: Callable[[Sale, MicroCredits, Callable[[], bool]], Awaitable[None]]
-    pace: Callable[[Sale, int], Awaitable[None]]
-    finish: Callable[[Sale, bytes, Usage], None]
-
-
 class SessionSales:
     """Serves them with the resident engines of `workers`."""
 
     def __init__(
-        self, workers: Workers, book: Book, allowances: Allowances, counter: Counter
+        self, workers: Workers, book: Book, allowances: Allowances, delivery: Delivery
     ) -> None:
         self._workers = workers
         self._book = book
         self._allowances = allowances
-        self._counter = counter
+        self._delivery = delivery
 
     async def compute_stage(self, sale: Sale) -> None:
         """Computes input by input until the buyer says that there are no more.
@@ -88,10 +80,10 @@ class SessionSales:
                 await self._room_for(sale, usage)
                 session.feed(body)
                 output = (await anext(session)).body
-                await self._counter.pace(sale, len(output))
+                await self._delivery.pace(sale, len(output))
                 seq = sale.number
                 out_hash = sale.fold(output)
-                await self._counter.deliver(sale, usage, {}, out_hash)
+                await self._delivery.deliver(sale, usage, {}, out_hash)
                 part = messages.Part(id=sale.call.id, seq=seq, body=output, hash8=out_hash[:8])
                 send_or_drop(sale.link, part)
         self._finish_stage(sale, StageResult(layer_tokens=layer_tokens, head_tokens=head_tokens))
@@ -99,13 +91,13 @@ class SessionSales:
     def _finish_stage(self, sale: Sale, result: StageResult) -> None:
         whole = pack(result)
         sale.fold(whole)
-        self._counter.finish(sale, whole, stages.units(result.layer_tokens, result.head_tokens))
+        self._delivery.finish(sale, whole, stages.units(result.layer_tokens, result.head_tokens))
 
     async def _room_for(self, sale: Sale, usage: Usage) -> None:
         """Returns once so much in all could be delivered."""
         more = sale.price_of(usage, {}) - sale.amount
         if more and not sale.is_free:
-            await self._counter.wait_for_room(
+            await self._delivery.wait_for_room(
                 sale, more, lambda: self._book.room(sale.peer) >= more
             )
 
@@ -121,7 +113,7 @@ class SessionSales:
         had = units(asked_bytes, len(ids)) if ids else {}
         done = self._waived(sale, had)
         unit = dearest_unit(sale.terms)
-        await self._counter.wait_for_room(sale, unit, lambda: self._book.room(sale.peer) >= unit)
+        await self._delivery.wait_for_room(sale, unit, lambda: self._book.room(sale.peer) >= unit)
         engine = await self._loaded(sale, functools.partial(self._workers.engine, request.model))
         async with engine.open_session(call.request, tuple(ids)) as session:
             self._allow(sale, session, sum(had.values()))
@@ -134,9 +126,9 @@ class SessionSales:
                 usage = units(frame.read_bytes, len(ids))
                 mark = frame.fingerprint if call.fingerprints else b""
                 body = token_bytes(frame.token_ids) + mark + frame.logprobs
-                await self._counter.pace(sale, len(body) + len(frame.text.encode()))
+                await self._delivery.pace(sale, len(body) + len(frame.text.encode()))
                 out_hash = sale.fold(body)
-                await self._counter.deliver(sale, usage, done, out_hash)
+                await self._delivery.deliver(sale, usage, done, out_hash)
                 sale.steps.add(
                     StepItem(call.id, first, frame.token_ids, frame.text, out_hash[:8],
                              frame.read_bytes, mark, frame.logprobs)
@@ -144,8 +136,8 @@ class SessionSales:
                 self._allow(sale, session, sum(usage.values()))
                 if frame.finished:
                     whole = pack(joined(request, delivered, frame.finished))
-                    await self._counter.pace(sale, len(whole))
-                    self._counter.finish(sale, whole, usage)
+                    await self._delivery.pace(sale, len(whole))
+                    self._delivery.finish(sale, whole, usage)
                     return
         raise JobError("the engine stopped before the end", code="JOB_FAILED")
 
@@ -164,6 +156,9 @@ class SessionSales:
     ) -> EngineClient:
         """The engine, loaded; the buyer gets a sign of life every two seconds until then."""
         engine = await beating(sale, "loading the model", load)
+        if engine.is_full:  # what this node rechecks has slots too, for moments
+            await beating(sale, "its slot reads another answer", engine.has_room)
+        sale.ticket.works()
         info = engine.info
         started = messages.Started(
             id=sale.call.id, kernel_class=info.kernel_class, identical=info.identical

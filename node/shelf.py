@@ -43,6 +43,11 @@ class Shelf:
         self._look()
         return list(self._models.values())
 
+    def find(self, name: str) -> KnownModel | None:
+        """A model whose files are here."""
+        self._look()
+        return self._models.get(name)
+
     def sold(self) -> list[KnownModel]:
         """Those that can be loaded, as far as is known; at most as many as fit a list."""
         return [model for model in self.all() if self.why_not(model) is None][:MODELS_MAX]

@@ -93,7 +93,7 @@ class Switch:
 
         It is no fault of the seller's, so nobody's rating suffers from an owner who goes to bed.
         """
-        for sale in self._seller.running():
+        for sale in self._seller.taken():
             sale.steps.flush()
             failure = messages.Failure(
                 id=sale.call.id, code="CANCELLED", message="its owner stopped this node"

@@ -13,6 +13,7 @@ from aivillage.node.events import Events
 from aivillage.node.jobs import JobRow, Jobs
 from aivillage.node.link import Link
 from aivillage.node.market import Market
+from aivillage.node.places import Places
 from aivillage.node.workers import Workers
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.messages import Frame
@@ -71,6 +72,8 @@ class Trade(msgspec.Struct, frozen=True):
     workers: Workers
     events: Events
     attempts: Attempts
+    places: Places
+    """Where this machine's own jobs come first."""
 
 
 class RejectedError(PeerError):

@@ -59,3 +59,17 @@ def to_unload(warm: Sequence[Warm], needed_bytes: int, memory_bytes_max: int) ->
             gone.remove(model)
             free -= model.memory_bytes
     return [model.name for model in gone]
+
+
+def bytes_with(memory_bytes: int, context_bytes: int, slots: int) -> int:
+    """What a model takes whose `memory_bytes` have one full context, with `slots` of them."""
+    return memory_bytes + (slots - 1) * context_bytes
+
+
+def slots_that_fit(memory_bytes: int, context_bytes: int, room_bytes: int, most: int) -> int:
+    """How many sessions of a model may each fill their context within `room_bytes`; 0: not one."""
+    if memory_bytes > room_bytes:
+        return 0
+    if not context_bytes:
+        return most
+    return min(most, 1 + (room_bytes - memory_bytes) // context_bytes)

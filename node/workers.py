@@ -22,22 +22,21 @@ from aivillage.models import registry
 from aivillage.models import worker_messages as say
 from aivillage.models.description import checked, described
 from aivillage.models.inference import catalogue
-from aivillage.models.inference.catalogue import KnownModel
 from aivillage.models.inference.engine_choice import DEFAULT_ENGINE
 from aivillage.models.inference.generate import GenerateRequest, require_fits
 from aivillage.models.inference.stages import StageRequest
 from aivillage.models.library.fit import machine_bytes
-from aivillage.node.engines import EngineClient, load_engine
+from aivillage.node.engines import EngineClient
 from aivillage.node.module_runs import ModuleRun, OnCall, WorkerPool, ask
 from aivillage.node.parts import Parts
 from aivillage.node.ray_executor import RayExecutor
+from aivillage.node.resident import Memory, Resident, kind_of_model
 from aivillage.node.shelf import Shelf, listed_with
-from aivillage.node.warmth import Use, Warm, to_unload, worth
+from aivillage.node.warmth import Warm
 from aivillage.node.worker_process import WorkerLimits, WorkerProcess, start_worker
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import (
     AivillageError,
-    ConfigError,
     JobError,
     RefusedError,
     RequestError,
@@ -97,18 +96,18 @@ class Workers:
             )
         self._pool = WorkerPool(self._start_for_run, settings.module_workers_max)
         self._short = WorkerPool(self._start, SHORT_CALLS_AT_ONCE)
-        self._engines: dict[str, EngineClient] = {}
-        self._loading = trio.Lock()
         self._parts = Parts(nursery, self._start, settings.limits.memory_bytes_max)
         self._infos: dict[str, OperationInfo] = {}
         self.fences: say.Started | None = None
         """What fences the worker started last; None where none was started yet."""
-        self._machine = Machine(cpu_count=os.cpu_count() or 1, memory_bytes=machine_bytes())
-        self._budget_bytes = settings.models_memory_bytes_max or machine_bytes() // 2
-        self._uses: dict[str, Use] = {}
-        self.shelf = Shelf(
-            settings.library, min(self._budget_bytes, settings.limits.memory_bytes_max)
-        )
+        self.machine = Machine(cpu_count=os.cpu_count() or 1, memory_bytes=machine_bytes())
+        budget_bytes = settings.models_memory_bytes_max or machine_bytes() // 2
+        memory = Memory(all_bytes=budget_bytes, one_bytes=settings.limits.memory_bytes_max)
+        self.shelf = Shelf(settings.library, min(memory.all_bytes, memory.one_bytes))
+        self._resident = Resident(
+            nursery, self._start, self.shelf, memory, slots_max=self._slots,
+            engine=settings.engine, make_way=self._parts.make_way,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ what there is
 
@@ -175,7 +174,7 @@ class Workers:
         """
         self.describe(operation)
         if module := self.module(operation):
-            usage, seconds = module.estimate(unpack(module.Request, request), self._machine)
+            usage, seconds = module.estimate(unpack(module.Request, request), self.machine)
             return dict(usage), seconds
         estimated = await self._estimate_there(operation, request)
         if not 0 <= estimated.seconds < math.inf:
@@ -196,7 +195,7 @@ class Workers:
 
     async def _estimate_there(self, operation: str, request: bytes) -> say.Estimated:
         command = say.Estimate(
-            id=next(self._ids), operation=operation, request=request, machine=self._machine
+            id=next(self._ids), operation=operation, request=request, machine=self.machine
         )
         async with self._worker(self._short, operation) as worker:
             return await ask(worker, command, say.Estimated)
@@ -281,52 +280,31 @@ class Workers:
         model = operation_or_model
         if operation_or_model in registry.BUILT_IN:
             model = catalogue.DEFAULT
-        held = self.shelf.require(model)
-        self._uses[model] = self._uses.get(model, Use()).asked(trio.current_time())
-        async with self._loading:
-            client = self._engines.get(model)
-            if client is None or client.dead:
-                self._engines.pop(model, None)
-                await self._make_room(held)
-                client = await self._load(model)
-                self._engines[model] = client
-        return client
+        return await self._resident.engine(model)
 
     def warm(self) -> list[Warm]:
         """The loaded models, and what each is worth."""
-        now, held = trio.current_time(), {model.name: model for model in self.shelf.all()}
-        return [
-            Warm(
-                name=name,
-                memory_bytes=held[name].memory_bytes if name in held else 0,
-                worth=worth(self._uses.get(name, Use()), client.token_price, now),
-                is_busy=client.session_count > 0,
-            )
-            for name, client in self._engines.items()
-            if not client.dead
-        ]
+        return self._resident.warm()
 
-    async def _make_room(self, model: KnownModel) -> None:
-        """Raises: RefusedError: BUSY."""
-        names = to_unload(self.warm(), model.memory_bytes, self._budget_bytes)
-        if names is None:
-            raise RefusedError(
-                f"{model.name} does not fit in memory beside the models that are at work",
-                next_step="try again when they are done, or raise models_memory_mb",
-            )
-        for name in names:
-            log.info("model_put_away", extra={"model": name, "needed_for": model.name})
-            await self._engines.pop(name).put_away()
-        await self._parts.make_way(self._memory_left() - model.memory_bytes)
+    def engines(self) -> list[dict[str, object]]:
+        """The loaded models, and how full each is."""
+        return self._resident.shown()
 
-    def _memory_left(self) -> int:
-        """Of what loaded models share, in bytes, without what stages have."""
-        return self._budget_bytes - sum(model.memory_bytes for model in self.warm())
+    def places_of(self, kind: str) -> int:
+        """How many calls of a kind, as `kind_of_model` names it, an engine serves at once."""
+        return self._resident.places_of(kind)
+
+    def at_once(self, operation: OperationInfo, slots: int) -> int:
+        """Calls of it that are worked at at the same time, of `slots` that the node has."""
+        if operation.models:
+            return min(slots, self.places_of(kind_of_model(operation.models[0].name)))
+        if registry.is_done_by_node(operation.name) or registry.takes_inputs(operation.name):
+            return slots
+        return min(slots, self._settings.module_workers_max)
 
     def is_loaded(self, model: str) -> bool:
         """Whether an engine of that model is warm."""
-        client = self._engines.get(model)
-        return client is not None and not client.dead
+        return self._resident.is_loaded(model)
 
     @property
     def _slots(self) -> int:
@@ -355,20 +333,11 @@ class Workers:
                 code="OWNER_LIMIT",
                 next_step="ask another peer; its owner sets stage_stand_by",
             )
-        return await self._parts.ahead(request, self._slots, self._memory_left)
+        return await self._parts.ahead(request, self._slots, self._resident.memory_left)
 
     async def driver(self, model: str) -> EngineClient:
         """The resident driver of split answers. Raises: AivillageError: it could not be loaded."""
         return await self._parts.driver(model)
-
-    async def _load(self, model: str) -> EngineClient:
-        worker = await self._start()
-        load = say.Load(model=model, slots=self._slots, engine=self._settings.engine)
-        try:
-            return await load_engine(self._nursery, worker, load)
-        except (ConfigError, RequestError) as error:  # it will not load the next time either
-            self.shelf.spoil(model, error)
-            raise
 
     async def _start(self) -> WorkerProcess:
         worker = await start_worker(self._nursery, self._settings.limits, self._scratch_folder)
@@ -443,17 +412,13 @@ class Workers:
         for pool in (self._pool, self._short):
             await pool.stop_idle(limit_seconds)
         await self._parts.end_idle(limit_seconds)
-        for model, client in list(self._engines.items()):
-            if client.dead or client.idle_seconds() > limit_seconds:
-                self._engines.pop(model, None)
-                await client.stop()
+        await self._resident.end_idle(limit_seconds)
 
     async def stop(self) -> None:
         """Ends every worker that is not in a call."""
         for pool in (self._pool, self._short):
             await pool.stop_idle()
-        for client in list(self._engines.values()):
-            await client.stop()
+        await self._resident.stop()
         await self._parts.stop()
         if self._cluster is not None:
             await self._cluster.stop()

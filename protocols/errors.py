@@ -18,12 +18,21 @@ from typing import ClassVar, Final
 
 
 class AivillageError(Exception):
-    """Base of all our errors: a code, a sentence, and the next step."""
+    """Base of all our errors: a code, a sentence, the next step, and perhaps when to take it."""
 
     codes: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, message: str, *, code: str = "", next_step: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "",
+        next_step: str = "",
+        retry_after_seconds: float = 0.0,
+    ) -> None:
+        """`retry_after_seconds`: when whoever refused expects to say yes; 0: it does not know."""
         super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
         self.code: str = code or (self.codes[0] if self.codes else "INTERNAL")
         self.message = message
         self.next_step = next_step
@@ -124,8 +133,10 @@ def exit_code(error: AivillageError) -> int:
     return next((n for kind, n in _EXIT_BY_CLASS.items() if isinstance(error, kind)), EXIT_INTERNAL)
 
 
-def from_code(code: str, message: str, next_step: str = "") -> AivillageError:
+def from_code(
+    code: str, message: str, next_step: str = "", retry_after_seconds: float = 0.0
+) -> AivillageError:
     """The exception for a code off the wire; an unknown code is INTERNAL of the other side."""
     kind = CODES.get(code, NodeError)
     known = code if code in CODES else "INTERNAL"
-    return kind(message, code=known, next_step=next_step)
+    return kind(message, code=known, next_step=next_step, retry_after_seconds=retry_after_seconds)

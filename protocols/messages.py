@@ -104,6 +104,8 @@ class Failure(Message, frozen=True, kw_only=True, tag="failure"):
     code: str
     message: str = ""
     next_step: str = ""
+    retry_after_seconds: Measure = 0.0
+    """Since 1.3: when a busy node expects room; 0: it does not say."""
 
 
 class OperationInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -145,6 +147,11 @@ class QuoteReply(Message, frozen=True, kw_only=True, tag="quote"):
     quote: bytes
     room_micro_credits: MicroCredits = 0
     queue_length: Count = 0
+    """Calls ahead of this one and beside it."""
+    slots: Count = 0
+    """Since 1.3: how many such calls it works at at once; 0: it does not say."""
+    wait_seconds: Measure = 0.0
+    """Since 1.3: how long this one would wait for its turn, were it called now."""
 
 
 class Call(Message, frozen=True, kw_only=True, tag="call"):

@@ -32,6 +32,8 @@ class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int
     memory_bytes: int
     """Loaded, with one full context."""
+    context_bytes: int = 0
+    """At most, of the keys and values of one full context: a session can have no more."""
     licence: str = ""
     format: Format = "gguf"
     file: str = ""
@@ -73,6 +75,7 @@ MODELS: Final = {
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             parameters=134_515_008,
             memory_bytes=1_150_000_000,
+            context_bytes=94_371_840,  # 2 x 4 bytes x 30 layers x 3 key heads x 64 x 2,048 tokens
             licence="apache-2.0",
             layers=30,
             width=576,
@@ -120,6 +123,7 @@ def pulled(manifest: Manifest, folder: Path) -> KnownModel:
         further_end_token_ids=facts.end_token_ids[1:],
         sha256=manifest.sha256,
         memory_bytes=facts.memory_bytes,
+        context_bytes=max(0, facts.memory_bytes - 4 * facts.parameters),
         licence=facts.licence,
     )
 

@@ -59,6 +59,12 @@ class Rogue:
     def raise_(self, request, context):
         raise ZeroDivisionError("no such number")
 
+    def hoard(self, request, context):
+        """Memory until there is no more."""
+        kept = []
+        while True:
+            kept.append(bytearray(64 << 20))
+
     def spin(self, request, context):
         end = time.monotonic() + 60
         while time.monotonic() < end:

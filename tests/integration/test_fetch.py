@@ -92,7 +92,7 @@ async def answer(value):
 async def test_an_owner_who_denies_fetches_gives_no_blobs(tmp_path):
     async with villagers(tmp_path, "ann", "bob") as (ann, bob):
         cid = ann.desk.blobs.store.put(b"a blob")
-        gate = ann.desk.seller._gate
+        gate = ann.desk.seller.door._gate
         await gate.set_limits(
             msgspec.structs.replace(gate.limits, operations_denied=("mesh.fetch",))
         )
@@ -210,7 +210,7 @@ async def test_a_cancelled_fetch_pays_what_it_has_and_goes_on_with_the_rest(tmp_
         body = body_of(12)
         cid = ann.desk.blobs.store.put(body)
         await bob.offers_of("mesh.fetch")
-        gate = ann.desk.seller._gate
+        gate = ann.desk.seller.door._gate
         await gate.set_limits(
             msgspec.structs.replace(gate.limits, sent_bytes_per_second_max=4 * MIB)
         )
@@ -235,7 +235,7 @@ async def test_a_slow_source_is_out_paced(tmp_path):
         body = body_of(16)
         cid = ann.desk.blobs.store.put(body)
         bob.desk.blobs.store.put(body)
-        gate = bob.desk.seller._gate
+        gate = bob.desk.seller.door._gate
         await gate.set_limits(
             msgspec.structs.replace(gate.limits, sent_bytes_per_second_max=MIB // 2)
         )
@@ -294,7 +294,7 @@ async def test_a_blob_in_use_by_a_sale_is_not_evicted(tmp_path):
         store = ann.desk.blobs.store
         cid = store.put(body_of(8))
         await bob.offers_of("mesh.fetch")
-        gate = ann.desk.seller._gate
+        gate = ann.desk.seller.door._gate
         await gate.set_limits(
             msgspec.structs.replace(gate.limits, sent_bytes_per_second_max=4 * MIB)
         )

@@ -1,5 +1,6 @@
 """Workers as the daemon uses them: real processes, a real model, modules that misbehave."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -16,6 +17,7 @@ import trio
 from aivillage.models.inference import catalogue
 from aivillage.models.inference.generate import GenerateRequest, GenerateResult
 from aivillage.models.mesh.noop import NoopResult
+from aivillage.node.worker_process import WorkerLimits
 from aivillage.node.workers import WorkerSettings, open_workers
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, RequestError
 from aivillage.protocols.ports import PartEvent, ResultEvent
@@ -355,6 +357,55 @@ async def test_sessions_share_one_engine_and_survive_their_neighbours(tmp_path):
         with pytest.raises(RequestError, match="BAD_REQUEST"):
             await answer_of(engine, GenerateRequest(prompt="x", model="other"))
         await the_worker_dies(workers, engine, request)
+
+
+async def test_a_module_that_hoards_memory_fails_and_nobody_else(tmp_path, installed):
+    limits = WorkerLimits(memory_bytes_max=512 << 20)
+    async with opened(tmp_path, "test.rogue", dev_mode=True, limits=limits) as workers:
+        with pytest.raises(JobError) as caught:
+            await rogue_says(workers, "hoard")
+        assert caught.value.code == "JOB_FAILED"
+        assert await rogue_says(workers, "nothing") == "nothing"
+        assert len(await ran(workers, "mesh.noop", pack())) == 1
+
+
+@needs_model
+async def test_an_engine_that_runs_out_of_memory_is_an_error_and_the_node_goes_on(tmp_path):
+    """Its worker may have less than the model takes, which the catalogue does not know."""
+    limits = WorkerLimits(memory_bytes_max=500 << 20)
+    async with opened(tmp_path, limits=limits) as workers:
+        with pytest.raises(RefusedError) as refused:
+            await workers.engine(catalogue.DEFAULT)
+        assert refused.value.code == "OWNER_LIMIT", "it is not even tried"
+        model = workers.shelf.find(catalogue.DEFAULT)
+        lie = msgspec.structs.replace(model, memory_bytes=400_000_000, context_bytes=0)
+        workers.shelf._models[catalogue.DEFAULT] = lie
+        for _ in range(2):
+            with pytest.raises(JobError) as caught:
+                await workers.engine(catalogue.DEFAULT)
+            assert caught.value.code == "JOB_FAILED"
+        assert not workers.engines()
+        assert len(await ran(workers, "mesh.noop", pack())) == 1
+
+
+@needs_model
+async def test_an_engine_has_as_many_slots_as_its_memory_holds_full_contexts(tmp_path):
+    known = catalogue.MODELS[catalogue.DEFAULT]
+    three = known.memory_bytes + 2 * known.context_bytes
+    request = pack(prompt="Say a word.", max_tokens=2)
+    async with opened(tmp_path, models_memory_bytes_max=three - 1) as workers:
+        assert workers.places_of(f"model:{catalogue.DEFAULT}") == 2
+    async with opened(tmp_path, models_memory_bytes_max=three) as workers:
+        assert workers.places_of(f"model:{catalogue.DEFAULT}") == 3
+        engine = await workers.engine(catalogue.DEFAULT)
+        [shown] = workers.engines()
+        assert (shown["slots"], shown["memory_bytes_max"]) == (3, three)
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(3):
+                await stack.enter_async_context(engine.open_session(request))
+            with pytest.raises(RefusedError) as caught:
+                await stack.enter_async_context(engine.open_session(request))
+        assert caught.value.code == "BUSY"
 
 
 async def the_worker_dies(workers, engine, request):

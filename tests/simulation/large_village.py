@@ -204,9 +204,11 @@ class Member:
         clearing = Clearing(book, villagers.hubs, events)
         market.clear, market.debt_of = clearing.try_clear, book.owed_by
         market.choose = self._timed(market.choose)  # type: ignore[method-assign]
-        trade = Trade(self.jobs, book, market, discovery, workers, events, Attempts())
+        trade = Trade(
+            self.jobs, book, market, discovery, workers, events, Attempts(), seller.places
+        )
         self.buyer = Buyer(settings=settings, trade=trade, nursery=nursery)
-        seller.acquainted = villagers.acquainted
+        seller.door.acquainted = villagers.acquainted
         pairs = Pairs(book, tasks)
         self.switch = Switch(
             links, book, villagers, exchange, self.buyer, seller, herald, pairs, self

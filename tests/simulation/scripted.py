@@ -189,6 +189,8 @@ class ScriptedSession:
 class ScriptedEngine:
     """Stands where an `EngineClient` would."""
 
+    is_full = False
+
     def __init__(self, script: Script) -> None:
         self._script = script
         self.info = msgspec.structs.replace(
@@ -265,6 +267,10 @@ class ScriptedWorkers(Workers):
         else:
             same = unpack(GenerateResult, result) == answer(unpack(GenerateRequest, request))
         return Verdict(ok=same, reason="" if same else "not the answer")
+
+    def places_of(self, kind: str) -> int:
+        """No engine of ours is ever full."""
+        return 256
 
     async def engine(self, operation_or_model: str) -> Any:
         await trio.lowlevel.checkpoint()

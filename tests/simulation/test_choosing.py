@@ -302,7 +302,7 @@ async def test_a_dry_run_explains_and_buys_nothing(tmp_path):
 async def test_a_refusal_stands_in_the_table_as_it_was_said(tmp_path):
     async with open_mesh(tmp_path) as mesh:
         buyer, (x, y) = await village(mesh, "x", "y")
-        y.desk.seller.refusal = lambda: AivillageError("its disk is full", code="DISK_FULL")
+        y.desk.seller.door.refusal = lambda: AivillageError("its disk is full", code="DISK_FULL")
         running = await buyer.ask(**noop())
         outcomes, _ = await laid_open(buyer, running)
         assert outcomes == {x.peer: "chosen", y.peer: "refused: DISK_FULL its disk is full"}

@@ -9,7 +9,7 @@ from datetime import datetime
 import pytest
 import trio
 
-from aivillage.models.inference.generate import GenerateRequest, Piece
+from aivillage.models.inference.generate import GenerateRequest
 from aivillage.models.mesh.noop import NoopRequest
 from aivillage.node import facts
 from aivillage.node.pricelist import quote_hash
@@ -25,7 +25,7 @@ GENERATE = pack(GenerateRequest(prompt=PROMPT, max_tokens=4))
 
 
 def gate_of(node):
-    return node.desk.seller._gate
+    return node.desk.seller.door._gate
 
 
 @asynccontextmanager
@@ -291,28 +291,6 @@ async def test_no_call_begins_below_the_owners_floor(tmp_path):
         )
         rows = await ask(seller, "price_set", operation="mesh.noop", floor_percent=0)
         assert {row["floor_percent"] for row in rows} == {0}
-
-
-async def test_the_last_quarter_of_the_slots_is_for_attempts_that_go_on(tmp_path):
-    async with open_mesh(tmp_path) as mesh:
-        seller = await mesh.add("seller", slots=4)
-        buyers = [await mesh.add(f"buyer{n}", serve=False) for n in range(4)]
-        seller.script.pause_at = 1
-        for buyer in buyers:
-            await mesh.knows(buyer, seller)
-        jobs = [await buyer.submit(PROMPT, tokens=4) for buyer in buyers[:3]]
-        await until(lambda: len(seller.desk.seller.running()) == 3)
-        newcomer = buyers[3]
-        asked = {"operation": "inference.generate", "request": GENERATE}
-        quote = await quote_from(newcomer, seller, **asked)
-        answer = await call_with(newcomer, seller, quote, **asked)
-        assert (answer.code, "under way" in answer.message) == ("BUSY", True)
-        had = pack(Piece((5,), "x", 26))
-        answer = await call_with(newcomer, seller, quote, **asked, delivered=(had,))
-        assert isinstance(answer, Accepted)
-        for buyer, job in zip(buyers, jobs, strict=False):
-            buyer.desk.buyer.cancel(job.pursuit.row.id)
-            await job.ended.wait()
 
 
 async def test_a_full_share_of_the_disk_closes_the_node_until_there_is_room(tmp_path):

@@ -66,7 +66,7 @@ async def test_real_worker_processes_do_a_job_for_the_mesh(tmp_path):
         async with open_workers(
             WorkerSettings(), cache_folder=tmp_path / "c", scratch_folder=tmp_path / "s"
         ) as workers:
-            seller.desk.seller._workers = workers
+            seller.desk.seller.modules._workers = workers
             request = pack(NoopRequest(note="real", parts=2))
             running = await buyer.ask(operation="mesh.noop", request=request)
             assert msgspec.msgpack.decode(running.pursuit.result, type=NoopResult).parts == 2
@@ -76,15 +76,15 @@ async def test_real_worker_processes_do_a_job_for_the_mesh(tmp_path):
 async def test_a_long_prompt_is_delivered_slice_by_slice_within_the_exposure(tmp_path):
     async with pair(tmp_path) as (_, buyer, seller):
         prompt, most = "words " * 120, []
-        sessions = seller.desk.seller._sessions
-        step = sessions._counter.deliver
+        delivery = seller.desk.seller.delivery
+        step = delivery.deliver
 
         async def watched(*args):
             await step(*args)
             view = seller.ledger.view(buyer.peer)
             most.append(view.delivered - view.paid)
 
-        sessions._counter = sessions._counter._replace(deliver=watched)
+        delivery.deliver = watched
         running = await buyer.ask(prompt, tokens=5)
         assert result_of(running) == expected(prompt, 5)
         assert max(most) <= seller.settings.village_exposure_micro_credits
@@ -183,7 +183,7 @@ async def test_a_seller_that_owes_us_is_chosen_unless_another_is_much_faster(tmp
 
 
 async def test_a_busy_seller_is_waited_for_and_then_used(tmp_path):
-    async with pair(tmp_path, slots=1) as (_, buyer, seller):
+    async with pair(tmp_path, slots=1, queue_calls=0) as (_, buyer, seller):
         seller.script.pause_at = 2
         first = await buyer.submit("first", tokens=4)
         await seller.script.paused.wait()
@@ -202,7 +202,7 @@ async def test_a_busy_seller_is_waited_for_and_then_used(tmp_path):
 async def test_an_expired_quote_is_asked_anew_at_the_same_peer(tmp_path):
     async with pair(tmp_path) as (_, buyer, seller):
         await buyer.ask("one", tokens=2)
-        seller.desk.seller._prices._quotes.clear()
+        seller.desk.seller.door._prices._quotes.clear()
         running = await buyer.ask("two", tokens=2)
         assert result_of(running) == expected("two", 2)
         assert [e["code"] for e in buyer.events("attempt_failed")] == ["QUOTE_EXPIRED"]
@@ -240,7 +240,7 @@ async def test_a_full_disk_refuses_new_jobs_and_goes_on_reading(tmp_path):
         await buyer.ask("before", tokens=2)
         full = NodeError("the disk is full", code="DISK_FULL")
         for node in (buyer, seller):
-            node.desk.buyer.refusal = node.desk.seller.refusal = lambda: full
+            node.desk.buyer.refusal = node.desk.seller.door.refusal = lambda: full
         with pytest.raises(NodeError) as caught:
             await buyer.submit()
         assert caught.value.code == "DISK_FULL"
@@ -252,7 +252,7 @@ async def test_a_full_disk_refuses_new_jobs_and_goes_on_reading(tmp_path):
 
 async def test_a_seller_whose_disk_is_full_says_so(tmp_path):
     async with pair(tmp_path) as (_, buyer, seller):
-        seller.desk.seller.refusal = lambda: NodeError("full", code="DISK_FULL")
+        seller.desk.seller.door.refusal = lambda: NodeError("full", code="DISK_FULL")
         assert (await buyer.ask()).error.code == "DISK_FULL"
 
 

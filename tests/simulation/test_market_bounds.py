@@ -76,8 +76,8 @@ async def test_a_seller_that_went_on_from_a_lie_is_not_blamed_for_it(tmp_path):
 async def test_patience_is_not_the_sellers_choice(tmp_path, monkeypatch):
     monkeypatch.setattr("aivillage.node.attempt.WORK_SLACK_SECONDS", -3.0)
     async with three(tmp_path) as (_, buyer, first, _second):
-        quote = first.desk.seller._prices.quote
-        first.desk.seller._prices.quote = lambda o, t, e, _s: quote(o, t, e, 1e9)
+        quote = first.desk.seller.door._prices.quote
+        first.desk.seller.door._prices.quote = lambda o, t, e, _s: quote(o, t, e, 1e9)
         running = await paused_job(buyer, first)
         with trio.fail_after(4):
             await running.ended.wait()
@@ -116,8 +116,8 @@ async def test_a_second_start_makes_no_seller_faster(tmp_path):
 
 async def test_a_seller_that_works_past_the_jobs_deadline_is_rated_for_it(tmp_path):
     async with three(tmp_path) as (_, buyer, first, _second):
-        quote = first.desk.seller._prices.quote
-        first.desk.seller._prices.quote = lambda o, t, e, _s: quote(o, t, e, 0.1)
+        quote = first.desk.seller.door._prices.quote
+        first.desk.seller.door._prices.quote = lambda o, t, e, _s: quote(o, t, e, 0.1)
         running = await paused_job(buyer, first, deadline=1.0)
         await running.ended.wait()
         assert running.error.code == "DEADLINE"
@@ -143,7 +143,7 @@ async def test_parts_that_do_not_fit_a_call_are_made_again(tmp_path):
 async def test_gifts_of_two_kinds_of_engine_are_not_called_identical(tmp_path):
     async with three(tmp_path) as (_, buyer, first, second):
         for node in (first, second):
-            prices = node.desk.seller._prices
+            prices = node.desk.seller.door._prices
             prices.terms = lambda o, **_: Terms(
                 prices_micro_credits=dict.fromkeys(o.terms.prices_micro_credits, 0)
             )
@@ -193,7 +193,7 @@ async def test_a_module_dearer_than_the_exposure_is_refused_before_any_work(tmp_
 
 
 async def test_who_does_not_pay_holds_a_slot_for_seconds_only(tmp_path, monkeypatch):
-    monkeypatch.setattr("aivillage.node.seller.ROOM_SECONDS", 0.5)
+    monkeypatch.setattr("aivillage.node.delivery.ROOM_SECONDS", 0.5)
     monkeypatch.setattr("aivillage.node.pursuit.CREDIT_WAITS_SECONDS", ())
     async with pair(tmp_path) as (_, buyer, seller):
         await until(lambda: buyer.ledger.view(seller.peer).synced)
@@ -205,7 +205,7 @@ async def test_who_does_not_pay_holds_a_slot_for_seconds_only(tmp_path, monkeypa
 
 
 async def test_who_does_not_pay_gets_no_module_run_beyond_its_exposure(tmp_path, monkeypatch):
-    monkeypatch.setattr("aivillage.node.seller.ROOM_SECONDS", 0.5)
+    monkeypatch.setattr("aivillage.node.delivery.ROOM_SECONDS", 0.5)
     monkeypatch.setattr("aivillage.node.pursuit.CREDIT_WAITS_SECONDS", ())
     async with pair(tmp_path, village_exposure_micro_credits=50) as (_, buyer, seller):
         await until(lambda: buyer.ledger.view(seller.peer).synced)

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aivillage.node.warmth import HALF_LIFE_SECONDS, Use, Warm, to_unload, worth
+from aivillage.node.warmth import (
+    HALF_LIFE_SECONDS,
+    Use,
+    Warm,
+    bytes_with,
+    slots_that_fit,
+    to_unload,
+    worth,
+)
 
 
 def warm(name, size, value=0.0, *, busy=False):
@@ -55,3 +63,23 @@ def test_whoever_goes_is_idle_needed_and_enough(loaded, needed, most):
     assert kept + needed <= most
     assert not {m.name for m in loaded if m.is_busy} & set(gone)
     assert all(kept + sizes[name] + needed > most for name in gone)
+
+
+def test_as_many_contexts_as_fit_and_not_one_more():
+    """A model of 100 with one context, 10 for each further one."""
+    assert [slots_that_fit(100, 10, room, 8) for room in (99, 100, 109, 110, 169, 170, 999)] == [
+        0, 1, 1, 2, 7, 8, 8,
+    ]  # fmt: skip
+    assert bytes_with(100, 10, 8) == 170
+    assert slots_that_fit(100, 0, 100, 8) == 8
+
+
+@given(
+    memory=st.integers(1, 10**10), context=st.integers(0, 10**9), room=st.integers(0, 10**11),
+    most=st.integers(1, 8),
+)  # fmt: skip
+def test_what_was_planned_fits_with_every_context_full(memory, context, room, most):
+    slots = slots_that_fit(memory, context, room, most)
+    assert 0 <= slots <= most
+    assert not slots or bytes_with(memory, context, slots) <= room
+    assert slots == most or bytes_with(memory, context, slots + 1) > room
