@@ -112,6 +112,8 @@ def _row(
         "size_bytes": size_bytes,
         "price_micro_credits": price,
         "state": state,
+        "prefix_tokens_read": told["prefix_tokens_read"] if told else 0,
+        "prefix_tokens_reused": told["prefix_tokens_reused"] if told else 0,
     }
 
 

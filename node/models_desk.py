@@ -9,6 +9,7 @@ from aivillage.models.inference.generate import MODULE
 from aivillage.node.pricelist import PriceList
 from aivillage.node.shelf import listed_with
 from aivillage.node.workers import Workers
+from aivillage.protocols.ports import PrefixTokens
 
 
 class ModelsDesk:
@@ -29,6 +30,7 @@ class ModelsDesk:
         sold = {model.name for model in shelf.sold()}
         found = []
         for model in shelf.all():
+            prefix = warm[model.name].prefix_tokens if model.name in warm else PrefixTokens()
             why = shelf.why_not(model)
             terms = self._prices.terms(listed_with(info, [model]))
             found.append(
@@ -41,6 +43,8 @@ class ModelsDesk:
                     "is_loaded": model.name in warm,
                     "is_busy": model.name in warm and warm[model.name].is_busy,
                     "worth": round(warm[model.name].worth, 3) if model.name in warm else 0.0,
+                    "prefix_tokens_read": prefix.read,
+                    "prefix_tokens_reused": prefix.reused,
                 }
             )
         return found

@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from aivillage.protocols.ports import PrefixTokens
 from aivillage.protocols.types import MicroCredits, Seconds
 
 HALF_LIFE_SECONDS: Final[Seconds] = 600.0
@@ -36,6 +37,7 @@ class Warm(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     worth: float
     is_busy: bool
+    prefix_tokens: PrefixTokens = PrefixTokens()
 
 
 def worth(use: Use, price: MicroCredits, at: Seconds) -> float:

@@ -12,13 +12,14 @@ from typing import Any, Final, TypeVar
 import torch
 
 from aivillage.models.inference.generate import GenerateRequest, conversation
+from aivillage.models.inference.kept import Slots, wanted
 from aivillage.models.inference.linear import ROW_SIZES
 from aivillage.models.inference.llama import RowModel, Span
 from aivillage.models.inference.recheck import Recheck
 from aivillage.models.inference.session import Session
 from aivillage.models.inference.tokenizer import Prompt, Speaker
 from aivillage.protocols.errors import RefusedError, RequestError
-from aivillage.protocols.ports import EngineInfo, SessionFrame
+from aivillage.protocols.ports import EngineInfo, PrefixTokens, SessionFrame
 from aivillage.protocols.rechecking import Claim
 
 STEP_ROWS: Final = ROW_SIZES[-1]
@@ -39,15 +40,22 @@ class SessionEngine:
         self.tokenizer = tokenizer
         self._model = model
         self._info = info
-        self._free_slots = list(range(slots))
+        self._slots = Slots(
+            slots,
+            keeps=info.identical == "guaranteed",
+            drawn_as_prompt=model.draws_as_it_reads,
+        )
+        self._ended = PrefixTokens()
         self._sessions: dict[int, Session | Recheck] = {}
         self._turn = 0
 
     def info(self) -> EngineInfo:
         return self._info
 
-    def add(self, session: int, request: Any, delivered: Sequence[int]) -> None:
+    def add(self, session: int, request: Any, delivered: Sequence[int], scope: bytes = b"") -> None:
         """Queues `request`, a `GenerateRequest`, to go on after the ids in `delivered`.
+
+        What an earlier session of the same `scope` read is not read again.
 
         Raises:
             RequestError: it is for another model, too long for the context, or `delivered`
@@ -55,21 +63,29 @@ class SessionEngine:
             RefusedError: BUSY, no slot.
         """
         prompt = self._prompt(session, request, delivered)
-        added = Session(session, self._free_slots[-1], request, prompt, self.tokenizer)
+        place = self._slots.place(wanted(prompt, delivered, scope))
+        added = Session(
+            session, place.slot, request, prompt, self.tokenizer,
+            kept_tokens=place.tokens, scope=scope,
+        )  # fmt: skip
         added.replay(delivered)
-        self._free_slots.pop()
+        self._slots.take(place.slot)
+        if place.source != place.slot:
+            self._model.copy_slot(place.source, place.slot, place.tokens)
         self._sessions[session] = added
 
     def recheck(self, session: int, request: Any, claim: Claim) -> None:
         """Queues a look at an answer to `request` that somebody else gave.
+
+        It reads all of it: what is held against somebody rests on nothing computed before.
 
         Raises:
             RequestError: it cannot be an answer to it, or a fingerprint is of the wrong span.
             RefusedError: BUSY, no slot.
         """
         prompt = self._prompt(session, request, claim.token_ids)
-        added = Recheck(session, self._free_slots[-1], request, prompt.token_ids, claim)
-        self._free_slots.pop()
+        added = Recheck(session, self._slots.oldest(), request, prompt.token_ids, claim)
+        self._slots.take(added.slot)
         self._sessions[session] = added
 
     def _prompt(self, session: int, request: Any, answered: Sequence[int]) -> Prompt:
@@ -81,7 +97,7 @@ class SessionEngine:
         if session in self._sessions:
             raise RequestError(f"session {session} is running already")
         prompt = prompt_of(request, answered, self._info, self.tokenizer)
-        if not self._free_slots:
+        if not self._slots:
             raise slots_taken()
         return prompt
 
@@ -114,11 +130,17 @@ class SessionEngine:
         """Frees the slot before the next step; an unknown session is no error."""
         gone = self._sessions.pop(session, None)
         if gone is not None:
-            self._free_slots.append(gone.slot)
+            self._slots.give_back(gone.slot, gone.leaves())
+            self._ended += gone.prefix_tokens
 
     @property
     def free_slots(self) -> int:
-        return len(self._free_slots)
+        return len(self._slots)
+
+    @property
+    def prefix_tokens(self) -> PrefixTokens:
+        """Since it was loaded."""
+        return self._ended
 
     def _in_turn(self) -> list[Session | Recheck]:
         self._turn += 1
