@@ -8,6 +8,7 @@ from typing import Any
 from aivillage.models.inference.generate import MODULE
 from aivillage.node.pricelist import PriceList
 from aivillage.node.shelf import listed_with
+from aivillage.node.warmth import Warm
 from aivillage.node.workers import Workers
 from aivillage.protocols.ports import PrefixTokens
 
@@ -30,7 +31,6 @@ class ModelsDesk:
         sold = {model.name for model in shelf.sold()}
         found = []
         for model in shelf.all():
-            prefix = warm[model.name].prefix_tokens if model.name in warm else PrefixTokens()
             why = shelf.why_not(model)
             terms = self._prices.terms(listed_with(info, [model]))
             found.append(
@@ -42,9 +42,18 @@ class ModelsDesk:
                     "memory_bytes": model.memory_bytes,
                     "is_loaded": model.name in warm,
                     "is_busy": model.name in warm and warm[model.name].is_busy,
-                    "worth": round(warm[model.name].worth, 3) if model.name in warm else 0.0,
-                    "prefix_tokens_read": prefix.read,
-                    "prefix_tokens_reused": prefix.reused,
                 }
+                | _figures(warm.get(model.name))
             )
         return found
+
+
+def _figures(warm: Warm | None) -> dict[str, Any]:
+    """Of a loaded model; nothing of one that is not."""
+    prefix = warm.prefix_tokens if warm else PrefixTokens()
+    return {
+        "worth": round(warm.worth, 3) if warm else 0.0,
+        "load_seconds": round(warm.load_seconds, 3) if warm else 0.0,
+        "prefix_tokens_read": prefix.read,
+        "prefix_tokens_reused": prefix.reused,
+    }
