@@ -48,7 +48,7 @@ class Place(msgspec.Struct, frozen=True):
     tokens: int
 
 
-def wanted(prompt: Prompt, delivered: Sequence[int], scope: bytes) -> Wanted:
+def to_read(prompt: Prompt, delivered: Sequence[int], scope: bytes) -> Wanted:
     """Prompt and delivered tokens; before its first byte of content a prompt is the template's."""
     return Wanted(
         token_ids=(*prompt.token_ids, *delivered),

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import torch
 
 from aivillage.models.inference.generate import GenerateRequest, conversation
-from aivillage.models.inference.kept import Slots, wanted
+from aivillage.models.inference.kept import Slots, to_read
 from aivillage.models.inference.linear import ROW_SIZES
 from aivillage.models.inference.llama import RowModel, Span
 from aivillage.models.inference.recheck import Recheck
@@ -63,7 +63,7 @@ class SessionEngine:
             RefusedError: BUSY, no slot.
         """
         prompt = self._prompt(session, request, delivered)
-        place = self._slots.place(wanted(prompt, delivered, scope))
+        place = self._slots.place(to_read(prompt, delivered, scope))
         added = Session(
             session, place.slot, request, prompt, self.tokenizer,
             kept_tokens=place.tokens, scope=scope,

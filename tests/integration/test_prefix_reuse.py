@@ -33,9 +33,8 @@ from aivillage.models.inference.generate import (
     prompt_bytes,
     usage,
 )
-from aivillage.models.inference.kept import NOTHING
 from aivillage.models.inference.session import Session
-from tests.integration.asking_engines import PLENTY
+from tests.integration.asking_engines import PLENTY, forget
 
 pytestmark = pytest.mark.slow
 SLOTS = 4
@@ -62,12 +61,6 @@ def drawn_from(monkeypatch, engine):
     monkeypatch.setattr(Session, "draw", noted)
     forget(engine)
     return found
-
-
-def forget(engine):
-    for slot in range(SLOTS):
-        engine._slots.take(slot)
-        engine._slots.give_back(slot, NOTHING)
 
 
 class Asked:
