@@ -31,11 +31,10 @@ from aivillage.protocols.ports import (
     Engine,
     FedEngine,
     Module,
-    PrefixTokens,
     RecheckingEngine,
     ResultEvent,
-    ReusingEngine,
 )
+from aivillage.protocols.prefixes import PrefixTokens, ReusingEngine
 
 COMMANDS_WAITING_MAX: Final = 4_096
 """A daemon waits at the pipe beyond this."""

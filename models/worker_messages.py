@@ -17,10 +17,10 @@ from aivillage.protocols.ports import (
     EngineInfo,
     Event,
     Machine,
-    PrefixTokens,
     SessionFrame,
     Verdict,
 )
+from aivillage.protocols.prefixes import PrefixTokens
 from aivillage.protocols.rechecking import Claim
 
 FRAME_BYTES_MAX: Final = 4 << 20

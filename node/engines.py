@@ -14,7 +14,8 @@ import trio
 from aivillage.models import worker_messages as say
 from aivillage.node.worker_process import WorkerProcess
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, from_code
-from aivillage.protocols.ports import EngineInfo, PrefixTokens, SessionFrame
+from aivillage.protocols.ports import EngineInfo, SessionFrame
+from aivillage.protocols.prefixes import PrefixTokens
 from aivillage.protocols.pricing import token_price
 from aivillage.protocols.rechecking import Claim, Finding
 from aivillage.protocols.types import MicroCredits, PeerId

@@ -10,7 +10,7 @@ from aivillage.node.pricelist import PriceList
 from aivillage.node.shelf import listed_with
 from aivillage.node.warmth import Warm
 from aivillage.node.workers import Workers
-from aivillage.protocols.ports import PrefixTokens
+from aivillage.protocols.prefixes import PrefixTokens
 
 
 class ModelsDesk:

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from aivillage.protocols.ports import PrefixTokens
+from aivillage.protocols.prefixes import PrefixTokens
 from aivillage.protocols.types import MicroCredits, Seconds
 
 HALF_LIFE_SECONDS: Final[Seconds] = 600.0

@@ -114,7 +114,7 @@ class Slots:
 def _goes_on(kept: Kept, session: Wanted) -> bool:
     """Whether little of `kept` is lost to its owner, the same buyer, if `session` overwrites it."""
     same = _common(kept.token_ids, session.token_ids)
-    return kept.scope == session.scope and 2 * same >= len(kept.token_ids)
+    return kept.scope == session.scope and 4 * same >= 3 * len(kept.token_ids)
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

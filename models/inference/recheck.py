@@ -25,7 +25,8 @@ from aivillage.models.inference.kept import NOTHING, Kept
 from aivillage.models.inference.llama import KEY_STEP, Span
 from aivillage.models.inference.marks import marks
 from aivillage.protocols.errors import RequestError
-from aivillage.protocols.ports import PrefixTokens, SessionFrame
+from aivillage.protocols.ports import SessionFrame
+from aivillage.protocols.prefixes import PrefixTokens
 from aivillage.protocols.rechecking import Claim, Deviation, Finding, OddDraw
 
 ODD_MAX: Final = 64

@@ -15,7 +15,8 @@ from aivillage.models.inference.marks import Recorder
 from aivillage.models.inference.text_stream import TextStream
 from aivillage.models.inference.tokenizer import Prompt, Speaker
 from aivillage.protocols.errors import RequestError
-from aivillage.protocols.ports import PrefixTokens, SessionFrame
+from aivillage.protocols.ports import SessionFrame
+from aivillage.protocols.prefixes import PrefixTokens
 
 
 class Session:

@@ -19,7 +19,8 @@ from aivillage.models.inference.recheck import Recheck
 from aivillage.models.inference.session import Session
 from aivillage.models.inference.tokenizer import Prompt, Speaker
 from aivillage.protocols.errors import RefusedError, RequestError
-from aivillage.protocols.ports import EngineInfo, PrefixTokens, SessionFrame
+from aivillage.protocols.ports import EngineInfo, SessionFrame
+from aivillage.protocols.prefixes import PrefixTokens
 from aivillage.protocols.rechecking import Claim
 
 STEP_ROWS: Final = ROW_SIZES[-1]

@@ -38,7 +38,7 @@ from tests.integration.asking_engines import PLENTY, forget
 
 pytestmark = pytest.mark.slow
 SLOTS = 4
-ANN, BOB = b"ann", b"bob"
+ANN, BOB, CID = b"ann", b"bob", b"cid"
 QUESTIONS = ("Tell me a story about a fox.", "Why?", "What did the fox eat?", "Say it in one word.")
 
 
@@ -126,12 +126,14 @@ def test_it_is_the_same_over_every_border_of_keys_and_pages(engine, drawn_from):
     words = ["one", "red", "fox", "and", "two", "old", "dogs", "met", "near", "a", "river"]
     said = " ".join(random.Random(1).choices(words, k=300))
     answer(engine, drawn_from, GenerateRequest(prompt=said, max_tokens=1))
-    for kept in (5, 6, 7, 226, 227, 228, 229, 230, 231, 232):
+    template = engine.tokenizer.prompt([ChatMessage(content="x")]).content_bytes.count(0)
+    for border in (31, 32, 33, 255, 256, 257):
+        kept = border - template
         request = GenerateRequest(
             prompt=" ".join([*said.split()[:kept], "Write about bread."]), max_tokens=2
         )
         warm, reused = reused_by(engine, lambda r=request: answer(engine, drawn_from, r))
-        assert reused >= kept
+        assert reused == border
         assert warm == answer(engine, drawn_from, request, scope=b"%d" % kept), kept
 
 
@@ -140,7 +142,7 @@ def test_any_mixture_of_sessions_has_the_bits_of_cold_ones(engine, drawn_from):
     draw = random.Random(3)
     words = ["alpha", "beta", "gamma", "delta"]
     said, reused = {ANN: ["alpha"], BOB: ["alpha"]}, engine.prefix_tokens.reused
-    for _ in range(14):
+    for _ in range(7):
         requests, pair = [], []
         for scope, spoken in said.items():
             del spoken[draw.randrange(1, len(spoken) + 1) :]
@@ -164,7 +166,7 @@ def test_any_mixture_of_sessions_has_the_bits_of_cold_ones(engine, drawn_from):
             assert one.ids == cold[0][: len(one.ids)]
             made = drawn_from.pop(number, [])
             assert made == cold[5][cut:][: len(made)]
-    assert engine.prefix_tokens.reused - reused > 400
+    assert engine.prefix_tokens.reused - reused > 150
 
 
 def test_conversations_that_begin_alike_live_side_by_side(engine, drawn_from):
@@ -195,7 +197,7 @@ def test_another_buyers_words_are_read_anew_and_only_the_template_is_shared(engi
     )
     one = msgspec.structs.replace(system, max_tokens=1)
     answer(engine, drawn_from, one, scope=ANN)
-    _, shared = reused_by(engine, lambda: answer(engine, drawn_from, one, scope=BOB))
+    _, shared = reused_by(engine, lambda: answer(engine, drawn_from, one, scope=CID))
     assert shared == engine.tokenizer.prompt(conversation(one)).content_bytes.count(0) < 5
 
 

@@ -1,4 +1,4 @@
-"""Whose kept tokens a session may go on from: the slots alone, and an engine over a toy model.
+"""What a session may go on from: the slots alone, and an engine over a toy model.
 
 The toy's every key depends on all keys before it in its slot and on the kernel that computed it, so
 one key too many, a stale one or one of the wrong kernel changes what is drawn.
@@ -14,11 +14,17 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from aivillage.models.inference.generate import ChatMessage, GenerateRequest, prompt_bytes, usage  # noqa: E402
+from aivillage.models.inference.generate import (  # noqa: E402
+    ChatMessage,
+    GenerateRequest,
+    prompt_bytes,
+    usage,
+)
 from aivillage.models.inference.kept import NOTHING, Kept, Place, Slots, Wanted  # noqa: E402
 from aivillage.models.inference.session_engine import SessionEngine  # noqa: E402
 from aivillage.models.inference.tokenizer import Prompt  # noqa: E402
-from aivillage.protocols.ports import EngineInfo, PrefixTokens  # noqa: E402
+from aivillage.protocols.ports import EngineInfo  # noqa: E402
+from aivillage.protocols.prefixes import PrefixTokens  # noqa: E402
 from aivillage.protocols.rechecking import Claim  # noqa: E402
 
 CONTEXT, VOCABULARY, LETTERS, PLENTY, TEMPLATE = 600, 40, 26, 10**6, 3
