@@ -125,9 +125,9 @@ def test_every_turn_of_a_conversation_has_the_bits_of_a_cold_one(engine, drawn_f
 def test_it_is_the_same_over_every_border_of_keys_and_pages(engine, drawn_from):
     words = ["one", "red", "fox", "and", "two", "old", "dogs", "met", "near", "a", "river"]
     said = " ".join(random.Random(1).choices(words, k=300))
-    answer(engine, drawn_from, GenerateRequest(prompt=said, max_tokens=1))
     template = engine.tokenizer.prompt([ChatMessage(content="x")]).content_bytes.count(0)
     for border in (31, 32, 33, 255, 256, 257):
+        answer(engine, drawn_from, GenerateRequest(prompt=said, max_tokens=1))
         kept = border - template
         request = GenerateRequest(
             prompt=" ".join([*said.split()[:kept], "Write about bread."]), max_tokens=2
