@@ -17,6 +17,7 @@ from torch import Tensor
 from aivillage.models.inference import catalogue, gguf_model, llama
 from aivillage.models.inference.engine_torch import SLOTS, TorchEngine
 from aivillage.models.inference.gguf_model import Layer, LlamaWeights
+from aivillage.models.inference.kept import Slots
 from aivillage.models.inference.linear import Linear, linear
 
 MATRICES = ("query_key_value", "attention_out", "gate_up", "down")
@@ -97,5 +98,6 @@ def cheating(engine: TorchEngine, kind: str) -> Iterator[TorchEngine]:
     product = bfloat16_product if kind == "bfloat16" else linear
     with mock.patch.object(llama, "linear", product):
         model = llama.Llama(weights, slots=SLOTS, context_tokens=info.context_tokens)
-    with mock.patch.object(engine, "_model", model):
+    slots = Slots(SLOTS, keeps=True, drawn_as_prompt=model.draws_as_it_reads)
+    with mock.patch.object(engine, "_model", model), mock.patch.object(engine, "_slots", slots):
         yield engine

@@ -7,7 +7,7 @@ import functools
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from aivillage.models.library.pull import Plan
     from aivillage.node.config import Settings
     from aivillage.node.paths import Paths
+
+ENGINE_FIGURES: Final = ("load_seconds", "prefix_tokens_read", "prefix_tokens_reused")
+"""Of a loaded model, by the running node; else 0."""
 
 
 def models(args: argparse.Namespace) -> int:
@@ -112,6 +115,7 @@ def _row(
         "size_bytes": size_bytes,
         "price_micro_credits": price,
         "state": state,
+        **{name: told[name] if told else 0 for name in ENGINE_FIGURES},
     }
 
 

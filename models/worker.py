@@ -27,7 +27,14 @@ from aivillage.protocols.errors import (
     RequestError,
     from_code,
 )
-from aivillage.protocols.ports import Engine, FedEngine, Module, RecheckingEngine, ResultEvent
+from aivillage.protocols.ports import (
+    Engine,
+    FedEngine,
+    Module,
+    RecheckingEngine,
+    ResultEvent,
+)
+from aivillage.protocols.prefixes import PrefixTokens, ReusingEngine
 
 COMMANDS_WAITING_MAX: Final = 4_096
 """A daemon waits at the pipe beyond this."""
@@ -215,7 +222,7 @@ def serve_engine(load: say.Load, pipes: Pipes) -> None:
         pipes.write(say.failed(error))
         return
     pipes.write(say.Loaded(info=engine.info(), load_seconds=seconds))
-    can_move = False
+    can_move, reuses = False, isinstance(engine, ReusingEngine)
     while True:
         # Idle: wait for a command. Busy: take all that came in during the step.
         command = pipes.next(block=not can_move)
@@ -225,7 +232,8 @@ def serve_engine(load: say.Load, pipes: Pipes) -> None:
         frames = engine.step()
         can_move = bool(frames)
         if frames:
-            pipes.write(say.Frames(frames=frames))
+            prefix = engine.prefix_tokens if reuses else PrefixTokens()
+            pipes.write(say.Frames(frames=frames, prefix=prefix))
 
 
 def _engine(load: say.Load) -> tuple[Any, type[msgspec.Struct], float]:
@@ -264,7 +272,9 @@ def _apply(
 
 
 def _add(engine: Engine, request: msgspec.Struct, command: say.Add) -> None:
-    if command.claim is None:
+    if command.claim is None and isinstance(engine, ReusingEngine):
+        engine.add(command.session, request, command.delivered, command.scope)
+    elif command.claim is None:
         engine.add(command.session, request, command.delivered)
     elif isinstance(engine, RecheckingEngine):
         engine.recheck(command.session, request, command.claim)

@@ -13,7 +13,14 @@ import msgspec
 from aivillage.models.inference.engine_choice import DEFAULT_ENGINE
 from aivillage.protocols.errors import AivillageError, NodeError
 from aivillage.protocols.messages import OperationInfo
-from aivillage.protocols.ports import EngineInfo, Event, Machine, SessionFrame, Verdict
+from aivillage.protocols.ports import (
+    EngineInfo,
+    Event,
+    Machine,
+    SessionFrame,
+    Verdict,
+)
+from aivillage.protocols.prefixes import PrefixTokens
 from aivillage.protocols.rechecking import Claim
 
 FRAME_BYTES_MAX: Final = 4 << 20
@@ -47,12 +54,17 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
 
 
 class Add(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
-    """A session that answers `request`, or looks at the answer that is claimed for it."""
+    """A session that answers `request`, or looks at the answer that is claimed for it.
+
+    `scope` is a name of the daemon's for whom it answers; it says nothing to a worker but who else
+    is the same.
+    """
 
     session: int
     request: bytes
     delivered: tuple[int, ...] = ()
     claim: Claim | None = None
+    scope: bytes = b""
 
 
 class Allow(msgspec.Struct, frozen=True, kw_only=True, tag="allow"):
@@ -136,6 +148,8 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
 
 class Frames(msgspec.Struct, frozen=True, kw_only=True, tag="frames"):
     frames: list[SessionFrame]
+    prefix: PrefixTokens = PrefixTokens()
+    """Of the engine since it was loaded."""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

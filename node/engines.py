@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final
@@ -13,12 +15,25 @@ from aivillage.models import worker_messages as say
 from aivillage.node.worker_process import WorkerProcess
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, from_code
 from aivillage.protocols.ports import EngineInfo, SessionFrame
+from aivillage.protocols.prefixes import PrefixTokens
 from aivillage.protocols.pricing import token_price
 from aivillage.protocols.rechecking import Claim, Finding
-from aivillage.protocols.types import MicroCredits
+from aivillage.protocols.types import MicroCredits, PeerId
 
 FRAMES_WAITING_MAX: Final = 16_384
 """More than an allowance can yield in a context: a session beyond it is a worker gone wrong."""
+OWN_SCOPE: Final = b""
+"""Of the node's own jobs; no buyer's name is empty."""
+
+
+class Scopes:
+    """Names of buyers for workers: they tell buyers apart, and say no more."""
+
+    def __init__(self) -> None:
+        self._key = os.urandom(32)
+
+    def of(self, peer: PeerId) -> bytes:
+        return hashlib.blake2b(peer.encode(), key=self._key, digest_size=16).digest()
 
 
 class EngineSession:
@@ -75,6 +90,8 @@ class EngineClient:
     def __init__(self, worker: WorkerProcess, loaded: say.Loaded, slots: int) -> None:
         self.info: EngineInfo = loaded.info
         self.load_seconds = loaded.load_seconds
+        self.prefix_tokens = PrefixTokens()
+        """Of all prompts: tokens that were read, and those that were kept from before."""
         self.slots = slots
         self._worker = worker
         self._sessions: dict[int, EngineSession] = {}
@@ -117,11 +134,16 @@ class EngineClient:
 
     @asynccontextmanager
     async def open_session(
-        self, request: bytes, delivered: Sequence[int] = (), claim: Claim | None = None
+        self,
+        request: bytes,
+        delivered: Sequence[int] = (),
+        claim: Claim | None = None,
+        scope: bytes = OWN_SCOPE,
     ) -> AsyncIterator[EngineSession]:
         """Goes on after the token ids in `delivered`, or only reads `claim`.
 
-        Leaving the block frees the slot.
+        What sessions of one `scope` have read need not be read again. Leaving the block frees the
+        slot.
 
         Raises:
             RefusedError: BUSY, every slot is taken, or another model got its memory just now.
@@ -133,8 +155,9 @@ class EngineClient:
             raise RefusedError(f"all {self.slots} slots of the engine are taken")
         session = EngineSession(next(self._numbers), self)
         added = say.Add(
-            session=session.number, request=request, delivered=tuple(delivered), claim=claim
-        )
+            session=session.number, request=request, delivered=tuple(delivered), claim=claim,
+            scope=scope,
+        )  # fmt: skip
         self.send(added)
         self._sessions[session.number] = session
         try:
@@ -183,6 +206,7 @@ class EngineClient:
     def _take(self, reply: say.Reply) -> None:
         """Raises: JobError: the worker said what an engine does not say."""
         if isinstance(reply, say.Frames):
+            self.prefix_tokens = reply.prefix
             for frame in reply.frames:
                 self._give(frame)
         elif isinstance(reply, say.Failed) and reply.session is not None:

@@ -8,7 +8,9 @@ from typing import Any
 from aivillage.models.inference.generate import MODULE
 from aivillage.node.pricelist import PriceList
 from aivillage.node.shelf import listed_with
+from aivillage.node.warmth import Warm
 from aivillage.node.workers import Workers
+from aivillage.protocols.prefixes import PrefixTokens
 
 
 class ModelsDesk:
@@ -40,7 +42,18 @@ class ModelsDesk:
                     "memory_bytes": model.memory_bytes,
                     "is_loaded": model.name in warm,
                     "is_busy": model.name in warm and warm[model.name].is_busy,
-                    "worth": round(warm[model.name].worth, 3) if model.name in warm else 0.0,
                 }
+                | _figures(warm.get(model.name))
             )
         return found
+
+
+def _figures(warm: Warm | None) -> dict[str, Any]:
+    """Of a loaded model; nothing of one that is not."""
+    prefix = warm.prefix_tokens if warm else PrefixTokens()
+    return {
+        "worth": round(warm.worth, 3) if warm else 0.0,
+        "load_seconds": round(warm.load_seconds, 3) if warm else 0.0,
+        "prefix_tokens_read": prefix.read,
+        "prefix_tokens_reused": prefix.reused,
+    }

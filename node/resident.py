@@ -86,6 +86,8 @@ class Resident:
                 memory_bytes=_bytes_of(held[name], client.slots) if name in held else 0,
                 worth=worth(self._uses.get(name, Use()), client.token_price, now),
                 is_busy=client.session_count > 0,
+                load_seconds=client.load_seconds,
+                prefix_tokens=client.prefix_tokens,
             )
             for name, client in self._engines.items()
             if not client.dead

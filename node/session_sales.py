@@ -24,7 +24,7 @@ from aivillage.models.inference.logprobs import require_size
 from aivillage.models.inference.stages import StageInput, StageRequest, StageResult
 from aivillage.node.allowances import Allowances
 from aivillage.node.delivery import Delivery
-from aivillage.node.engines import EngineClient, EngineSession
+from aivillage.node.engines import EngineClient, EngineSession, Scopes
 from aivillage.node.gossip import send_or_drop
 from aivillage.node.sale import Sale, beating
 from aivillage.node.workers import Workers
@@ -56,6 +56,7 @@ class SessionSales:
         self._book = book
         self._allowances = allowances
         self._delivery = delivery
+        self._scopes = Scopes()
 
     async def compute_stage(self, sale: Sale) -> None:
         """Computes input by input until the buyer says that there are no more.
@@ -115,7 +116,8 @@ class SessionSales:
         unit = dearest_unit(sale.terms)
         await self._delivery.wait_for_room(sale, unit, lambda: self._book.room(sale.peer) >= unit)
         engine = await self._loaded(sale, functools.partial(self._workers.engine, request.model))
-        async with engine.open_session(call.request, tuple(ids)) as session:
+        scope = self._scopes.of(sale.peer)
+        async with engine.open_session(call.request, tuple(ids), scope=scope) as session:
             self._allow(sale, session, sum(had.values()))
             async for frame in session:
                 if frame.error:

@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from aivillage.protocols.prefixes import PrefixTokens
 from aivillage.protocols.types import MicroCredits, Seconds
 
 HALF_LIFE_SECONDS: Final[Seconds] = 600.0
@@ -36,6 +37,8 @@ class Warm(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     worth: float
     is_busy: bool
+    load_seconds: Seconds = 0.0
+    prefix_tokens: PrefixTokens = PrefixTokens()
 
 
 def worth(use: Use, price: MicroCredits, at: Seconds) -> float:

@@ -47,7 +47,10 @@ class _Session:
 
 
 class StageEngine:
-    """Serves sessions of layers first..last-1 of one model."""
+    """Serves sessions of layers first..last-1 of one model.
+
+    Nothing is kept for a later session: rows come as states, which say nothing of their tokens.
+    """
 
     def __init__(
         self, model: catalogue.KnownModel, first: int, last: int, *, slots: int = SLOTS

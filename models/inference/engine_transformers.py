@@ -32,7 +32,7 @@ SLICE_ROWS: Final = 32
 
 
 class TransformersEngine:
-    """Serves one safetensors model."""
+    """Serves one safetensors model. Keeps nothing of a session: sameness is not promised."""
 
     def __init__(
         self, model: catalogue.KnownModel, *, slots: int = SLOTS, threads: int = 1

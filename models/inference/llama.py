@@ -46,12 +46,19 @@ class Span(msgspec.Struct, frozen=True):
 class RowModel(Protocol):
     """What a step of the engine needs of a model, whoever computes it. Not thread-safe."""
 
+    draws_as_it_reads: bool
+    """Whether the row of a drawn token has the bits of the same one read in a prompt."""
+
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """Reads `spans` into their slots; gives the normed state of every row, in order."""
         ...
 
     def logits(self, states: Tensor) -> Tensor:
         """`states` (count, width) of `forward` -> (count, vocabulary)."""
+        ...
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        """Gives `target` the first `tokens` keys and values of `source`."""
         ...
 
 
@@ -163,6 +170,9 @@ class Head:
 
 class Llama:
     """A model and its slots. Not thread-safe; a slot is whoever's the caller says."""
+
+    draws_as_it_reads = True
+    """`sameness.py` looks: else nothing is guaranteed, and nothing kept."""
 
     def __init__(self, weights: LlamaWeights, *, slots: int, context_tokens: int) -> None:
         """Uses `weights.layers` up, one at a time."""

@@ -35,6 +35,8 @@ PROMPT_ROWS_MIN: Final = 2
 class PagedLlama:
     """A model and its slots. Not thread-safe; a slot is whoever's the caller says."""
 
+    draws_as_it_reads = False
+
     def __init__(
         self, file: GgufFile, shape: Shape, *, slots: int, context_tokens: int, threads: int = 1
     ) -> None:
@@ -84,6 +86,13 @@ class PagedLlama:
         self._head.set_tensor("states", ov.Tensor(rows))
         self._head.infer()
         return torch.from_numpy(self._head.get_output_tensor(0).data[:, 0].copy())
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        """Gives `target` the first `tokens` keys and values of `source`, in whole pages."""
+        read, written = self._pages(source, tokens), self._pages(target, tokens)
+        for cache in self._caches:
+            if cache is not None:
+                cache[written.start : written.stop] = cache[read.start : read.stop]
 
     def _set(self, name: str, values: int | list[int], kind: Any = np.int32) -> None:
         self._body.set_tensor(name, ov.Tensor(np.array(values, dtype=kind)))

@@ -22,10 +22,12 @@ from aivillage.models.inference.fingerprint import (
     in_order,
 )
 from aivillage.models.inference.generate import GenerateRequest
+from aivillage.models.inference.kept import NOTHING, Kept
 from aivillage.models.inference.llama import KEY_STEP, Span
 from aivillage.models.inference.marks import marks
 from aivillage.protocols.errors import RequestError
 from aivillage.protocols.ports import SessionFrame
+from aivillage.protocols.prefixes import PrefixTokens
 from aivillage.protocols.rechecking import Claim, Deviation, Finding, OddDraw
 
 ODD_MAX: Final = 64
@@ -79,6 +81,15 @@ class Recheck:
     def read(self, count: int) -> None:
         """The engine has read this many more tokens."""
         self._read_tokens += count
+
+    def leaves(self) -> Kept:
+        """Nothing: what a judgement read is nobody's conversation."""
+        return NOTHING
+
+    @property
+    def prefix_tokens(self) -> PrefixTokens:
+        """None: it is no prompt that anybody pays."""
+        return PrefixTokens()
 
     @property
     def rows_due(self) -> int:

@@ -10,12 +10,14 @@ from torch import Tensor
 from aivillage.models.inference import logprobs, sampling
 from aivillage.models.inference.constraint import Constraint
 from aivillage.models.inference.generate import BYTES_PER_QUAD, GenerateRequest
+from aivillage.models.inference.kept import NOTHING, Kept
 from aivillage.models.inference.llama import KEY_STEP, Span
 from aivillage.models.inference.marks import Recorder
 from aivillage.models.inference.text_stream import TextStream
 from aivillage.models.inference.tokenizer import Prompt, Speaker
 from aivillage.protocols.errors import RequestError
 from aivillage.protocols.ports import SessionFrame
+from aivillage.protocols.prefixes import PrefixTokens
 
 
 class Session:
@@ -29,8 +31,14 @@ class Session:
         prompt: Prompt,
         tokenizer: Speaker,
         constraint: Constraint | None = None,
+        *,
+        kept_tokens: int = 0,
+        scope: bytes = b"",
     ) -> None:
-        """`constraint`: of the request's format, at its beginning."""
+        """`constraint`: of the request's format, at its beginning.
+
+        The keys of the first `kept_tokens` lie in `slot` already.
+        """
         self.number = number
         self.slot = slot
         self.finished = ""
@@ -39,7 +47,10 @@ class Session:
         self._end_token_ids = tokenizer.end_token_ids
         self._stream = TextStream(tokenizer.token_bytes, request.stop)
         self._ids = list(prompt.token_ids)
+        self._kept_tokens = kept_tokens
+        self._scope = scope
         self._read_tokens = 0
+        self._reused_tokens = 0
         self._allowed_units = 0
         self._reported_bytes = 0
         self._new_ids: list[int] = []
@@ -75,6 +86,7 @@ class Session:
 
     def allow(self, units: int) -> None:
         self._allowed_units = max(self._allowed_units, units)
+        self._pass_over_kept()
 
     def next_span(self, rows_max: int) -> Span | None:
         """The next tokens to read, as many as allowance, `rows_max` and the borders permit.
@@ -92,6 +104,20 @@ class Session:
     def read(self, count: int) -> None:
         """The engine has read this many more tokens."""
         self._read_tokens += count
+
+    @property
+    def prefix_tokens(self) -> PrefixTokens:
+        """Of its prompt so far."""
+        prompt_read = min(self._read_tokens, len(self._prompt.token_ids))
+        reused = min(self._reused_tokens, prompt_read)
+        return PrefixTokens(read=prompt_read - reused, reused=reused)
+
+    def leaves(self) -> Kept:
+        """What its slot holds now: of a session that went wrong nothing that can be used."""
+        if self.finished == "error":
+            return NOTHING
+        held = max(self._read_tokens, self._kept_tokens)
+        return Kept(tuple(self._ids[:held]), len(self._prompt.token_ids), self._scope)
 
     @property
     def rows_due(self) -> int:
@@ -160,6 +186,12 @@ class Session:
             self.finished = "stop"
         elif self.output_tokens == self._request.max_tokens:
             self.finished = "length"
+
+    def _pass_over_kept(self) -> None:
+        """Kept tokens count as read as far as they could have been: no bill shows them."""
+        while self._read_tokens < self._kept_tokens and self._may_read(self._read_tokens + 1):
+            self._read_tokens += 1
+            self._reused_tokens += 1
 
     def _may_read(self, end: int) -> bool:
         """Whether reading up to token `end` stays within the allowance.

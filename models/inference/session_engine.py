@@ -13,6 +13,7 @@ import torch
 
 from aivillage.models.inference import constraint
 from aivillage.models.inference.generate import GenerateRequest, conversation
+from aivillage.models.inference.kept import Slots, to_read
 from aivillage.models.inference.linear import ROW_SIZES
 from aivillage.models.inference.llama import RowModel, Span
 from aivillage.models.inference.recheck import Recheck
@@ -20,6 +21,7 @@ from aivillage.models.inference.session import Session
 from aivillage.models.inference.tokenizer import Prompt, Speaker
 from aivillage.protocols.errors import RefusedError, RequestError
 from aivillage.protocols.ports import EngineInfo, SessionFrame
+from aivillage.protocols.prefixes import PrefixTokens
 from aivillage.protocols.rechecking import Claim
 
 STEP_ROWS: Final = ROW_SIZES[-1]
@@ -40,7 +42,12 @@ class SessionEngine:
         self.tokenizer = tokenizer
         self._model = model
         self._info = info
-        self._free_slots = list(range(slots))
+        self._slots = Slots(
+            slots,
+            keeps=info.identical == "guaranteed",
+            drawn_as_prompt=model.draws_as_it_reads,
+        )
+        self._ended = PrefixTokens()
         self._sessions: dict[int, Session | Recheck] = {}
         self._turn = 0
         constraint.make_ready(tokenizer, info.vocabulary)
@@ -48,8 +55,10 @@ class SessionEngine:
     def info(self) -> EngineInfo:
         return self._info
 
-    def add(self, session: int, request: Any, delivered: Sequence[int]) -> None:
+    def add(self, session: int, request: Any, delivered: Sequence[int], scope: bytes = b"") -> None:
         """Queues `request`, a `GenerateRequest`, to go on after the ids in `delivered`.
+
+        What an earlier session of the same `scope` read is not read again.
 
         Raises:
             RequestError: it is for another model, too long for the context, `delivered`
@@ -57,23 +66,31 @@ class SessionEngine:
             RefusedError: BUSY, no slot. NOT_OFFERED, no formats here.
         """
         prompt = self._prompt(session, request, delivered)
-        slot, format_ = self._free_slots[-1], self._constraint(request)
-        added = Session(session, slot, request, prompt, self.tokenizer, format_)
+        format_ = self._constraint(request)
+        place = self._slots.place(to_read(prompt, delivered, scope))
+        added = Session(
+            session, place.slot, request, prompt, self.tokenizer, format_,
+            kept_tokens=place.tokens, scope=scope,
+        )  # fmt: skip
         added.replay(delivered)
-        self._free_slots.pop()
+        self._slots.take(place.slot)
+        if place.source != place.slot:
+            self._model.copy_slot(place.source, place.slot, place.tokens)
         self._sessions[session] = added
 
     def recheck(self, session: int, request: Any, claim: Claim) -> None:
         """Queues a look at an answer to `request` that somebody else gave.
+
+        It reads all of it: what is held against somebody rests on nothing computed before.
 
         Raises:
             RequestError: it cannot be an answer to it, or a fingerprint is of the wrong span.
             RefusedError: BUSY, no slot. NOT_OFFERED, no formats here.
         """
         prompt = self._prompt(session, request, claim.token_ids)
-        slot, format_ = self._free_slots[-1], self._constraint(request)
+        slot, format_ = self._slots.oldest(), self._constraint(request)
         added = Recheck(session, slot, request, prompt.token_ids, claim, format_)
-        self._free_slots.pop()
+        self._slots.take(slot)
         self._sessions[session] = added
 
     def _constraint(self, request: GenerateRequest) -> constraint.Constraint | None:
@@ -88,7 +105,7 @@ class SessionEngine:
         if session in self._sessions:
             raise RequestError(f"session {session} is running already")
         prompt = prompt_of(request, answered, self._info, self.tokenizer)
-        if not self._free_slots:
+        if not self._slots:
             raise slots_taken()
         return prompt
 
@@ -121,11 +138,17 @@ class SessionEngine:
         """Frees the slot before the next step; an unknown session is no error."""
         gone = self._sessions.pop(session, None)
         if gone is not None:
-            self._free_slots.append(gone.slot)
+            self._slots.give_back(gone.slot, gone.leaves())
+            self._ended += gone.prefix_tokens
 
     @property
     def free_slots(self) -> int:
-        return len(self._free_slots)
+        return len(self._slots)
+
+    @property
+    def prefix_tokens(self) -> PrefixTokens:
+        """Since it was loaded."""
+        return self._ended
 
     def _in_turn(self) -> list[Session | Recheck]:
         self._turn += 1

@@ -7,6 +7,7 @@ import functools
 from aivillage.models.inference import catalogue, logprobs
 from aivillage.models.inference.engine_torch import TorchEngine
 from aivillage.models.inference.generate import Piece, joined, piece_of
+from aivillage.models.inference.kept import NOTHING
 
 PLENTY = 10**6
 
@@ -17,8 +18,15 @@ def torch_engine() -> TorchEngine:
     return TorchEngine(catalogue.known(catalogue.DEFAULT))
 
 
+def forget(engine):
+    """What earlier sessions read is read again by the next ones."""
+    free = engine._slots._free
+    free.update(dict.fromkeys(free, NOTHING))
+
+
 def together(engine, requests, delivered=()):
-    """Each request's (ids, text, finished), all run in one batch."""
+    """Each request's (ids, text, finished), all run in one batch, from its first token on."""
+    forget(engine)
     delivered = delivered or [()] * len(requests)
     ids, text, ends = {}, {}, {}
     for number, (request, before) in enumerate(zip(requests, delivered, strict=True)):

@@ -31,7 +31,13 @@ from aivillage.models.inference.generate import (  # noqa: E402
 from aivillage.models.inference.llama import Span  # noqa: E402
 from aivillage.models.inference.session_engine import STEP_ROWS  # noqa: E402
 from aivillage.models.inference.text_stream import TextStream  # noqa: E402
-from tests.integration.asking_engines import PLENTY, alone, together, torch_engine  # noqa: E402
+from tests.integration.asking_engines import (  # noqa: E402
+    PLENTY,
+    alone,
+    forget,
+    together,
+    torch_engine,
+)
 
 pytestmark = pytest.mark.slow
 PARIS = GenerateRequest(prompt="What is the capital of France?", max_tokens=40)
@@ -40,8 +46,10 @@ SAMPLED = msgspec.structs.replace(STORY, temperature=0.9, top_p=0.95, seed=7)
 LONG = GenerateRequest(prompt="The quick brown fox jumps over the lazy dog. " * 30, max_tokens=5)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def engine():
+    """Read by others before, but nothing is kept."""
+    forget(torch_engine())
     return torch_engine()
 
 

@@ -33,13 +33,19 @@ from aivillage.models.inference.generate import (
     prompt_bytes,
     usage,
 )
-from tests.integration.asking_engines import PLENTY, alone, together
+from tests.integration.asking_engines import PLENTY, alone, forget, together
 
 pytestmark = pytest.mark.slow
 SLOTS = 8
 STORY = GenerateRequest(prompt="Tell me a story about a fox.", max_tokens=12)
 SAMPLED = msgspec.structs.replace(STORY, temperature=0.9, top_p=0.95, seed=7)
 LONG = GenerateRequest(prompt="The quick brown fox jumps over the lazy dog. " * 30, max_tokens=3)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept(request):
+    if "engine" in request.fixturenames:
+        forget(request.getfixturevalue("engine"))
 
 
 @pytest.fixture(scope="module", params=engine_choice.installed())

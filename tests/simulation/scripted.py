@@ -106,6 +106,7 @@ class Script:
     made: int = 0
     """Tokens computed on this node, over all sessions."""
     open_sessions: int = 0
+    scopes: list[bytes] = field(default_factory=list)
 
 
 class ScriptedSession:
@@ -220,8 +221,9 @@ class ScriptedEngine:
 
     @asynccontextmanager
     async def open_session(
-        self, request: bytes, delivered: Sequence[int] = ()
+        self, request: bytes, delivered: Sequence[int] = (), scope: bytes = b""
     ) -> AsyncIterator[ScriptedSession]:
+        self._script.scopes.append(scope)
         self._script.open_sessions += 1
         try:
             yield ScriptedSession(self._script, unpack(GenerateRequest, request), delivered)

@@ -333,3 +333,17 @@ async def test_32_jobs_of_two_buyers_at_two_sellers_do_not_mix_and_the_books_are
             await settled(buyer, seller, amount)
         assert sum([(await node.ledger.balance()).net for node in nodes]) == 0
         assert [node.script.open_sessions for node in (x, y)] == [0, 0]
+
+
+async def test_each_buyer_has_a_name_at_the_engine_that_tells_nothing_but_who_is_the_same(tmp_path):
+    """What a buyer wrote is kept for its own next turn; another's must not get faster by it."""
+    async with open_mesh(tmp_path) as mesh:
+        seller = await mesh.add("seller")
+        ann, bob = [await mesh.add(name, serve=False) for name in ("ann", "bob")]
+        for buyer in (ann, bob, ann):
+            await mesh.knows(buyer, seller)
+            await buyer.ask(PROMPT, tokens=2)
+        first, other, again = seller.script.scopes
+        assert first == again != other
+        assert len(first) == len(other) == 16
+        assert not any(str(buyer.peer).encode() in first + other for buyer in (ann, bob))
