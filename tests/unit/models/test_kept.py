@@ -137,6 +137,9 @@ class Letters:
     def token_bytes(self, token):
         return bytes([ord("a") + token])
 
+    def encode(self, text):
+        return [ord(letter) - ord("a") for letter in text]
+
     def prompt(self, messages):
         ids, counts = [30] * TEMPLATE, [0] * TEMPLATE
         for message in messages:
