@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import psutil
@@ -133,4 +134,35 @@ def test_a_stage_killed_at_a_random_token_goes_on_where_its_layers_are_loaded(vi
     assert any("its layers go on at" in note for note in found["said"])
     if not victim.running():
         victim.restart()
+    settled(village, 40)
+
+
+WORDS = "([a-z]{2,9} ){14}the end"
+
+
+def test_a_stand_in_for_the_last_stage_goes_on_in_the_answers_format(village):
+    """It never drew what came before, so it is told; log-probabilities are the same bits too."""
+    pytest.importorskip("llguidance")
+    changed = {"max_tokens": 80, "format": {"regex": WORDS}, "logprobs": 2}
+    buyer, *sellers = village
+    wanted = answered(buyer, **changed)
+    assert re.fullmatch(WORDS, wanted["result"]["text"])
+    assert len(wanted["result"]["logprobs"]) == len(wanted["result"]["token_ids"])
+    killed: list[Daemon] = []
+
+    def kill_the_last(job: str, count: int) -> None:
+        if count == 6:
+            # The plan is laid open with the first stage's attempt.
+            attempts = buyer.ask("job", job=job)["attempts"]
+            (last,) = [one["seller"] for one in attempts if not one["choice"]]
+            killed.append(next(seller for seller in sellers if seller.peer == last))
+            killed[0].kill()
+
+    found = answered(buyer, kill_the_last, **changed)
+    (victim,) = killed
+    assert found["result"] == wanted["result"]
+    assert found["receipt"]["identical"] == "guaranteed"
+    lost = f"{victim.peer[-8:]} is lost; its layers go on at"
+    assert any(lost in note for note in found["said"]), found["said"]
+    victim.restart()
     settled(village, 40)
