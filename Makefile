@@ -66,10 +66,11 @@ kills: install ## kill -9 the ledger KILLS=100 times, the daemon 10 times
 power: install ## the ledger on disks whose power is cut, SEEDS=100 worlds
 	$(python) -m tests.simulation.power_loss --seeds $(SEEDS)
 
-soak: install ## 300 kills of the ledger, 30 of four daemons under load, 600 split answers; ten minutes
+soak: install ## 300 kills of the ledger, 30 of four daemons under load, 1,000 answers, 600 split ones; a quarter of an hour
 	$(python) -m tests.integration.ledger_kills --kills 300 --settled-within 2
 	$(python) -m tests.integration.daemon_kills --kills 30 --settled-within 2 --json
 	$(python) -m tests.integration.split_processes --prompts 200 --stages 2 3 5
+	$(python) -m tests.integration.serving_soak --requests 1000 --kills 10
 
 sabotage: install ## plant each fault of sabotage/ and demand that its test notices
 	$(python) tests/sabotage.py

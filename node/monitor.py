@@ -55,7 +55,7 @@ class Monitor:
 
     def loop_lag_ms(self, seconds: Seconds = LAGS_KEPT * BEAT_SECONDS) -> dict[str, float]:
         """p50 and p99 of the last `seconds`, a minute at most."""
-        beats = max(1, int(seconds / BEAT_SECONDS))
+        beats = max(1, round(min(seconds, LAGS_KEPT) / BEAT_SECONDS))
         lags = sorted(list(self._lags)[-beats:]) or [0.0]
         return {
             "p50": round(lags[len(lags) // 2] * 1000, 2),

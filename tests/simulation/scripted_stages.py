@@ -98,6 +98,8 @@ class StageSession:
 class Resident:
     """Stands where an `EngineClient` would."""
 
+    is_full = False
+
     def __init__(self, script: Script, info: EngineInfo, session: Any) -> None:
         self.info = info
         self.dead = False

@@ -9,10 +9,12 @@ import pytest
 import trio
 
 from aivillage.models.inference.generate import GenerateRequest, Piece
+from aivillage.node.identity import peer_of
 from aivillage.node.pricelist import quote_hash
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
 from aivillage.protocols.messages import Accepted, Call, Cancel, Failure, Progress, Started
+from tests.conftest import make_key
 from tests.simulation.mesh import open_mesh, price_of, result_of, settled, until
 from tests.simulation.test_limits import GENERATE, NOOP
 from tests.simulation.test_market import PROMPT, expected, pair
@@ -331,3 +333,40 @@ async def test_the_owners_own_job_goes_before_those_who_wait(tmp_path):
         assert mine.error is None
         assert order == ["mine", "theirs"]
         await first.ended.wait()
+
+
+@pytest.mark.parametrize(
+    ("percent", "shared", "first", "weight"),
+    [
+        (100, False, False, 2),
+        (199, False, False, 2),
+        (200, False, False, 3),
+        (300, False, False, 4),
+        (700, False, False, 4),
+        (50, False, False, 1),
+        (100, True, False, 1),
+        (100, True, True, 4),
+        (100, False, True, 4),
+    ],
+)
+async def test_a_higher_price_or_the_owners_word_weighs_more_and_never_over_four(
+    tmp_path, percent, shared, first, weight
+):
+    first_peers = (peer_of(make_key(2))[-8:],) if first else ()
+    settings = {"slots": 1, "price_percent": percent, "first_peers": first_peers}
+    async with open_mesh(tmp_path) as mesh:
+        seller = await mesh.add("seller", **settings)
+        buyer = await mesh.add("buyer", serve=False)
+        await mesh.knows(buyer, seller)
+        if shared:
+            await ask(seller, "share", peers=[buyer.peer])
+        seller.script.pause_at = 1
+        running = await buyer.submit(PROMPT, tokens=4, ceiling=10_000_000)
+        with trio.fail_after(5):
+            await seller.script.paused.wait()
+        [sale] = seller.desk.seller.running()
+        assert sale.ticket.ask.weight == weight
+        assert sale.ticket.ask.cost == price_of(PROMPT, 4), "work at default prices"
+        seller.script.go.set()
+        await running.ended.wait()
+        assert running.error is None

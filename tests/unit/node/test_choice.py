@@ -36,6 +36,7 @@ def home(**changes):
         {"has_room": False},
         {"rtt_seconds": 3.0},
         {"rtt_seconds": None, "units_per_second": 9.8},
+        {"wait_seconds": 3.0},
         {"failures": 0.5},
         {"price": 50_000},
     ],
@@ -44,6 +45,20 @@ def home(**changes):
 def test_every_term_alone_decides(worse):
     assert winner(weighed(2, **worse), weighed(3)) == make_peer(3)
     assert winner(weighed(3), weighed(2, **worse)) == make_peer(3)
+
+
+def test_a_queue_before_many_slots_is_a_shorter_wait_than_before_one():
+    """100 units at 10 a second: ten seconds for each job that is ahead of ours."""
+    assert weighed(load=16).score.wait == 160
+    assert weighed(load=16, slots=8).score.wait == 20
+    assert weighed(load=7, slots=8).score.wait < weighed(load=8, slots=8).score.wait
+
+
+def test_what_a_seller_says_of_the_wait_makes_it_look_worse_and_never_better():
+    assert weighed(load=8, slots=8, wait_seconds=25.0).score.wait == 25
+    assert weighed(load=8, slots=8, wait_seconds=0.0).score.wait == 10
+    endless = weighed(wait_seconds=float("inf")).score.wait
+    assert endless == choice.WAIT_SECONDS_MAX
 
 
 def test_who_owes_us_counts_as_a_quarter_faster_and_no_more():

@@ -71,8 +71,8 @@ async def test_a_node_with_many_slots_loads_an_engine_with_those_it_can_have(
 
     async with trio.open_nursery() as nursery:
         found = Workers(nursery, WorkerSettings(engine_slots=wanted), tmp_path)
-        monkeypatch.setattr(found, "_start", started)
-        monkeypatch.setattr(node_workers, "load_engine", load)
+        monkeypatch.setattr(found._resident, "_start", started)
+        monkeypatch.setattr("aivillage.node.resident.load_engine", load)
         with pytest.raises(KeyError):
             await found.engine("inference.generate")
     assert asked == [given]
