@@ -21,7 +21,7 @@ import trio
 from aivillage.models import registry
 from aivillage.models import worker_messages as say
 from aivillage.models.description import checked, described
-from aivillage.models.inference import catalogue
+from aivillage.models.inference import catalogue, endpoint
 from aivillage.models.inference.catalogue import KnownModel
 from aivillage.models.inference.engine_choice import DEFAULT_ENGINE
 from aivillage.models.inference.generate import GenerateRequest, require_fits
@@ -33,6 +33,7 @@ from aivillage.node.parts import Parts
 from aivillage.node.ray_executor import RayExecutor
 from aivillage.node.shelf import Shelf, listed_with
 from aivillage.node.warmth import Use, Warm, to_unload, worth
+from aivillage.node.way_out import Place
 from aivillage.node.worker_process import WorkerLimits, WorkerProcess, start_worker
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import (
@@ -324,16 +325,31 @@ class Workers:
         return await self._parts.driver(model)
 
     async def _load(self, model: str) -> EngineClient:
-        worker = await self._start()
-        load = say.Load(model=model, slots=self._slots, engine=self._settings.engine)
+        worker = await self._start(await self._place_of(model))
+        load = say.Load(
+            model=model,
+            slots=self._slots,
+            engine=self._settings.engine,
+            way_out=worker.way_out,
+        )
         try:
             return await load_engine(self._nursery, worker, load)
         except (ConfigError, RequestError) as error:  # it will not load the next time either
             self.shelf.spoil(model, error)
             raise
 
-    async def _start(self) -> WorkerProcess:
-        worker = await start_worker(self._nursery, self._settings.limits, self._scratch_folder)
+    async def _place_of(self, model: str) -> Place | None:
+        """Where its worker is connected to: only a remote model's is. Raises: ConfigError."""
+        held = self.shelf.require(model)
+        if held.format != "remote":
+            return None
+        found = await trio.to_thread.run_sync(endpoint.read, Path(held.folder))
+        address = endpoint.address_of(found)
+        return Place(address.host, address.port, found.key_file)
+
+    async def _start(self, place: Place | None = None) -> WorkerProcess:
+        limits, scratch = self._settings.limits, self._scratch_folder
+        worker = await start_worker(self._nursery, limits, scratch, place=place)
         self.fences = worker.fences
         return worker
 
