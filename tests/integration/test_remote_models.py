@@ -59,6 +59,11 @@ def opened(folder: pathlib.Path):
 
 
 async def told(engine, request=STORY) -> str:
+    with trio.fail_after(30):
+        return await _told(engine, request)
+
+
+async def _told(engine, request) -> str:
     async with engine.open_session(pack(request)) as session:
         session.allow(PLENTY)
         return "".join([frame.text async for frame in session])
@@ -66,6 +71,7 @@ async def told(engine, request=STORY) -> str:
 
 async def test_a_fenced_worker_asks_its_server_and_nobody_else(tmp_path, server):
     add(tmp_path, server.url)
+    server.seconds_between = 0.1  # several steps find nothing new
     async with opened(tmp_path) as workers:
         engine = await workers.engine(NAME)
         assert workers.fences is not None
