@@ -169,26 +169,24 @@ class ChatStream:
     def _connected(self) -> socket.socket:
         found = self._dial()
         found.settimeout(SILENCE_SECONDS_MAX)
-        with self._lock:
-            if self._closed:
-                found.close()
-                raise ServerError("cancelled")
-            self._socket = found
         if self._tls is not None:
-            found = self._tls.wrap_socket(found, server_hostname=self._address.host)
-            with self._lock:
-                self._socket = found
-                if self._closed:
-                    _hang_up(found)
+            host = self._address.host
+            found = self._tls.wrap_socket(
+                found, server_hostname=host, do_handshake_on_connect=False
+            )
+        with self._lock:
+            self._socket = found
+            if self._closed:
+                raise ServerError("cancelled")
+        if isinstance(found, ssl.SSLSocket):
+            found.do_handshake()
         return found
 
 
 def _hang_up(found: socket.socket) -> None:
-    """Wakes whoever reads from it; it is closed with the last of those who hold it."""
-    try:
+    """Wakes whoever reads from it, who closes it. Not TLS's own: that may be in use just now."""
+    with contextlib.suppress(OSError):  # it is closed already
         socket.socket.shutdown(found, socket.SHUT_RDWR)
-    except OSError:  # it was never connected, or is closed already
-        return
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[bytes]:
