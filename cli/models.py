@@ -41,7 +41,7 @@ def models(args: argparse.Namespace) -> int:
     settings, _ = settings_file.load(where.data_dir, {})
     actions = {
         "list": _list, "pull": _pull, "push": _push, "remove": _remove, "verify": _verify,
-        "info": _info, "recommend": _recommend,
+        "info": _info, "recommend": _recommend, "remote": _remote,
     }  # fmt: skip
     return actions[args.action](args, where, settings)
 
@@ -212,6 +212,27 @@ def _pull(args: argparse.Namespace, where: Paths, settings: Settings) -> int:
     return EXIT_OK
 
 
+def _remote(args: argparse.Namespace, where: Paths, _settings: Settings) -> int:
+    """Offers a model that a server of the owner's choice answers with."""
+    from aivillage.models.inference import endpoint
+    from aivillage.models.library import remote_models
+
+    found = endpoint.new(url=args.url, model=args.model, key_file=args.key_file)
+    manifest = remote_models.add(
+        Library(where.models),
+        args.name,
+        found,
+        price_micro_credits=args.price,
+        context_tokens=args.context_tokens,
+    )
+    if args.json:
+        show.as_json(msgspec.to_builtins(manifest) | {"sha256": manifest.sha256})
+    else:
+        host = endpoint.address_of(found).host
+        print(f"{args.name}: every prompt that is sold goes to {host}, every answer comes from it")
+    return EXIT_OK
+
+
 def _blob(where: Paths, settings: Settings, cid: str) -> Path:
     """A blob of this node's own store, or of members who have it: the node pays them.
 
@@ -243,6 +264,8 @@ def _push(args: argparse.Namespace, where: Paths, settings: Settings) -> int:
     """Into this node's blobs, under names that others can check."""
     library = Library(where.models)
     manifest, folder = library.get(args.name), library.place(args.name)
+    if manifest.facts.format == "remote":
+        raise RequestError(f"{args.name} answers elsewhere: there is nothing to push")
     store = open_blobs(where.blobs, settings)
     for file in manifest.files:
         cid = store.put(folder / file.name)
@@ -321,6 +344,7 @@ def _recommend(args: argparse.Namespace, where: Paths, settings: Settings) -> in
             disk_bytes=0,
         )
         for model in _here(library)
+        if model.format != "remote"
     ]
     names = {model.name for model in here}
     budget = (settings.models_memory_mb << 20) or fit.machine_bytes() // 2

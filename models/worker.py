@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final, Protocol, cast, runtime_checkable
 
 import msgspec
 
@@ -40,6 +40,17 @@ COMMANDS_WAITING_MAX: Final = 4_096
 """A daemon waits at the pipe beyond this."""
 
 
+@runtime_checkable
+class WaitingEngine(Protocol):
+    """An engine that waits for others: after a step that moved nothing, one may follow that does.
+
+    Its `step` waits a little itself, so that nobody turns in circles.
+    """
+
+    @property
+    def waits(self) -> bool: ...
+
+
 class Pipes:
     """Both ends of the talk with the daemon."""
 
@@ -52,7 +63,7 @@ class Pipes:
 
     def read_forever(self) -> None:
         """Ends the process when the daemon hangs up: nobody is left to work for."""
-        while (command := self._read()) is not None:
+        while (command := self.read()) is not None:
             if isinstance(command, say.CancelRun):
                 self._cancelled_run = command.id  # runs follow each other: the last one counts
             elif isinstance(command, say.CallAnswer):
@@ -61,7 +72,8 @@ class Pipes:
                 self.waiting.put(command)
         os._exit(0)
 
-    def _read(self) -> say.Command | None:
+    def read(self) -> say.Command | None:
+        """The next command off the pipe; None: the daemon hung up."""
         header = self._commands.read(say.LENGTH_BYTES)
         if len(header) < say.LENGTH_BYTES:
             return None
@@ -115,8 +127,9 @@ class RunContext:
 
 def main() -> None:
     pipes = Pipes(*_take_descriptors())
-    threading.Thread(target=pipes.read_forever, daemon=True).start()
     _restrict(pipes)
+    # Not before: the fences hold for the thread that puts them up, and for those it starts then.
+    threading.Thread(target=pipes.read_forever, daemon=True).start()
     while True:
         command = pipes.next(block=True)
         if isinstance(command, say.Load):
@@ -136,7 +149,7 @@ def _take_descriptors() -> tuple[BinaryIO, BinaryIO]:
 
 
 def _restrict(pipes: Pipes) -> None:
-    start = pipes.next(block=True)
+    start = pipes.read()
     if not isinstance(start, say.Start):
         sys.exit("the first command says the limits")
     sandbox.limit(memory_bytes_max=start.memory_bytes_max, nice=start.nice)
@@ -230,7 +243,7 @@ def serve_engine(load: say.Load, pipes: Pipes) -> None:
             _apply(engine, request_type, command, pipes)
             command = pipes.next(block=False)
         frames = engine.step()
-        can_move = bool(frames)
+        can_move = bool(frames) or (isinstance(engine, WaitingEngine) and engine.waits)
         if frames:
             prefix = engine.prefix_tokens if reuses else PrefixTokens()
             pipes.write(say.Frames(frames=frames, prefix=prefix))
@@ -250,6 +263,12 @@ def _engine(load: say.Load) -> tuple[Any, type[msgspec.Struct], float]:
         from aivillage.models.inference.split import SplitDriver
 
         return SplitDriver(known, slots=load.slots), generate.GenerateRequest, 0.0
+    if load.way_out >= 0:
+        from aivillage.models.inference.engine_openai import OpenaiEngine
+        from aivillage.models.way_out import WayOut
+
+        engine = OpenaiEngine(known, slots=load.slots, dial=WayOut(load.way_out).dial)
+        return engine, generate.GenerateRequest, engine.load_seconds
     threads = int(os.environ["OMP_NUM_THREADS"])  # by the daemon, as its owner set them
     engine = engine_choice.engine_of(known, slots=load.slots, threads=threads, engine=load.engine)
     return engine, generate.GenerateRequest, engine.load_seconds

@@ -114,7 +114,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         str,
         Meta(pattern="^(auto|openvino|torch)$"),
         _doc("what computes answers; auto: openvino where its self-test passes, else torch"),
-    ] = "torch"
+    ] = "auto"
     worker_idle_seconds: Annotated[Positive, _doc("an idle worker process ends after")] = 600.0
     worker_memory_mb: Annotated[int, Meta(ge=256), _doc("data memory of one worker")] = 4096
     worker_cores: Annotated[

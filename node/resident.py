@@ -45,7 +45,7 @@ class Resident:
     def __init__(
         self,
         nursery: trio.Nursery,
-        start: Callable[[], Awaitable[WorkerProcess]],
+        start: Callable[[str], Awaitable[WorkerProcess]],
         shelf: Shelf,
         memory: Memory,
         *,
@@ -53,7 +53,10 @@ class Resident:
         engine: str,
         make_way: Callable[[int], Awaitable[None]],
     ) -> None:
-        """`make_way` leaves to stages of models no more than so many bytes."""
+        """`start` gives a worker fit to load that model.
+
+        `make_way` leaves to stages of models no more than so many bytes.
+        """
         self._nursery = nursery
         self._start = start
         self._shelf = shelf
@@ -160,8 +163,8 @@ class Resident:
             await self._engines.pop(name).put_away()
 
     async def _load(self, model: str, slots: int) -> EngineClient:
-        worker = await self._start()
-        load = say.Load(model=model, slots=slots, engine=self._engine)
+        worker = await self._start(model)
+        load = say.Load(model=model, slots=slots, engine=self._engine, way_out=worker.way_out)
         try:
             return await load_engine(self._nursery, worker, load)
         except (ConfigError, RequestError) as error:  # it will not load the next time either

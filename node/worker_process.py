@@ -17,6 +17,7 @@ import trio
 
 from aivillage.models import worker_messages as say
 from aivillage.models import worker_start
+from aivillage.node.way_out import Hatch, Place
 from aivillage.protocols.errors import JobError, NodeError
 
 COMMANDS_QUEUED_MAX: Final = 4_096
@@ -41,6 +42,11 @@ class WorkerLimits(msgspec.Struct, frozen=True, kw_only=True):
     library: str = ""
     """Where models were pulled to; workers may read there."""
 
+    def reading(self, file: str) -> WorkerLimits:
+        """The same, for a worker that may read `file` too."""
+        readable = (*self.readable_folders, *filter(None, [file]))
+        return msgspec.structs.replace(self, readable_folders=readable)
+
 
 class WorkerProcess:
     """Commands go out in order, `next` gives the replies. Made by `start_worker`."""
@@ -49,6 +55,8 @@ class WorkerProcess:
         self.scratch = scratch
         self.work_folder = str(scratch)
         """Where it works; empty where it makes a folder itself."""
+        self.way_out = -1
+        """Its number for the descriptor over which it is connected; -1: it never is."""
         self.fences = say.Started(sandboxed=False, fenced=False, why_not="not started yet")
         self.idle_since = trio.current_time()
         self._process = process
@@ -187,19 +195,30 @@ class WorkerProcess:
 
 
 async def start_worker(
-    nursery: trio.Nursery, limits: WorkerLimits, scratch_folder: Path, *, far: Sequence[str] = ()
+    nursery: trio.Nursery,
+    limits: WorkerLimits,
+    scratch_folder: Path,
+    *,
+    far: Sequence[str] = (),
+    place: Place | None = None,
 ) -> WorkerProcess:
     """A worker that has put its limits on. Its tasks run in `nursery`; the caller stops it.
 
     `far`: the command of a process whose pipes lead to a worker on another machine, in a folder of
-    its own there.
+    its own there. `place`: where it may be connected to, and nowhere else.
 
     Raises:
         JobError: it did not come up.
     """
     scratch = Path(tempfile.mkdtemp(prefix="worker-", dir=scratch_folder))
-    worker = WorkerProcess(_spawn(scratch, limits, far), scratch)
+    hatch = Hatch(place) if place else None
+    worker = WorkerProcess(_spawn(scratch, limits, far, hatch), scratch)
     worker.work_folder = "" if far else str(scratch)
+    if hatch is not None and place is not None:
+        worker.way_out = hatch.theirs.fileno()
+        hatch.theirs.close()
+        nursery.start_soon(hatch.serve)
+        limits = limits.reading(place.key_file)
     nursery.start_soon(worker.write_all)
     nursery.start_soon(worker.keep_last_words)
     try:
@@ -231,7 +250,9 @@ async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
     worker.fences = started
 
 
-def _spawn(scratch: Path, limits: WorkerLimits, far: Sequence[str]) -> subprocess.Popen[bytes]:
+def _spawn(
+    scratch: Path, limits: WorkerLimits, far: Sequence[str], hatch: Hatch | None
+) -> subprocess.Popen[bytes]:
     """From this very thread: a worker ends with the thread that started it, not only the daemon."""
     process = subprocess.Popen(
         far or worker_start.command(),
@@ -240,6 +261,7 @@ def _spawn(scratch: Path, limits: WorkerLimits, far: Sequence[str]) -> subproces
         stderr=subprocess.PIPE,
         env=worker_start.environment(scratch, limits.threads),
         start_new_session=True,  # a Ctrl-C at the terminal is the daemon's to handle
+        pass_fds=[hatch.theirs.fileno()] if hatch else [],
     )
     if limits.cores and not far and sys.platform == "linux":
         cores = sorted(os.sched_getaffinity(0))[-limits.cores :]  # the first is the busiest

@@ -21,7 +21,7 @@ import trio
 from aivillage.models import registry
 from aivillage.models import worker_messages as say
 from aivillage.models.description import checked, described
-from aivillage.models.inference import catalogue
+from aivillage.models.inference import catalogue, endpoint
 from aivillage.models.inference.engine_choice import DEFAULT_ENGINE
 from aivillage.models.inference.generate import GenerateRequest, require_fits
 from aivillage.models.inference.stages import StageRequest
@@ -33,6 +33,7 @@ from aivillage.node.ray_executor import RayExecutor
 from aivillage.node.resident import Memory, Resident, kind_of_model
 from aivillage.node.shelf import Shelf, listed_with
 from aivillage.node.warmth import Warm
+from aivillage.node.way_out import Place
 from aivillage.node.worker_process import WorkerLimits, WorkerProcess, start_worker
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import (
@@ -105,7 +106,7 @@ class Workers:
         memory = Memory(all_bytes=budget_bytes, one_bytes=settings.limits.memory_bytes_max)
         self.shelf = Shelf(settings.library, min(memory.all_bytes, memory.one_bytes))
         self._resident = Resident(
-            nursery, self._start, self.shelf, memory, slots_max=self._slots,
+            nursery, self._start_for, self.shelf, memory, slots_max=self._slots,
             engine=settings.engine, make_way=self._parts.make_way,
         )  # fmt: skip
 
@@ -339,8 +340,18 @@ class Workers:
         """The resident driver of split answers. Raises: AivillageError: it could not be loaded."""
         return await self._parts.driver(model)
 
-    async def _start(self) -> WorkerProcess:
-        worker = await start_worker(self._nursery, self._settings.limits, self._scratch_folder)
+    async def _start_for(self, model: str) -> WorkerProcess:
+        """Where its worker is connected to: only a remote model's is. Raises: ConfigError."""
+        held = self.shelf.require(model)
+        if held.format != "remote":
+            return await self._start()
+        found = await trio.to_thread.run_sync(endpoint.read, Path(held.folder))
+        address = endpoint.address_of(found)
+        return await self._start(Place(address.host, address.port, found.key_file))
+
+    async def _start(self, place: Place | None = None) -> WorkerProcess:
+        limits, scratch = self._settings.limits, self._scratch_folder
+        worker = await start_worker(self._nursery, limits, scratch, place=place)
         self.fences = worker.fences
         return worker
 

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 AUTO: Final = "auto"
 ENGINES: Final = ("openvino", "torch")
 """The faster first, where it runs at all."""
-DEFAULT_ENGINE: Final = "torch"
+DEFAULT_ENGINE: Final = AUTO
 """Where nobody chose; docs/decisions/0011-engines.md says why. Also the setting's default."""
 
 
@@ -36,8 +36,9 @@ def engine_of(
 ) -> LoadedEngine:
     """Loads `model` in the engine called `engine`: seconds.
 
-    A safetensors model runs in transformers. For a GGUF file `auto` takes openvino where it is
-    installed and passes its self-test, since it is several times faster; else torch.
+    A remote model is asked where it is, a safetensors model runs in transformers. For a GGUF file
+    `auto` takes openvino where it is installed and passes its self-test, since it is faster and
+    answers alike; else torch.
 
     Raises:
         ConfigError: no such engine here, or the weights are not on this machine.
@@ -46,6 +47,10 @@ def engine_of(
     """
     if engine not in (AUTO, *ENGINES):
         raise ConfigError(f"no engine is called {engine!r}", next_step=f"one of auto, {ENGINES}")
+    if model.format == "remote":
+        from aivillage.models.inference.engine_openai import OpenaiEngine
+
+        return OpenaiEngine(model, slots=slots)
     if model.format == "safetensors":
         from aivillage.models.inference.engine_transformers import TransformersEngine
 

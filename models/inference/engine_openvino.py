@@ -23,7 +23,7 @@ from aivillage.models.inference.session_engine import SessionEngine
 from aivillage.models.inference.tokenizer import ChatTokenizer
 from aivillage.protocols.ports import EngineInfo
 
-ENGINE_VERSION: Final = 1
+ENGINE_VERSION: Final = 2
 """Raise it when a change of ours may change a bit of any answer."""
 SLOTS_MAX: Final = 32
 

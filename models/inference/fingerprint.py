@@ -29,6 +29,8 @@ DEVIATION_MAX: Final = 3e-5
 the nearest cheat (weights rounded to float16) 4e-4: docs/verification.md."""
 LOGIT_MARGIN: Final = 0.002
 """Two tokens so close may change places in another kernel class; honest logits differ by 2e-4."""
+_EXACT: Final = ("torch", "openvino")
+"""Engines that compute in float32 throughout."""
 DRAW_MARGIN_MAX: Final = 0.05
 """Of a draw in [0, 1): what `LOGIT_MARGIN` can move, over the temperature, and no more."""
 
@@ -96,10 +98,12 @@ def in_order(bodies: Sequence[bytes], tokens: int) -> list[Fingerprint]:
 def family(kernel_class: str, *, in_format: bool = False) -> str:
     """Weights and number type of a class whose numbers ours may be held against; else empty.
 
-    Classes of one family differ in their last bits only. The names are `engine_torch`'s. Of answers
-    `in_format` a family has one grammar library too: another version may forbid other tokens.
+    Classes of one family differ in their last bits only. The names are `engine_torch`'s and
+    `engine_openvino`'s, whose first version rounded its inputs. Of answers `in_format` a family has
+    one grammar library too: another version may forbid other tokens.
     """
     parts = kernel_class.split("/")
-    is_ours = len(parts) > 4 and parts[0].startswith("torch") and parts[3] == "float32"
+    is_exact = parts[0].startswith(_EXACT) and parts[0] != "openvino1"
+    is_ours = len(parts) > 4 and is_exact and parts[3] == "float32"
     library = [part for part in parts if in_format and part.startswith(LIBRARY)]
     return "/".join(parts[2:4] + library) if is_ours else ""

@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from aivillage.models.inference import catalogue, grammar, logprobs
+from aivillage.models.inference import catalogue, grammar, logprobs, remote
 from aivillage.models.inference.formats import Format
 from aivillage.models.inference.logprobs import ALTERNATIVES_MAX, TokenLogprobs
 from aivillage.protocols.errors import JobError, RequestError
@@ -226,15 +226,15 @@ class Generate:
         pieces = [msgspec.msgpack.decode(body, type=Piece) for body in context.delivered]
         try:
             while not context.cancelled():
-                (frame,) = engine.step()
-                if frame.error:
-                    raise JobError(frame.error)
-                pieces.append(piece_of(frame))
-                yield PartEvent(body=msgspec.msgpack.encode(pieces[-1]))
-                if frame.finished:
-                    result = joined(request, pieces, frame.finished)
-                    yield ResultEvent(body=msgspec.msgpack.encode(result))
-                    return
+                for frame in engine.step():  # none where it waits for a server
+                    if frame.error:
+                        raise JobError(frame.error)
+                    pieces.append(piece_of(frame))
+                    yield PartEvent(body=msgspec.msgpack.encode(pieces[-1]))
+                    if frame.finished:
+                        result = joined(request, pieces, frame.finished)
+                        yield ResultEvent(body=msgspec.msgpack.encode(result))
+                        return
         finally:
             engine.cancel(0)
 
@@ -244,6 +244,9 @@ class Generate:
         Of a model that is not here only what its tokens need not be known for. That an answer is
         in its format is told of every model; that log-probabilities are the model's of none.
         """
+        if remote.is_remote(request.model):
+            reason = _remote_fault(request, result)
+            return Verdict(ok=not reason, reason=reason)
         model = catalogue.find(request.model)
         reason = _count_fault(request, result, model)
         said = result.text.encode()
@@ -279,6 +282,16 @@ def joined(request: GenerateRequest, pieces: Sequence[Piece], finished: str) -> 
     )
 
 
+def _remote_fault(request: GenerateRequest, result: GenerateResult) -> str:
+    """What is wrong with an answer of a remote model: all can be told, whoever looks."""
+    fault = _count_fault(request, result, None) or remote.fault_of(result.token_ids)
+    if fault:
+        return fault
+    if not _ends_as_said(result, frozenset({remote.END_TOKEN_ID})):
+        return "the end token and the finish reason do not agree"
+    return _text_fault(request, result, remote.token_bytes)
+
+
 def _count_fault(
     request: GenerateRequest, result: GenerateResult, model: catalogue.KnownModel | None
 ) -> str:
@@ -293,7 +306,8 @@ def _count_fault(
         return "not finished"
     if model and not _ends_as_said(result, model.end_token_ids):
         return "the end token and the finish reason do not agree"
-    if result.finish_reason == "length" and count != request.max_tokens:
+    is_short = count != request.max_tokens and not remote.is_remote(request.model)
+    if result.finish_reason == "length" and is_short:  # a remote model counts tokens of its own
         return "finished for length before the last token"
     if result.prompt_bytes != prompt_bytes(request):
         return "the prompt has another number of bytes"

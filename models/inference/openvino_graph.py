@@ -191,16 +191,21 @@ class _Builder:
         grouped = op.reshape(rows, _integers(0, 0, width // BLOCK, BLOCK), True)
         return op.reduce_sum(grouped, _integers(3), False)
 
-    def turn(self) -> tuple[Node, Node]:
-        """Cosine and sine of every row's angles: (n, 1, 1, head_width) each."""
+    def turn(self, context_tokens: int) -> tuple[Node, Node]:
+        """Cosine and sine of every row's angles: (n, 1, 1, head_width) each.
+
+        From tables of float64 angles: in float32 the last bits of a large angle are lost, and
+        states drift from the reference's as a text grows.
+        """
         width = self.shape.head_width
         steps = np.arange(0, width, 2, dtype=np.float64) / width
-        speeds = (1 / self.shape.rope_base**steps).astype(np.float32).reshape(1, -1, 1)
-        places = op.unsqueeze(self.inputs["position_ids"], _integers(1, 2))
-        angles = op.matmul(op.constant(speeds), op.convert(places, "f32"), False, False)
-        angles = op.transpose(angles, _integers(0, 2, 1))  # (n, 1, head_width / 2)
-        both = op.concat([angles, angles], 2)
-        return op.unsqueeze(op.cos(both), _index(1)), op.unsqueeze(op.sin(both), _index(1))
+        angles = np.arange(context_tokens, dtype=np.float64)[:, None] / self.shape.rope_base**steps
+        both = np.concatenate([angles, angles], axis=1)  # (context_tokens, head_width)
+        cos, sin = (
+            op.gather(op.constant(table.astype(np.float32)), self.inputs["position_ids"], _index(0))
+            for table in (np.cos(both), np.sin(both))
+        )
+        return op.unsqueeze(cos, _integers(1, 2)), op.unsqueeze(sin, _integers(1, 2))
 
     def rotated(self, rows: Node, heads: int, turn: tuple[Node, Node]) -> Node:
         """(n, 1, heads * head_width) with halves of each head turned as pairs: (n, the same)."""
@@ -289,14 +294,14 @@ def _unpermuted(blocks: NDArray[np.uint8], heads: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(blocks.shape)
 
 
-def build(file: GgufFile, shape: Shape) -> tuple[Body, list[Any]]:
-    """Both graphs, and what must live until they are compiled.
+def build(file: GgufFile, shape: Shape, context_tokens: int) -> tuple[Body, list[Any]]:
+    """Both graphs, for positions below `context_tokens`, and what must live until they compile.
 
     Raises:
         RequestError: a tensor is missing, of another shape, or of a type that is not read here.
     """
     made = _Builder(file, shape)
-    table, turn = made.embedding(), made.turn()
+    table, turn = made.embedding(), made.turn(context_tokens)
     ids = op.convert(op.unsqueeze(made.inputs["input_ids"], _index(1)), "i32")
     state = op.gather(table.weight, ids, _index(0))  # (n, 1, width)
     for layer in range(shape.layers):

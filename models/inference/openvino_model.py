@@ -1,9 +1,10 @@
 """A Llama compiled by OpenVINO, with paged keys and values: what `llama.Llama` is in torch.
 
-Weights stay in four bits and meet 8-bit inputs (scaled by 32), states and keys are float32. Two
-rules make the bits of a row independent of its company and of how it was reached: a token of the
-prompt goes through the kernel for many rows, alone or not; a drawn one through the kernel for one.
-`openvino_sameness.py` tests it on this very machine.
+Weights stay in four bits; inputs, states and keys are float32: OpenVINO would round inputs to eight
+bits, which is told not to. Three rules make the bits of a row independent of its company and of
+how it was reached: no product is of a single row; a token of the prompt goes through the attention
+kernel for many rows, alone or not; a drawn one through that for one. `openvino_sameness.py` tests
+it on this very machine.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import openvino as ov
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from aivillage.models.inference import openvino_graph
 from aivillage.models.inference.gguf_file import GgufFile
@@ -26,10 +28,8 @@ from aivillage.models.inference.llama import Span
 
 PAGE_TOKENS: Final = 32
 """Of a page of keys or values on a CPU."""
-QUANTIZED_GROUP: Final = 32
-"""Inputs that share a scale. Without it a row's bits depend on its company."""
-PROMPT_ROWS_MIN: Final = 2
-"""A single row would go through the kernel for drawn tokens, which gives other bits."""
+ROWS_MIN: Final = 2
+"""A single row would go through other kernels, of products and of attention: other bits."""
 
 
 class PagedLlama:
@@ -42,19 +42,20 @@ class PagedLlama:
     ) -> None:
         """Raises: RequestError: a tensor of a type that is not read here."""
         self.shape = shape
-        graphs, self._borrowed = openvino_graph.build(file, shape)  # the compiled one reads them
+        graphs, self._borrowed = openvino_graph.build(file, shape, context_tokens)  # it reads them
         settings = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,  # several workers would share the first core
             "INFERENCE_PRECISION_HINT": "f32",
             "KV_CACHE_PRECISION": "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": QUANTIZED_GROUP,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # products of what is there, not of 8 bits of it
         }
         core = ov.Core()
         self._body = core.compile_model(graphs.body, "CPU", settings).create_infer_request()
         self._head = core.compile_model(graphs.head, "CPU", settings).create_infer_request()
         self._slot_pages = -(-context_tokens // PAGE_TOKENS)
+        self._filler = _Part(slots, 0, (0,), drawn=True, padding=1)  # in a page of its own
         self._caches = [self._cache(port, slots) for port in self._body.model_inputs]
 
     def forward(self, spans: Sequence[Span]) -> Tensor:
@@ -64,6 +65,8 @@ class PagedLlama:
             (rows of the spans, width).
         """
         parts = [part for span in spans for part in _sequences(span)]
+        if sum(len(part.token_ids) for part in parts) < ROWS_MIN:
+            parts.append(self._filler)
         ids = [token for part in parts for token in part.token_ids]
         places = [part.position + n for part in parts for n in range(len(part.token_ids))]
         ends = [part.position + len(part.token_ids) for part in parts]
@@ -82,10 +85,12 @@ class PagedLlama:
 
     def logits(self, states: Tensor) -> Tensor:
         """`states` (count, width) of `forward` -> (count, vocabulary)."""
-        rows = np.ascontiguousarray(states.numpy()).reshape(len(states), 1, -1)
+        count = len(states)
+        padded = functional.pad(states, (0, 0, 0, max(0, ROWS_MIN - count)))
+        rows = np.ascontiguousarray(padded.numpy()).reshape(len(padded), 1, -1)
         self._head.set_tensor("states", ov.Tensor(rows))
         self._head.infer()
-        return torch.from_numpy(self._head.get_output_tensor(0).data[:, 0].copy())
+        return torch.from_numpy(self._head.get_output_tensor(0).data[:count, 0].copy())
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """Gives `target` the first `tokens` keys and values of `source`, in whole pages."""
@@ -107,7 +112,7 @@ class PagedLlama:
         if "cache" not in port.any_name:
             return None
         sizes = [size.get_length() for size in list(port.partial_shape)[1:]]
-        shape = [slots * self._slot_pages, *sizes]
+        shape = [slots * self._slot_pages + 1, *sizes]
         memory = np.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=np.float32)
         memory = memory.reshape(shape)
         self._body.set_tensor(port.any_name, ov.Tensor(memory, shared_memory=True))
@@ -129,7 +134,7 @@ def _sequences(span: Span) -> list[_Part]:
         return [
             _Part(span.slot, span.position + n, (token,)) for n, token in enumerate(span.token_ids)
         ]
-    lack = max(0, PROMPT_ROWS_MIN - len(span.token_ids))
+    lack = max(0, ROWS_MIN - len(span.token_ids))
     return [_Part(span.slot, span.position, span.token_ids + (0,) * lack, padding=lack)]
 
 

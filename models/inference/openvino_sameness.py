@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aivillage.models.inference.llama import Span
-from aivillage.models.inference.openvino_model import PAGE_TOKENS, QUANTIZED_GROUP, PagedLlama
+from aivillage.models.inference.openvino_model import PAGE_TOKENS, ROWS_MIN, PagedLlama
 from aivillage.models.inference.sameness import Sameness
 
 PROMPT_TOKENS: Final = 36
@@ -81,4 +81,4 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 def rule() -> str:
     """The shape rule, for the kernel class."""
-    return f"q{QUANTIZED_GROUP}-kv32-pages{PAGE_TOKENS}"
+    return f"rows{ROWS_MIN}-kv32-pages{PAGE_TOKENS}"

@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from aivillage.models.inference.remote import is_remote
 from aivillage.protocols.errors import ConfigError, RequestError
 
 MANIFEST_FILE: Final = "manifest.json"
@@ -27,10 +28,12 @@ TABLES: Final = (
     "chat_template.jinja", "model.safetensors.index.json",
 )  # fmt: skip
 """What belongs to a model beside its weights; nothing that is code, and nothing pickled."""
+ENDPOINT_FILE: Final = "endpoint.json"
+"""All there is of a model that answers elsewhere. Only its owner writes it: it is never pulled."""
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
-Format = Literal["gguf", "safetensors"]
+Format = Literal["gguf", "safetensors", "remote"]
 
 
 class ModelFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,7 +87,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def weights_of(files: tuple[ModelFile, ...]) -> tuple[ModelFile, ...]:
-    found = [file for file in files if file.name.endswith(WEIGHTS)]
+    found = [file for file in files if file.name.endswith((*WEIGHTS, ENDPOINT_FILE))]
     return tuple(sorted(found, key=lambda file: file.name))
 
 
@@ -132,7 +135,13 @@ def decode(body: bytes) -> Manifest:
         manifest = msgspec.json.decode(body, type=Manifest)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise RequestError(f"this is no manifest of a model: {error}") from None
-    if len({require_file_name(file.name) for file in manifest.files}) != len(manifest.files):
+    names = [file.name for file in manifest.files]
+    kinds = manifest.facts.format == "remote", is_remote(manifest.name), names == [ENDPOINT_FILE]
+    if any(kinds):
+        if all(kinds):
+            return manifest
+        raise RequestError(f"{manifest.name} is half a model that answers elsewhere")
+    if len({require_file_name(name) for name in names}) != len(names):
         raise RequestError("the manifest names a file twice")
     if not manifest.weights:
         raise RequestError("the manifest names no weights")

@@ -19,6 +19,7 @@ import msgspec
 
 from aivillage.models.durable import sync_folder
 from aivillage.models.inference import catalogue
+from aivillage.models.inference.remote import is_remote
 from aivillage.models.library import inspection
 from aivillage.models.library import manifest as manifests
 from aivillage.models.library.hashing import CHUNK_BYTES, sha256_of
@@ -121,6 +122,11 @@ class Pull:
         return None
 
     def _require_free_name(self) -> None:
+        if is_remote(self.name):
+            raise RequestError(
+                f"{self.name} is a name for models that answer elsewhere",
+                next_step="--name another one, or aivillage-node models remote",
+            )
         if self.name in catalogue.MODELS:
             raise RequestError(
                 f"{self.name} is the name of a packaged model", next_step="--name another one"

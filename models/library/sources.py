@@ -246,6 +246,8 @@ class PeerSource:
         if hashlib.sha256(body).hexdigest() != cid:
             raise RequestError(f"the blob {cid[:12]} is not what its name says")
         self._manifest = manifests.decode(body)
+        if self._manifest.facts.format == "remote":  # it would have us ask a stranger's server
+            raise RequestError(f"{self._manifest.name} answers elsewhere: nothing can be pulled")
         self.text, self.identity = f"peer:{cid}", cid
         self.name, self.licence = self._manifest.name, self._manifest.facts.licence
 

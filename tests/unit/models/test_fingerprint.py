@@ -80,3 +80,9 @@ def test_a_family_is_weights_and_number_type_of_our_own_engine():
     )
     assert family(name.format("ab", "float32")) != family(name.format("cd", "float32"))
     assert family(name.format("ab", "bfloat16")) == family("scripted/1") == family("") == ""
+
+
+def test_engines_that_compute_in_float32_are_of_one_family_and_one_that_rounded_is_not():
+    rest = "v/ab/float32/cpu/x"
+    assert family(f"openvino2/{rest}") == family(f"torch1/{rest}") == "ab/float32"
+    assert family(f"openvino1/{rest}") == family(f"openai1/{rest}") == ""

@@ -39,6 +39,8 @@ def answer(*shares, fingerprints=()):
         (NAME.replace("/w/", "/v/"), "guaranteed", "other"),
         (NAME.replace("float32", "bfloat16"), "guaranteed", "other"),
         (OTHER, "guaranteed", "other"),
+        (NAME.replace("torch1", "openvino2"), "guaranteed", "near"),
+        (NAME.replace("torch1", "openvino1"), "guaranteed", "other"),
         ("", "", "other"),
     ],
 )
