@@ -89,16 +89,13 @@ class OpenaiEngine:
         """Whether servers are at work: a step may give something although none did just now."""
         return bool(self._streams)
 
-    def add(self, session: int, request: Any, delivered: Sequence[int], scope: bytes = b"") -> None:
+    def add(self, session: int, request: Any, delivered: Sequence[int]) -> None:
         """Queues `request`; after `delivered` it goes on only if the server says the same again.
-
-        What the server keeps of former requests is its own affair, whatever the `scope`.
 
         Raises:
             RequestError: it is for another model, or `delivered` is no beginning of an answer.
             RefusedError: BUSY, no slot; NOT_OFFERED, it asks for what no server promises.
         """
-        del scope
         if session in self._sessions:
             raise RequestError(f"session {session} is running already")
         if not isinstance(request, GenerateRequest) or request.model != self._info.model:
