@@ -13,6 +13,7 @@ the last turn, of the engine that gains least, in the better of two conversation
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -37,8 +38,19 @@ QUESTIONS = (
     "I do not want to use any poison, since we have a dog and two small children. What else works?",
     "Thank you. Say it all again in a few words, so that I can write it on a piece of paper.",
 )
-ANSWER_TOKENS, COLD_TOKENS, ALL_UNITS = 24, 8, 10**6
+COLD_TOKENS, ALL_UNITS = 4, 10**6
 RATIO_MOST = 0.35
+
+
+class Size(NamedTuple):
+    """Of a run: tokens an answer, the turns that are asked cold too, conversations."""
+
+    answer_tokens: int
+    cold_turns: tuple[int, ...]
+    conversations: int
+
+
+FULL, QUICK = Size(24, (2, 3, 4, 5, 6), 2), Size(20, (2, 6), 1)
 
 
 class Turn(NamedTuple):
@@ -72,7 +84,7 @@ async def turn(engine: EngineClient, request: GenerateRequest, scope: bytes) -> 
 
 
 async def conversation(
-    engine: EngineClient, seed: int, cold_turns: tuple[int, ...]
+    engine: EngineClient, seed: int, size: Size
 ) -> tuple[dict[str, float], list[bool]]:
     """Processor seconds by turn, and whether each turn that was asked twice is the same."""
     messages: tuple[ChatMessage, ...] = ()
@@ -82,11 +94,11 @@ async def conversation(
     for number, question in enumerate(QUESTIONS, 1):
         messages += (ChatMessage(content=question),)
         request = GenerateRequest(
-            messages=messages, max_tokens=ANSWER_TOKENS, temperature=0.8, seed=seed
+            messages=messages, max_tokens=size.answer_tokens, temperature=0.8, seed=seed
         )
         warm = await turn(engine, request, scope)
         found[f"turn{number}_warm_cpu"] = warm.cpu
-        if number in cold_turns:
+        if number in size.cold_turns:
             short = msgspec.structs.replace(request, max_tokens=COLD_TOKENS)
             cold = await turn(engine, short, os.urandom(16))
             found[f"turn{number}_cold_cpu"] = cold.cpu
@@ -96,9 +108,8 @@ async def conversation(
     return found, same
 
 
-async def measured(name: str, *, quick: bool) -> tuple[dict[str, float], list[bool]]:
+async def measured(name: str, size: Size) -> tuple[dict[str, float], list[bool]]:
     """The better conversation of an engine, by its last turn."""
-    cold_turns, rounds = ((2, 4, 6), 1) if quick else ((2, 3, 4, 5, 6), 2)
     with tempfile.TemporaryDirectory() as folder:
         where: dict[str, Any] = {
             "cache_folder": Path(folder) / "c",
@@ -107,7 +118,7 @@ async def measured(name: str, *, quick: bool) -> tuple[dict[str, float], list[bo
         async with open_workers(WorkerSettings(engine=name), **where) as workers:
             engine = await workers.engine("inference.generate")
             await turn(engine, GenerateRequest(prompt="Warm up.", max_tokens=2), os.urandom(16))
-            runs = [await conversation(engine, seed, cold_turns) for seed in range(rounds)]
+            runs = [await conversation(engine, seed, size) for seed in range(size.conversations)]
             figures = min((found for found, _ in runs), key=ratio)
             told = engine.prefix_tokens
             return (
@@ -122,8 +133,9 @@ def ratio(figures: dict[str, float]) -> float:
 
 def measure(claims: Claims, args: argparse.Namespace) -> None:
     ratios, same = {}, []
+    size = QUICK if args.quick else FULL
     for name in engine_choice.installed():
-        figures, alike = trio.run(lambda name=name: measured(name, quick=args.quick))
+        figures, alike = trio.run(functools.partial(measured, name, size))
         for key, value in figures.items():
             claims.add(f"{name}_{key}", value)
         ratios[name] = ratio(figures)

@@ -116,8 +116,9 @@ def _what_is_damaged_or_removed_is_not_sold(ann: Daemon, bob: Daemon) -> None:
     assert ann.run("models", "remove", "tiny").code == 0
     assert {model["name"] for model in ann.ask("models")} == {catalogue.DEFAULT}
     assert not (ann.data_dir / "models" / "tiny").exists()
-    again = buy(bob, catalogue.DEFAULT, 2)
-    assert again.code == 0, again
+    for _ in range(2):
+        again = buy(bob, catalogue.DEFAULT, 2)
+        assert again.code == 0, again
     told = listed(ann)[catalogue.DEFAULT]
     assert told["load_seconds"] > 0
     assert told["prefix_tokens_reused"] == told["prefix_tokens_read"] - 2, (

@@ -199,7 +199,7 @@ TURN = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(st.booleans(), st.integers(1, 3), st.lists(TURN, min_size=2, max_size=8))
 def test_whatever_was_kept_an_answer_has_the_bits_and_the_bill_of_a_cold_one(alike, slots, turns):
     warm = engine_of(alike=alike, slots=slots)
