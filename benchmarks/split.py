@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import os
 import random
 import signal
@@ -70,6 +71,9 @@ COLD = (*LENDS, "--set", "stage_stand_by=false")
 TOKENS = 32
 PROMPT = "Explain in a few sentences why the sky is blue, and why the evening sky is red."
 REQUEST: dict[str, Any] = {"prompt": PROMPT, "max_tokens": TOKENS}
+SEEDS, SEEDS_QUICK, SEEDS_MIN = 20, 6, 2
+QUICK_SECONDS = 40.0
+"""With `--quick`: then no further seed begins, whatever their number so far, but for the least."""
 SPLIT_BAR, GAIN_BAR, RESUME_SECONDS, RESUME_GOAL = 0.9, 1.8, 2.0, 0.5
 FOX = "The quick brown fox jumps over the lazy dog while the old cat sleeps under the apple tree."
 LIST = "apples, pears, plums, cherries, grapes, lemons, limes, melons, figs, dates, nuts, kiwis"
@@ -88,9 +92,10 @@ PROMPTS = (
 
 
 def measure(claims: Claims, args: argparse.Namespace) -> None:
+    ends = time.monotonic() + QUICK_SECONDS if args.quick else math.inf
     trio.run(over_processes, claims, args.quick)
     with tempfile.TemporaryDirectory() as folder, Yard(Path(folder)) as yard:
-        over_daemons(claims, yard, quick=args.quick)
+        over_daemons(claims, yard, ends, quick=args.quick)
 
 
 # --------------------------------------------------------------------------- stage processes
@@ -122,7 +127,7 @@ async def guessing(claims: Claims, found: Stages, *, quick: bool) -> None:
     copied: dict[bool, list[float]] = {True: [], False: []}
     for first in range(0, len(prompts), 4):
         for at, gain in (
-            await gains(found, prompts[first : first + 4], 32 if quick else 64)
+            await gains(found, prompts[first : first + 4], 24 if quick else 64)
         ).items():
             copied[gain.is_copied].append(gain.speed)
             claims.note(f"speculation_gain_{first + at}", round(gain.speed, 2))
@@ -219,20 +224,24 @@ class Heard(NamedTuple):
         return len(self.token_ids) - 1
 
 
-def over_daemons(claims: Claims, yard: Yard, *, quick: bool) -> None:
+def over_daemons(claims: Claims, yard: Yard, ends: float, *, quick: bool) -> None:
     buyer = yard.daemon("buyer").start("--set", "serve=false")
     join = ("--join", buyer.ask("invite", uses=4)["token"])
     whole = yard.daemon("whole").start(*join, "--set", "offer_seconds=2")
     lenders = [yard.daemon(name).start(*join, *COLD) for name in ("one", "two", "three")]
     known(buyer, [whole], "inference.generate")
     known(buyer, lenders, OPERATION)
-    wanted = beside_local(claims, buyer, whole, lenders, count=1 if quick else 4)
+    wanted = beside_local(claims, buyer, whole, lenders, count=2 if quick else 4, turns=2 - quick)
     cold = [cold_run(0, buyer, lenders)]
     for lender in lenders:
         lender.kill()
         lender.start(*LENDS)
     known(buyer, lenders, OPERATION)
-    runs = [warm_run(seed, buyer, lenders) for seed in range(6 if quick else 20)]
+    runs: list[Heard] = []
+    while len(runs) < (SEEDS_QUICK if quick else SEEDS):
+        if len(runs) >= SEEDS_MIN and time.monotonic() > ends:
+            break
+        runs.append(warm_run(len(runs), buyer, lenders))
     tell(claims, [*cold, *runs])
     identical = [run.token_ids == wanted for run in (*cold, *runs)]
     claims.add("identical_fraction", statistics.mean(identical), at_least=1.0)
@@ -240,11 +249,11 @@ def over_daemons(claims: Claims, yard: Yard, *, quick: bool) -> None:
 
 
 def beside_local(
-    claims: Claims, buyer: Daemon, whole: Daemon, lenders: list[Daemon], *, count: int
+    claims: Claims, buyer: Daemon, whole: Daemon, lenders: list[Daemon], *, count: int, turns: int
 ) -> list[int]:
-    """Whole answers, then as many split ones, twice: a machine that slows down slows both."""
+    """Whole answers, then as many split ones, and again: a machine that slows down slows both."""
     local, split = [], []
-    for turn in range(2):
+    for turn in range(turns):
         if turn == 0:
             heard(buyer, [whole])  # its model is loaded
         local += [heard(buyer, [whole]) for _ in range(count)]
@@ -252,7 +261,8 @@ def beside_local(
         if turn == 0:
             heard(buyer, lenders)
         split += [heard(buyer, lenders) for _ in range(count)]
-        buyer.ask("block", peer=whole.peer, stop=turn == 0)
+        if turn + 1 < turns:
+            buyer.ask("block", peer=whole.peer, stop=True)
     wanted = local[0].token_ids
     assert all(one.token_ids == wanted for one in (*local, *split)), "answers differ"
     rounds = rounds_of(wanted) - 1

@@ -241,9 +241,9 @@ class Buyer:
         try:
             return await self._trade.market.explain(need)
         except AivillageError as error:
-            split = None
+            split, before = None, self._stand_ins.before(need.work.model)
             if error.code == "NO_PEER" and registry.is_served_by_engine(need.operation):
-                split = None if need.peer else plan_for(self._trade, need.work.model)
+                split = None if need.peer else plan_for(self._trade, need.work.model, before)
             if split is None:
                 raise
             return explanation(split, need.prefer)

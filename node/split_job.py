@@ -137,7 +137,8 @@ class SplitJob:
         self.move("call")
         while True:
             peers = stage_peers(self._trade, self._request.model, self.excluded)
-            self.plan = plan(self._model, peers)
+            before = self._stand_ins.before(self._request.model)
+            self.plan = plan(self._model, peers, before)
             self.say(messages.Progress(id=0, done=0, note=self.plan.why))
             opened: dict[Placed, StageCall] = {}
             async with trio.open_nursery() as nursery:

@@ -29,6 +29,10 @@ STAGES_A_PEER: Final = 2
 """That one peer may have loaded: `parts.py`."""
 LAYERS_PER_SECOND_GUESS: Final = 300.0
 """Of a peer never measured, one token at a time: one slow core at our model."""
+KEEP_FACTOR: Final = 1.5
+"""How much slower than the best the last plan may be, and is kept: its layers are loaded."""
+FAILURES_KEPT_MAX: Final = 0.5
+"""A peer that failed of late is none to keep."""
 RTT_SECONDS_GUESS: Final[Seconds] = 0.05
 """To a peer without a link."""
 
@@ -72,8 +76,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     why: str
 
 
-def plan(model: KnownModel, peers: Sequence[StagePeer]) -> Plan:
+def plan(model: KnownModel, peers: Sequence[StagePeer], before: Sequence[Placed] = ()) -> Plan:
     """The fewest stages that hold `model`; of those, the fastest for one answer.
+
+    `before`: what the last answer's stages were in the end, kept where that is nearly as good.
 
     Raises:
         RefusedError: NO_PEER, they do not hold it together.
@@ -92,8 +98,8 @@ def plan(model: KnownModel, peers: Sequence[StagePeer]) -> Plan:
             if (shares := _shares(model, order))
         ]
         if found:
-            seconds, order, shares = min(found, key=_rank)
-            return _laid_out(model, seconds, order, shares)
+            fastest = min(found, key=_rank)
+            return _laid_out(model, *(_kept(model, peers, before, fastest) or fastest))
     raise RefusedError(
         f"nobody offers all of {model.name}, and the {len(best)} that offer layers of it do not "
         "hold it together",
@@ -158,6 +164,25 @@ def layers_held(model: KnownModel, memory: int, *, ends: int) -> int:
     return max(0, left // (STATE_BYTES * model.layer_parameters))
 
 
+_Sharing = tuple[Seconds, Sequence[StagePeer], Sequence[int]]
+
+
+def _kept(
+    model: KnownModel, peers: Sequence[StagePeer], before: Sequence[Placed], best: _Sharing
+) -> _Sharing | None:
+    """The last plan where all of its peers are there, fit, did not fail and are fast enough."""
+    by_peer = {peer.peer: peer for peer in peers if peer.failures < FAILURES_KEPT_MAX}
+    distinct = {one.peer for one in before}
+    if len(distinct) != len(best[1]) or len(before) != len(best[1]) or not distinct <= {*by_peer}:
+        return None
+    order, shares = [by_peer[x.peer] for x in before], [x.last - x.first for x in before]
+    needed = [memory_bytes(model, one.first, one.last) for one in before]
+    if any(peer.memory_bytes < size for peer, size in zip(order, needed, strict=True)):
+        return None
+    seconds = _seconds(order, shares)
+    return (seconds, order, shares) if seconds <= KEEP_FACTOR * best[0] else None
+
+
 def _shares(model: KnownModel, order: Sequence[StagePeer]) -> list[int]:
     """Layers of each in turn, so that they need equally long; none where they do not fit."""
     last = len(order) - 1
@@ -179,7 +204,7 @@ def _class(speed: float) -> float:
     return 2.0 ** round(math.log2(speed))
 
 
-def _rank(one: tuple[Seconds, Sequence[StagePeer], Sequence[int]]) -> tuple[float, list[PeerId]]:
+def _rank(one: _Sharing) -> tuple[float, list[PeerId]]:
     """Those about as fast are told apart by name, not by noise: they have their layers loaded."""
     _, order, shares = one
     work = sum(layers / _class(peer.speed) for peer, layers in zip(order, shares, strict=True))

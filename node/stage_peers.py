@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from aivillage.models.inference import catalogue, stages
 from aivillage.node.choice import RATES, Explanation
 from aivillage.node.records import Work
-from aivillage.node.split_plan import Plan, StagePeer, may_hold, plan
+from aivillage.node.split_plan import Placed, Plan, StagePeer, may_hold, plan
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.types import PeerId
 
@@ -47,9 +47,9 @@ def may_be_split(trade: Trade, model: str) -> bool:
     return known is not None and may_hold(known, stage_peers(trade, model, ()))
 
 
-def plan_for(trade: Trade, model: str) -> Plan | None:
+def plan_for(trade: Trade, model: str, before: Sequence[Placed] = ()) -> Plan | None:
     """How the model would be split now; None where it cannot be."""
     try:
-        return plan(catalogue.known(model), stage_peers(trade, model, ()))
+        return plan(catalogue.known(model), stage_peers(trade, model, ()), before)
     except AivillageError:
         return None

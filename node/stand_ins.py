@@ -64,6 +64,7 @@ class StandIns:
         self._ready: collections.OrderedDict[Layers, Ready] = collections.OrderedDict()
         self._refused: dict[PeerId, Seconds] = {}
         """Until when each is left in peace."""
+        self._chains: dict[str, tuple[Placed, ...]] = {}
         self._wanted: dict[str, tuple[tuple[Staged, ...], Collection[PeerId]]] = {}
 
     def ready(self, model: str, placed: Placed, kernel: KernelName) -> PeerId | None:
@@ -74,11 +75,16 @@ class StandIns:
         fresh = trio.current_time() - found.at < READY_SECONDS
         return found.link.peer if fresh and found.kernel == kernel else None
 
+    def before(self, model: str) -> tuple[Placed, ...]:
+        """The stages of its last answer, as they were in the end: these are loaded."""
+        return self._chains.get(model, ())
+
     def prepare(
         self, model: KnownModel, chain: Sequence[Staged], excluded: Collection[PeerId] = ()
     ) -> None:
         """From now on somebody outside of `chain` is to stand by for each of its stages."""
         runs = model.name in self._wanted
+        self._chains[model.name] = tuple(placed for placed, _ in chain)
         self._wanted[model.name] = tuple(chain), frozenset(excluded)
         if not runs:
             self._nursery.start_soon(self._run, model)

@@ -24,7 +24,7 @@ pytest.importorskip("torch", reason="the extra `models` is not installed")
 from aivillage.models.inference.generate import GenerateRequest
 from tests.integration.asking_engines import alone, torch_engine
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 STAGE = "inference.stage"
 TOO_LITTLE_MB = 800
 """For the whole model, which needs 1,021; 15 layers and an end need 710."""
@@ -92,9 +92,9 @@ def events(buyer: Daemon, name: str) -> list[dict[str, Any]]:
 
 
 def stood_by(buyer: Daemon) -> None:
-    """Returns once others have the layers that the next answer's stages will have."""
+    """Returns once others have the layers that the next answer's stages will have, as this one."""
     sought = len(events(buyer, "stand_ins_sought"))
-    answered(buyer, max_tokens=1)  # it is too short to be measured: the next plan is the same
+    answered(buyer, max_tokens=1)
     wait_for(
         lambda: (
             [event["ready"] for event in events(buyer, "stand_ins_sought")[sought:]][-1:] == [2]
@@ -112,7 +112,6 @@ def kill_workers(victim: Daemon) -> None:
 @pytest.mark.parametrize(("seed", "kill"), [(1, Daemon.kill), (2, kill_workers)])
 def test_a_stage_killed_at_a_random_token_goes_on_where_its_layers_are_loaded(village, seed, kill):
     buyer, *sellers = village
-    wanted = answered(buyer)
     stood_by(buyer)
     draw = random.Random(seed)
     victim, at = sellers[0], draw.randrange(3, 10)
@@ -126,7 +125,8 @@ def test_a_stage_killed_at_a_random_token_goes_on_where_its_layers_are_loaded(vi
             kill(victim)
 
     found = answered(buyer, now)
-    assert found["result"]["token_ids"] == wanted["result"]["token_ids"]
+    ids, *_ = alone(torch_engine(), GenerateRequest(**REQUEST))
+    assert found["result"]["token_ids"] == ids
     assert found["receipt"]["identical"] == "guaranteed"
     (replaced,) = events(buyer, "stage_replaced")
     assert (replaced["peer"], replaced["was_ready"]) == (victim.peer, True)

@@ -84,6 +84,32 @@ def test_measurements_that_differ_little_move_no_layers():
     assert len(plans) == 1
 
 
+BEFORE = (Placed(peer="b", first=0, last=14), Placed(peer="a", first=14, last=30))
+
+
+@pytest.mark.parametrize(
+    ("peers", "is_kept"),
+    [
+        ([peer("a"), peer("b"), peer("c")], True),
+        ([peer("a"), peer("b"), peer("c", rtt=0.0), peer("d", rtt=0.0)], True),
+        ([peer("a"), peer("b", speed=151.0), peer("c"), peer("d")], True),
+        ([peer("a"), peer("b", speed=80.0), peer("c"), peer("d")], False),
+        ([peer("a"), peer("b", failures=0.5), peer("c")], False),
+        ([peer("a"), peer("b", failures=0.4), peer("c")], True),
+        ([peer("a"), peer("c")], False),
+        ([peer("a", 650), peer("b"), peer("c")], False),
+        ([peer("a"), peer("b"), peer("whole", 2000)], False),
+    ],
+)
+def test_the_last_plan_is_kept_while_it_can_be_and_is_nearly_as_good(peers, is_kept):
+    assert (plan(MODEL, peers, BEFORE).stages == BEFORE) is is_kept
+
+
+def test_a_plan_in_which_one_peer_came_to_have_two_stages_is_not_kept():
+    both = (Placed(peer="a", first=0, last=15), Placed(peer="a", first=15, last=30))
+    assert {one.peer for one in plan(MODEL, [peer("a"), peer("b")], both).stages} == {"a", "b"}
+
+
 @given(
     st.lists(
         st.builds(
