@@ -78,7 +78,9 @@ FULL: tuple[Frame, ...] = (
     ),
     Ping(nonce=2**64 - 1),
     Pong(nonce=0),
-    Failure(id=3, code="BUSY", message="no slot is free", next_step="try later"),
+    Failure(
+        id=3, code="BUSY", message="no slot is free", next_step="try later", retry_after_seconds=0.5
+    ),
     ListOperations(id=4),
     Operations(id=4, operations=(OPERATION, OperationInfo(name="mesh.noop"))),
     QuoteRequest(id=5, operation="mesh.noop", request=b"\x80"),
@@ -87,6 +89,8 @@ FULL: tuple[Frame, ...] = (
         quote=b"envelope",
         room_micro_credits=-7,
         queue_length=2,
+        slots=8,
+        wait_seconds=1.5,
     ),
     Call(
         id=6,
