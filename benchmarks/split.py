@@ -16,7 +16,7 @@ The rest is real daemons on loopback, credits on. The workers of three may have 
 holds the model, and those of a fourth may. `split2_over_local`: rounds a second of answers split
 over two of them, over tokens a second of the fourth's, each asked by the same buyer; rounds, so
 that no guess flatters it. `split2_cpu_over_local` is the same of processor seconds, daemons and
-workers of both ends: on a busy machine it says more.
+workers of both ends, less what they use at rest: on a busy machine it says more.
 
 `resume_s`: from the SIGKILL of a stage, its workers included, at a random token, to the next text,
 where another peer had loaded its layers ahead; `cold_resume_s` where it had not. `books_exact` is 1
@@ -69,6 +69,7 @@ WAY_SECONDS = 0.05
 LENDS = ("--enable", OPERATION, "--set", "worker_memory_mb=800", "--set", "offer_seconds=2")
 COLD = (*LENDS, "--set", "stage_stand_by=false")
 TOKENS = 32
+REST_SECONDS = 3.0
 PROMPT = "Explain in a few sentences why the sky is blue, and why the evening sky is red."
 REQUEST: dict[str, Any] = {"prompt": PROMPT, "max_tokens": TOKENS}
 SEEDS, SEEDS_QUICK, SEEDS_MIN = 20, 6, 2
@@ -253,6 +254,7 @@ def beside_local(
 ) -> list[int]:
     """Whole answers, then as many split ones, and again: a machine that slows down slows both."""
     local, split = [], []
+    rest_local, rest_split = resting(buyer, whole), resting(buyer, *lenders)
     for turn in range(turns):
         if turn == 0:
             heard(buyer, [whole])  # its model is loaded
@@ -273,8 +275,8 @@ def beside_local(
     claims.add("split2_over_local", rounds_s / tokens_s, at_least=SPLIT_BAR)
     said = sum(one.steps for one in split) / sum(one.seconds for one in split)
     claims.add("split2_tokens_over_local", said / tokens_s)
-    cpu_local = sum(one.cpu_seconds for one in local) / sum(one.steps for one in local)
-    cpu_split = sum(one.cpu_seconds for one in split) / (rounds * len(split))
+    cpu_local = working(local, rest_local) / sum(one.steps for one in local)
+    cpu_split = working(split, rest_split) / (rounds * len(split))
     claims.add("local_cpu_ms_per_token", 1000 * cpu_local)
     claims.add("split2_cpu_ms_per_round", 1000 * cpu_split)
     claims.add("split2_cpu_over_local", cpu_local / cpu_split, at_least=SPLIT_BAR)
@@ -292,6 +294,18 @@ def heard(buyer: Daemon, sellers: list[Daemon], **changed: Any) -> Heard:
             return Heard(ids, now - first, cpu_of(buyer, *sellers) - cpu)
         fail(buyer, frame)
     raise DaemonError("frames end with an answer or an error")
+
+
+def resting(*nodes: Daemon) -> float:
+    """Processor seconds a second of daemons that do nothing: pings, offers, looks at the clock."""
+    before, began = cpu_of(*nodes), time.monotonic()
+    time.sleep(REST_SECONDS)
+    return (cpu_of(*nodes) - before) / (time.monotonic() - began)
+
+
+def working(answers: Sequence[Heard], rest: float) -> float:
+    """Processor seconds that went into the answers."""
+    return sum(one.cpu_seconds - rest * one.seconds for one in answers)
 
 
 def fail(buyer: Daemon, frame: messages.Frame) -> None:
