@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import trio
 
+from aivillage.models.inference.split import Draws
 from aivillage.models.inference.stages import INPUT_ROWS_MAX, STATE_BYTES, StageInput, StageOutput
 from aivillage.node.split_plan import Placed
 from aivillage.node.stage_call import StageCall
@@ -105,7 +106,7 @@ class Chain:
         last = self.hops[-1]
         return sum(hop.call.price_of(rows, draws if hop is last else 0) for hop in self.hops)
 
-    async def round(self, inputs: Sequence[StageInput]) -> tuple[int, ...]:
+    async def round(self, inputs: Sequence[StageInput]) -> Draws:
         """What the last stage drew for `inputs` of the first one.
 
         Raises:
@@ -115,6 +116,7 @@ class Chain:
         for fed in inputs:
             self.hops[0].feed(_of_draws(fed, 0) if last else fed)
         drawn: list[int] = []
+        said: list[bytes] = []
         errors: list[AivillageError] = []
 
         async def pump(at: int) -> None:
@@ -123,6 +125,7 @@ class Chain:
                     output = await self.hops[at].next()
                     if at == last:
                         drawn.extend(output.token_ids)
+                        said.append(output.logprobs)
                     else:
                         draws = fed.draws if at + 1 == last else 0
                         passed_on = StageInput(fed.position, (), output.states, draws)
@@ -139,7 +142,7 @@ class Chain:
                     nursery.start_soon(pump, at)
         if errors:
             raise errors[0]
-        return tuple(drawn)
+        return Draws(tuple(drawn), b"".join(said))
 
     async def close(self, outcome: str) -> None:
         """Ends every stage, and settles with all of them at once."""

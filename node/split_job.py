@@ -15,7 +15,7 @@ import trio
 
 from aivillage.models.inference import catalogue, stages
 from aivillage.models.inference.generate import GenerateRequest, piece_of
-from aivillage.models.inference.split import Draws, Round
+from aivillage.models.inference.split import Round
 from aivillage.models.inference.stages import ROWS_MAX, StageRequest
 from aivillage.node.attempt import Output
 from aivillage.node.chain import STAND_INS_MAX, Chain, Hop, row_bytes
@@ -171,6 +171,13 @@ class SplitJob:
             top_p=self._request.top_p,
             seed=self._request.seed,
         )
+        if placed.last == self._model.layers:
+            request = msgspec.structs.replace(
+                request,
+                format=self._request.format,
+                drawn=tuple(self.output.ids) if self._request.format else (),
+                logprobs=self._request.logprobs,
+            )
         layers = placed.last - placed.first
         rows = self._prompt_tokens + self._request.max_tokens
         drawn = self._request.max_tokens if placed.last == self._model.layers else 0
@@ -247,7 +254,7 @@ class SplitJob:
         while True:
             if (after := self.spent + chain.price_of(inputs)) > self.row.ceiling:
                 raise _above(after, self.row.ceiling)
-            session.feed(pack(Draws(await chain.round(inputs))))
+            session.feed(pack(await chain.round(inputs)))
             frame = await anext(session)
             self._take(frame)
             if frame.finished:

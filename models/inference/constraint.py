@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class Constraint:
     """Of one answer. Made by `of_format`."""
 
-    def __init__(self, matcher: LLMatcher, end_token_ids: frozenset[int]) -> None:
+    def __init__(self, matcher: LLMatcher, end_token_ids: Sequence[int]) -> None:
         self._matcher = matcher
-        self._ends = sorted(end_token_ids)
+        self._ends = list(end_token_ids)
 
     def masked(self, logits: Tensor) -> Tensor:
         """`logits` (vocabulary,) with those of all tokens that may not follow at minus infinity.
@@ -57,10 +57,9 @@ class Constraint:
         if token not in self._ends and not self._matcher.consume_token(token):
             raise RequestError(f"token {token} leaves the format")
 
-    def take_back(self, count: int) -> None:
-        """The last `count` tokens, none of them an end, were not said."""
-        if count and not self._matcher.rollback(count):
-            raise RequestError("the format cannot go back so far")
+    def copy(self) -> Constraint:
+        """Another one at the same place: 30 us."""
+        return Constraint(self._matcher.deep_copy(), self._ends)
 
 
 def of_format(wanted: Format | None, speaker: Speaker, vocabulary: int) -> Constraint | None:
@@ -75,7 +74,7 @@ def of_format(wanted: Format | None, speaker: Speaker, vocabulary: int) -> Const
     if not speaker.end_token_ids:
         raise RequestError("this model has no end token: an answer in a format could not end")
     tokens = _tokens(cast("Any", speaker), vocabulary)
-    return Constraint(grammar.matcher(wanted, tokens), speaker.end_token_ids)
+    return Constraint(grammar.matcher(wanted, tokens), sorted(speaker.end_token_ids))
 
 
 def make_ready(speaker: Speaker, vocabulary: int) -> None:

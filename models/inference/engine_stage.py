@@ -10,12 +10,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from aivillage.models.inference import catalogue, sameness, sampling
+from aivillage.models.inference import catalogue, constraint, sameness, tokenizer
 from aivillage.models.inference.engine_torch import SLOTS, kernel_class
 from aivillage.models.inference.linear import ROW_SIZES
 from aivillage.models.inference.llama import Span
 from aivillage.models.inference.session_engine import in_turn, slots_taken
 from aivillage.models.inference.stage import ProbedStage, Stage, bytes_of, spans_of, states_of
+from aivillage.models.inference.stage_draws import StageDraws
 from aivillage.models.inference.stages import (
     StageInput,
     StageOutput,
@@ -34,10 +35,11 @@ INPUTS_WAITING_MAX: Final = 64
 class _Session:
     """`read_tokens`: how many positions have keys; what lies beyond is stale, and masked."""
 
-    def __init__(self, number: int, slot: int, request: StageRequest) -> None:
+    def __init__(self, number: int, slot: int, request: StageRequest, draws: StageDraws) -> None:
         self.number = number
         self.slot = slot
         self.request = request
+        self.draws = draws
         self.read_tokens = 0
         self.rows_left = request.rows
         self.waiting: collections.deque[tuple[StageInput, int]] = collections.deque()
@@ -88,8 +90,8 @@ class StageEngine:
         """A session without a row so far; what a lost stage had read is fed again.
 
         Raises:
-            RequestError: it is for other layers.
-            RefusedError: BUSY, no slot.
+            RequestError: it is for other layers, or its format cannot be taken.
+            RefusedError: BUSY, no slot. NOT_OFFERED, no formats here.
         """
         if not isinstance(request, StageRequest) or request.model != self._info.model:
             raise RequestError(f"this engine serves stages of {self._info.model}")
@@ -100,7 +102,15 @@ class StageEngine:
         model_of(request)
         if not self._free_slots:
             raise slots_taken()
-        self._sessions[session] = _Session(session, self._free_slots.pop(), request)
+        draws = StageDraws(request, self._constraint(request))
+        self._sessions[session] = _Session(session, self._free_slots.pop(), request, draws)
+
+    def _constraint(self, request: StageRequest) -> constraint.Constraint | None:
+        """The first one reads the tokenizer: half a second."""
+        if request.format is None or not self.stage.is_last:
+            return None
+        speaker = tokenizer.of_model(catalogue.known(request.model))
+        return constraint.of_format(request.format, speaker, self._info.vocabulary)
 
     def allow(self, session: int, units: int) -> None:
         """What was fed was allowed: whoever feeds has seen to the pay."""
@@ -183,14 +193,12 @@ class StageEngine:
             return _frame(session.number, StageOutput())
         lines = self.stage.logits(states[-fed.draws :])  # (draws, vocabulary)
         position = fed.position + len(states) - fed.draws + 1 - session.request.prompt_tokens
-        drawn = tuple(_draw(line, position + n, session.request) for n, line in enumerate(lines))
-        return _frame(session.number, StageOutput(token_ids=drawn))
-
-
-def _draw(logits: Tensor, position: int, request: StageRequest) -> int:
-    """The token at `position` of the answer: as the unsplit engine draws it."""
-    u = sampling.uniform(request.seed, max(0, position))
-    return sampling.choose(logits, temperature=request.temperature, top_p=request.top_p, u=u)
+        try:
+            drawn, said = session.draws.draw(lines, position)
+        except RequestError as error:
+            session.error = error.message
+            return _frame(session.number, StageOutput())
+        return _frame(session.number, StageOutput(token_ids=drawn, logprobs=said))
 
 
 def _frame(session: int, output: StageOutput | None = None, *, error: str = "") -> SessionFrame:

@@ -17,6 +17,7 @@ import msgspec
 
 from aivillage.models.inference import catalogue, tokenizer
 from aivillage.models.inference.generate import GenerateRequest, conversation
+from aivillage.models.inference.logprobs import require_size, token_size
 from aivillage.models.inference.stages import INPUT_ROWS_MAX, StageInput
 from aivillage.models.inference.text_stream import TextStream
 from aivillage.models.inference.tokenizer import Speaker
@@ -105,7 +106,7 @@ class SplitAnswer:
         draws = 1 + len(self._guesses)
         return (*made[:-1], StageInput(made[-1].position, made[-1].token_ids, draws=draws))
 
-    def take(self, drawn: Sequence[int]) -> SessionFrame:
+    def take(self, drawn: Sequence[int], logprobs: bytes = b"") -> SessionFrame:
         """What a round gave: every draw up to the first one that a guess had not foreseen.
 
         Raises:
@@ -113,6 +114,7 @@ class SplitAnswer:
         """
         if len(drawn) != 1 + len(self._guesses):
             raise RequestError(f"{len(drawn)} draws where {1 + len(self._guesses)} were due")
+        require_size(logprobs, len(drawn), self._request.logprobs)
         self.rounds += 1
         first = len(self.token_ids)
         text = self._append(drawn[0])
@@ -128,7 +130,9 @@ class SplitAnswer:
         self._unread = [self.token_ids[-1]]
         self._learn(right)
         read_bytes = self.prompt.content_bytes[-1]
-        return SessionFrame(0, tuple(self.token_ids[first:]), text, read_bytes, self.finished)
+        new = tuple(self.token_ids[first:])
+        said = logprobs[: len(new) * token_size(self._request.logprobs)]
+        return SessionFrame(0, new, text, read_bytes, self.finished, logprobs=said)
 
     def _learn(self, right: int) -> None:
         """Guesses more after a round that was guessed whole, and few after one that was not."""
@@ -158,6 +162,7 @@ class Round(msgspec.Struct, frozen=True, array_like=True):
 
 class Draws(msgspec.Struct, frozen=True, array_like=True):
     token_ids: Annotated[tuple[U32, ...], msgspec.Meta(max_length=INPUT_ROWS_MAX)]
+    logprobs: bytes = b""
 
 
 class SplitDriver:
@@ -211,7 +216,8 @@ class SplitDriver:
         if answer is None or answer.finished:
             return
         try:
-            frame = answer.take(unpack(Draws, body).token_ids)
+            draws = unpack(Draws, body)
+            frame = answer.take(draws.token_ids, draws.logprobs)
         except RequestError as error:
             frame = SessionFrame(session, (), "", 0, "error", error.message)
             self.cancel(session)

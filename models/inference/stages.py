@@ -14,6 +14,8 @@ import msgspec
 
 from aivillage.models.inference import catalogue
 from aivillage.models.inference.catalogue import KnownModel
+from aivillage.models.inference.formats import Format
+from aivillage.models.inference.logprobs import ALTERNATIVES_MAX, token_size
 from aivillage.protocols.errors import JobError, RequestError
 from aivillage.protocols.ports import Context, Event, Machine, Verdict
 from aivillage.protocols.pricing import Usage, token_price
@@ -24,6 +26,8 @@ INPUT_ROWS_MAX: Final = 32
 """Of one input: a slice of a prompt, or a token and its drafts; 73 KB of states in our model."""
 ROWS_MAX: Final = 1 << 16
 """Of one session: the context many times over, since rejected drafts are read too."""
+DRAWN_MAX: Final = 2_048
+"""Tokens: what an answer may have."""
 STATE_BYTES: Final = 4
 """Float32 on the wire: halving it would give other bits than an unsplit model."""
 RUNTIME_BYTES: Final = 400 << 20
@@ -33,8 +37,13 @@ _LAYER_ROWS_PER_SECOND_GUESS: Final = 300.0
 Layer = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 
 
-class StageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Layers first..last-1. What follows `rows` says how the last layers' stage draws tokens."""
+class StageRequest(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """Layers first..last-1. What follows `rows` says how the last layers' stage draws tokens.
+
+    A field that nobody set does not travel: older sellers refuse those from `format` on.
+    """
 
     first: Layer
     last: Layer
@@ -48,6 +57,10 @@ class StageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.0
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    format: Format | None = None
+    drawn: Annotated[tuple[U32, ...], msgspec.Meta(max_length=DRAWN_MAX)] = ()
+    """The answer so far, for a stand-in that has to go on in its format."""
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=ALTERNATIVES_MAX)] = 0
 
     def __post_init__(self) -> None:
         if not self.first < self.last:
@@ -75,6 +88,7 @@ class StageOutput(msgspec.Struct, frozen=True, array_like=True):
 
     states: bytes = b""
     token_ids: tuple[U32, ...] = ()
+    logprobs: bytes = b""
 
 
 class StageResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,6 +133,8 @@ def output_fault(out: StageOutput, rows: int, draws: int, request: StageRequest)
     is_last = request.last == model.layers
     if len(out.token_ids) != draws or any(token >= model.vocabulary for token in out.token_ids):
         return "it drew other tokens than it was asked for"
+    if len(out.logprobs) != draws * token_size(request.logprobs):
+        return "its log-probabilities are of another number of tokens"
     if len(out.states) != (0 if is_last else STATE_BYTES * model.width * rows):
         return "its states are not those of the rows that it got"
     return ""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from aivillage.models.inference import catalogue
+from aivillage.models.inference import catalogue, logprobs
 from aivillage.models.inference.engine_torch import TorchEngine
+from aivillage.models.inference.generate import Piece, joined, piece_of
 
 PLENTY = 10**6
 
@@ -31,6 +32,30 @@ def together(engine, requests, delivered=()):
             if frame.finished:
                 ends[frame.session] = frame.finished
     return [(ids[n], text[n], ends[n]) for n in range(len(requests))]
+
+
+def results(engine, requests, delivered=()):
+    """Each request's whole `GenerateResult`, all run in one batch, after the pieces `delivered`."""
+    pieces = {n: list(before) for n, before in enumerate(delivered or [()] * len(requests))}
+    found = {}
+    for number, request in enumerate(requests):
+        ids = [token for piece in pieces[number] for token in piece.token_ids]
+        engine.add(number, request, ids)
+        engine.allow(number, PLENTY)
+    while frames := engine.step():
+        for frame in frames:
+            assert not frame.error, frame.error
+            pieces[frame.session].append(piece_of(frame))
+            if frame.finished:
+                asked = requests[frame.session]
+                found[frame.session] = joined(asked, pieces[frame.session], frame.finished)
+    return [found[number] for number in range(len(requests))]
+
+
+def cut(result, count):
+    """The first `count` tokens of `result` as a buyer hands them to the next seller."""
+    said = logprobs.packed_all(result.logprobs[:count])
+    return (Piece(result.token_ids[:count], "", result.prompt_bytes, logprobs=said),)
 
 
 def alone(engine, request, delivered=()):
