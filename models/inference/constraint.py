@@ -55,7 +55,8 @@ class Constraint:
             RequestError: it may not.
         """
         if token not in self._ends and not self._matcher.consume_token(token):
-            raise RequestError(f"token {token} leaves the format")
+            why = self._matcher.get_error()[:200]
+            raise RequestError(f"token {token} leaves the format, or it is too large: {why}")
 
     def copy(self) -> Constraint:
         """Another one at the same place: 30 us."""

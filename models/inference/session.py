@@ -108,20 +108,23 @@ class Session:
         if not bool(torch.isfinite(logits).all()):
             self.finished, self._error = "error", "the model computed something that is no number"
             return
-        request = self._request
-        u = sampling.uniform(request.seed, self.output_tokens)
         try:
-            allowed = self._constraint.masked(logits) if self._constraint else logits
-        except RequestError as error:
+            self._append(token := self._chosen(logits))
+        except RequestError as error:  # its format goes no further: no other session's step fails
             self.finished, self._error = "error", error.message
             return
-        token = sampling.choose(allowed, temperature=request.temperature, top_p=request.top_p, u=u)
-        if request.logprobs:
-            said = sampling.log_probabilities(logits, token, request.logprobs)
+        if self._request.logprobs:
+            said = sampling.log_probabilities(logits, token, self._request.logprobs)
             self._new_logprobs += logprobs.packed(said)
-        self._append(token)
         if self.finished:
             self._new_text += self._stream.flush()
+
+    def _chosen(self, logits: Tensor) -> int:
+        """Raises: RequestError: its format goes no further."""
+        request = self._request
+        allowed = self._constraint.masked(logits) if self._constraint else logits
+        u = sampling.uniform(request.seed, self.output_tokens)
+        return sampling.choose(allowed, temperature=request.temperature, top_p=request.top_p, u=u)
 
     @property
     def has_news(self) -> bool:

@@ -47,7 +47,7 @@ REGEX = GenerateRequest(
 )  # fmt: skip
 LARK = GenerateRequest(
     prompt="Add some numbers.", max_tokens=24, temperature=0.8, seed=11,
-    format=Format(lark='start: NUMBER ("+" NUMBER)+\nNUMBER: /[1-9][0-9]{0,2}/'),
+    format=Format(lark='start: NUMBER ("+" NUMBER){1,3}\nNUMBER: /[1-9][0-9]{0,2}/'),
 )  # fmt: skip
 ASKED = {"choice": CHOICE, "schema": SCHEMA, "regex": REGEX, "lark": LARK}
 PLAIN = GenerateRequest(prompt="Tell me a story about a fox.", max_tokens=12)
@@ -73,11 +73,11 @@ def test_an_answer_is_in_its_format_and_passes_the_check(wanted):
         assert wanted[name].finish_reason == "eos"
     assert wanted["choice"].text in CHOICE.format.choice
     assert re.fullmatch(REGEX.format.regex, wanted["regex"].text)
-    assert re.fullmatch(r"[1-9]\d{0,2}(\+[1-9]\d{0,2})+", wanted["lark"].text)
+    assert re.fullmatch(r"[1-9]\d{0,2}(\+[1-9]\d{0,2}){1,3}", wanted["lark"].text)
 
 
 def test_json_parses_and_is_what_the_schema_says(engine):
-    for seed in range(4):
+    for seed in range(2):
         asked = msgspec.structs.replace(SCHEMA, temperature=1.2, seed=seed, max_tokens=90)
         (found,) = results(engine, [asked])
         assert MODULE.check(asked, found).ok
@@ -99,7 +99,7 @@ def test_it_was_the_format_and_not_the_model_that_wanted_it_so(engine):
 @pytest.mark.parametrize("name", ASKED)
 def test_an_answer_goes_on_in_its_format_bit_for_bit_after_any_cut(engine, wanted, name):
     whole = wanted[name]
-    for at in range(1, len(whole.token_ids)):
+    for at in sorted({1, 2, len(whole.token_ids) // 2, len(whole.token_ids) - 1}):
         (again,) = results(engine, [ASKED[name]], [cut(whole, at)])
         assert again.token_ids == whole.token_ids, at
         assert again.logprobs == whole.logprobs
@@ -221,7 +221,7 @@ def test_cancel_frees_the_slot_of_an_answer_in_a_format(engine, wanted):
     [
         (msgspec.structs.replace(PLAIN, format=Format(regex="(a")), (), "cannot be taken"),
         (msgspec.structs.replace(PLAIN, format=Format(schema={"enum": []})), (), "cannot be taken"),
-        (CHOICE, (5, 6, 7), "leaves the format"),
+        (CHOICE, (57, 58, 59), "leaves the format"),
     ],
 )
 def test_what_no_answer_can_match_is_typed_and_takes_no_slot(engine, request_, delivered, why):
