@@ -37,9 +37,9 @@ class StageDraws:
         said = b""
         for n, line in enumerate(lines):
             try:
+                if walker is not None and n:
+                    walker.advance(self._ids[-1])
                 token = self._draw(line, position + n, walker)
-                if walker is not None and n + 1 < len(lines):
-                    walker.advance(token)
             except RequestError:
                 if not n:
                     raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
+
 from aivillage.models.inference import catalogue, tokenizer
 from aivillage.models.inference.engine_stage import StageEngine
 from aivillage.models.inference.generate import GenerateRequest
@@ -36,9 +38,13 @@ class Chain:
                 top_p=request.top_p,
                 seed=request.seed,
             )
+            if engine is self.engines[-1]:
+                wanted = msgspec.structs.replace(
+                    wanted, format=request.format, logprobs=request.logprobs
+                )
             engine.add(session, wanted, ())
 
-    def pass_through(self, fed: dict[int, StageInput]) -> dict[int, tuple[int, ...]]:
+    def pass_through(self, fed: dict[int, StageInput]) -> dict[int, StageOutput]:
         """One input for each session, all in one batch; gives what was drawn."""
         last = self.engines[-1]
         for engine in self.engines:
@@ -52,7 +58,7 @@ class Chain:
                     assert not frame.error, frame.error
                     outputs[frame.session] = unpack(StageOutput, frame.body)
             if engine is last:
-                return {session: out.token_ids for session, out in outputs.items()}
+                return outputs
             fed = {
                 session: StageInput(body.position, (), outputs[session].states, body.draws)
                 for session, body in fed.items()
@@ -61,22 +67,28 @@ class Chain:
 
     def together(
         self, requests: list[GenerateRequest], drafts_max: int = DRAFT_TOKENS_MAX
-    ) -> list[tuple[list[int], str, str, int]]:
-        """(ids, text, why it ended, rounds) of every request, all in flight at once."""
+    ) -> list[tuple[list[int], str, str, int, bytes]]:
+        """(ids, text, why it ended, rounds, log-probabilities) of every request, all in flight."""
         tokens = tokenizer.of_model(MODEL)
         answers = [SplitAnswer(r, tokens, drafts_max=drafts_max) for r in requests]
-        texts = [""] * len(answers)
+        texts, said = [""] * len(answers), [b""] * len(answers)
         for number, (request, answer) in enumerate(zip(requests, answers, strict=True)):
             self.open(number, request, answer)
         waiting = {number: list(answer.inputs()) for number, answer in enumerate(answers)}
         while waiting:
             drawn = self.pass_through({number: ins.pop(0) for number, ins in waiting.items()})
             for number in [number for number, ins in waiting.items() if not ins]:
-                texts[number] += answers[number].take(drawn[number]).text
+                out = drawn[number]
+                frame = answers[number].take(out.token_ids, out.logprobs)
+                texts[number] += frame.text
+                said[number] += frame.logprobs
                 del waiting[number]
                 if not answers[number].finished:
                     waiting[number] = list(answers[number].inputs())
         for number in range(len(answers)):
             for engine in self.engines:
                 engine.cancel(number)
-        return [(a.token_ids, t, a.finished, a.rounds) for a, t in zip(answers, texts, strict=True)]
+        return [
+            (one.token_ids, text, one.finished, one.rounds, logprobs)
+            for one, text, logprobs in zip(answers, texts, said, strict=True)
+        ]

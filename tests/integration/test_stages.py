@@ -3,7 +3,8 @@
 import msgspec
 import pytest
 
-from aivillage.models.inference import catalogue
+from aivillage.models.inference import catalogue, logprobs
+from aivillage.models.inference.formats import Format
 from aivillage.protocols.errors import AivillageError, RefusedError, RequestError
 
 try:
@@ -20,7 +21,7 @@ from aivillage.models.inference.llama import Span  # noqa: E402
 from aivillage.models.inference.stage import spans_of  # noqa: E402
 from aivillage.models.inference.stages import StageInput, StageRequest  # noqa: E402
 from aivillage.protocols.codec import pack  # noqa: E402
-from tests.integration.asking_engines import together, torch_engine  # noqa: E402
+from tests.integration.asking_engines import results, together, torch_engine  # noqa: E402
 from tests.integration.split_chain import MODEL, Chain  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -54,6 +55,33 @@ def test_split_is_unsplit_for_several_answers_in_flight(wanted, parts):
     plain = chain.together(REQUESTS[:2], drafts_max=0)
     assert [answer[:3] for answer in plain] == wanted[:2]
     assert plain[0][3] == len(plain[0][0]), "one round a token without guesses"
+
+
+def test_a_split_answer_in_a_format_is_the_unsplit_one_whatever_was_guessed(unsplit):
+    pytest.importorskip("llguidance")
+    words = {"type": "array", "items": {"enum": ["fox", "hen", "dog"]}, "minItems": 8}
+    asked = [
+        GenerateRequest(
+            prompt='Repeat this: ["fox", "hen", "fox", "hen", "fox", "hen", "fox", "hen"]. ' * 3,
+            max_tokens=40, logprobs=2, format=Format(schema=words),
+        ),
+        GenerateRequest(
+            prompt="Name three animals.", max_tokens=30, temperature=0.9, seed=5,
+            format=Format(regex="[a-z]{3,8}(, [a-z]{3,8}){2}"),
+        ),
+        REQUESTS[1],
+    ]  # fmt: skip
+    whole = results(unsplit, asked)
+    assert whole[0].text.startswith('["')
+    for drafts_max in (15, 0):
+        got = Chain(2).together(asked, drafts_max=drafts_max)
+        for split, wanted in zip(got, whole, strict=True):
+            assert (tuple(split[0]), *split[1:3]) == (
+                wanted.token_ids, wanted.text, wanted.finish_reason,
+            )  # fmt: skip
+            assert split[4] == logprobs.packed_all(wanted.logprobs)
+        if drafts_max:
+            assert len(got[0][0]) > got[0][3], "no guess was right where the prompt is copied"
 
 
 def test_the_states_are_the_same_bits_also_after_a_rejected_draft(unsplit):
