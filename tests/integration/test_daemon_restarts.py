@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import pathlib
 import re
 import time
@@ -148,7 +149,10 @@ def test_an_answer_in_a_format_survives_its_seller(yard):
     """The next seller goes on where the grammar was: the same bits, log-probabilities included."""
     ann, bob, cat = yard.village("ann", "bob", "cat", flags=FLAGS)
     yard.know_each_other(ann, bob, cat)
-    wanted = list(cat.follow("inference.generate", **IN_A_FORMAT))[-1].value
+    wanted = cat.read(
+        "submit", "inference.generate", PROMPT["prompt"], "--max-tokens", "96",
+        "--format", json.dumps({"regex": WORDS}), "--logprobs", "3",
+    )  # fmt: skip
     assert re.fullmatch(WORDS, wanted["result"]["text"])
     assert len(wanted["result"]["logprobs"]) == len(wanted["result"]["token_ids"]) > 20
     price = wanted["receipt"]["price_micro_credits"]

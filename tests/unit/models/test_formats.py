@@ -12,9 +12,10 @@ from aivillage.models.inference.formats import (
     FORMAT_BYTES_MAX,
     Format,
 )
-from aivillage.models.inference.generate import GenerateRequest
+from aivillage.models.inference.generate import MODULE, GenerateRequest, GenerateResult
 from aivillage.protocols.codec import unpack
-from aivillage.protocols.errors import RequestError
+from aivillage.protocols.errors import RefusedError, RequestError
+from aivillage.protocols.ports import Machine
 
 PERSON = {
     "type": "object",
@@ -204,6 +205,47 @@ def test_a_hostile_format_takes_neither_the_worker_nor_its_memory(name):
 def _used():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime, used.ru_maxrss
+
+
+ANSWERED = GenerateResult(text="yes", token_ids=(5, 6), finish_reason="eos", prompt_bytes=5)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text", "finish_reason", "why"),
+    [
+        (Format(choice=("yes", "no")), "yes", "eos", ""),
+        (Format(choice=("yes", "no")), "maybe", "eos", "none of the choices"),
+        (Format(choice=("yes", "no")), "ye", "eos", "none of the choices"),
+        (Format(choice=("yes", "no")), "ye", "length", ""),
+        (Format(choice=("yes", "no")), "xe", "length", "none of the choices"),
+        (Format(regex="y(e|☃)s"), "y☃s", "eos", ""),
+        (Format(regex="y(e|☃)s"), "y\ufffd", "length", ""),
+        (Format(regex="y(e|☃)s"), "ys", "eos", "at byte 1"),
+        (Format(regex="y(e|☃)s"), "y☃", "eos", "ends before"),
+        (Format(schema=PERSON), '{"name": "Al"}', "eos", "leaves its format"),
+    ],
+)
+def test_the_check_of_a_result_holds_it_against_the_format_whoever_has_the_model(
+    wanted, text, finish_reason, why
+):
+    request = GenerateRequest(prompt="abcde", model="none", max_tokens=2, format=wanted)
+    result = msgspec.structs.replace(ANSWERED, text=text, finish_reason=finish_reason)
+    verdict = MODULE.check(request, result)
+    assert verdict.ok == (not why)
+    assert why in verdict.reason
+
+
+def test_a_machine_without_the_library_says_so_before_anything_is_bought(monkeypatch):
+    def estimate(wanted):
+        return MODULE.estimate(GenerateRequest(prompt="a", format=wanted), Machine())
+
+    monkeypatch.setattr(grammar.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(RefusedError, match="llguidance") as caught:
+        estimate(Format(regex="a"))
+    assert caught.value.code == "NOT_OFFERED"
+    assert "pip install" in caught.value.next_step
+    assert estimate(Format(choice=("a",)))[0]
+    assert grammar.fault(Format(choice=("a",)), b"a", whole=True) == ""
 
 
 def test_where_the_library_gives_up_a_check_accuses_nobody():
