@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 import pytest
 
@@ -12,10 +14,12 @@ pytest.importorskip("gguf")
 from aivillage.models.inference import catalogue, safetensors_model  # noqa: E402
 from aivillage.models.inference.engine_choice import engine_of  # noqa: E402
 from aivillage.models.inference.engine_transformers import TransformersEngine  # noqa: E402
-from aivillage.models.inference.generate import GenerateRequest  # noqa: E402
+from aivillage.models.inference.formats import Format  # noqa: E402
+from aivillage.models.inference.generate import MODULE, GenerateRequest  # noqa: E402
 from aivillage.models.library import inspection, pull, sources  # noqa: E402
 from aivillage.models.library.store import Library  # noqa: E402
 from aivillage.protocols.errors import ConfigError, RefusedError, RequestError  # noqa: E402
+from tests.integration.asking_engines import cut, results  # noqa: E402
 from tests.unit.models import tiny_models  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -101,6 +105,33 @@ def test_a_session_goes_on_from_what_was_delivered_and_frees_its_slot(tmp_path):
     engine.add(1, request, ())
     engine.cancel(1)
     assert engine.step() == []
+
+
+def test_an_answer_is_in_its_format_and_goes_on_in_it(tmp_path):
+    pytest.importorskip("llguidance")
+    known, _ = held(tmp_path, initializer_range=0.4)
+    engine = engine_of(known, slots=2)
+    request = GenerateRequest(
+        prompt=PROMPT, model="qwen2", max_tokens=24, temperature=1, seed=5, logprobs=3,
+        format=Format(regex="[a-z]{2,5}(-[a-z]{2,5}){2}"),
+    )  # fmt: skip
+    free = msgspec.structs.replace(request, format=None, logprobs=0)
+    (undisturbed,) = answers(engine, free)
+    whole, beside = results(engine, [request, free])
+    assert re.fullmatch(request.format.regex, whole.text)
+    assert MODULE.check(request, whole).ok
+    assert list(beside.token_ids) == undisturbed
+    for at in (1, 5, len(whole.token_ids) - 1):
+        (again,) = results(engine, [request], [cut(whole, at)])
+        assert again.token_ids == whole.token_ids
+        said = [[its.logprob for its in one.logprobs] for one in (again, whole)]
+        assert said[0] == pytest.approx(said[1], abs=1e-3), "this engine promises no bits"
+    engine.add(0, msgspec.structs.replace(request, format=Format(lark='start: a\na: "x" a')), ())
+    engine.allow(0, 10_000)
+    frames = []
+    while found := engine.step():
+        frames += found
+    assert "format" in frames[-1].error
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
