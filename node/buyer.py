@@ -214,6 +214,7 @@ class Buyer:
                 f"{submit.operation} takes all who have it", next_step="leave out --dry-run"
             )
         usage, seconds = await self._trade.workers.estimate(submit.operation, submit.request)
+        await self._trade.workers.validate(submit.operation, submit.request)
         ceiling = submit.ceiling_micro_credits
         need = Need(
             operation=submit.operation,

@@ -130,6 +130,7 @@ class Maps:
         try:
             request = _request_of(text)
             usage, _ = await self._trade.workers.estimate(operation, request)
+            await self._trade.workers.validate(operation, request)
         except AivillageError as error:
             return LineRow(line=number, code=error.code, message=error.message)
         return LineRow(line=number, request=request, usage=usage)

@@ -47,13 +47,14 @@ class Rechecked(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
-def relation(share: Share, own: EngineInfo) -> Relation:
+def relation(share: Share, own: EngineInfo, *, in_format: bool = False) -> Relation:
     """How its maker's class lies to that of our engine."""
     promised = share.identical == own.identical == GUARANTEED
     if promised and share.kernel == own.kernel_class:
         return "same"
-    related = family(share.kernel)
-    return "near" if related and related == family(own.kernel_class) else "other"
+    related = family(share.kernel, in_format=in_format)
+    ours = family(own.kernel_class, in_format=in_format)
+    return "near" if related and related == ours else "other"
 
 
 def judgeable(answer: Answer, own: EngineInfo) -> tuple[Share, ...]:
@@ -69,7 +70,7 @@ def judgeable(answer: Answer, own: EngineInfo) -> tuple[Share, ...]:
     last = answer.shares[-1] if answer.shares else None
     found = []
     for share in answer.shares:
-        kind = relation(share, own)
+        kind = relation(share, own, in_format=answer.in_format)
         if kind == "same" or (kind == "near" and _covers(spans, share, whole=share is last)):
             found.append(share)
     return tuple(found)
@@ -96,7 +97,8 @@ def judged(answer: Answer, own: EngineInfo, finding: Finding) -> Rechecked:
     faults: list[tuple[int, str]] = []
     for odd in finding.odd:
         share = answer.maker_of(odd.position)
-        if share in shares and not (odd.near and relation(share, own) == "near"):
+        kind = relation(share, own, in_format=answer.in_format)
+        if share in shares and not (odd.near and kind == "near"):
             faults.append((odd.position, f"token {odd.position} is not what this node computed"))
     for span in finding.spans:
         if answer.maker_of(span.first) in shares and not span.relative <= DEVIATION_MAX:

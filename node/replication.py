@@ -215,7 +215,14 @@ class Replicator:
             first += count
         ids = unpack(GenerateResult, result).token_ids if is_engine else ()
         made = tuple(share for share in shares if share.count or not is_engine)
-        return Answer(token_ids=ids, shares=made, result=result, fingerprints=tuple(marks))
+        in_format = is_engine and unpack(GenerateRequest, row.request).format is not None
+        return Answer(
+            token_ids=ids,
+            shares=made,
+            result=result,
+            fingerprints=tuple(marks),
+            in_format=in_format,
+        )
 
     # ------------------------------------------------------------------ doing it again
     async def recheck(self, row: JobRow, answer: Answer, tried: set[PeerId]) -> Rechecked | None:

@@ -98,6 +98,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     result: bytes = b""
     fingerprints: tuple[bytes, ...] = ()
     """As they came, in order; each lies within one share."""
+    in_format: bool = False
+    """A grammar had its say in every token."""
 
     @property
     def kernel(self) -> str:

@@ -16,6 +16,7 @@ from typing import Final
 
 import msgspec
 
+from aivillage.models.inference.grammar import LIBRARY
 from aivillage.protocols.errors import RequestError
 
 SPAN_TOKENS_MAX: Final = 32
@@ -92,11 +93,13 @@ def in_order(bodies: Sequence[bytes], tokens: int) -> list[Fingerprint]:
     return found
 
 
-def family(kernel_class: str) -> str:
+def family(kernel_class: str, *, in_format: bool = False) -> str:
     """Weights and number type of a class whose numbers ours may be held against; else empty.
 
-    Classes of one family differ in their last bits only. The names are `engine_torch`'s.
+    Classes of one family differ in their last bits only. The names are `engine_torch`'s. Of answers
+    `in_format` a family has one grammar library too: another version may forbid other tokens.
     """
     parts = kernel_class.split("/")
     is_ours = len(parts) > 4 and parts[0].startswith("torch") and parts[3] == "float32"
-    return "/".join(parts[2:4]) if is_ours else ""
+    library = [part for part in parts if in_format and part.startswith(LIBRARY)]
+    return "/".join(parts[2:4] + library) if is_ours else ""

@@ -21,6 +21,7 @@ from aivillage.models.inference.generate import (
     _count_fault,
     prompt_bytes,
 )
+from aivillage.models.inference.logprobs import TokenLogprobs, packed_all
 from aivillage.models.mesh.noop import NoopRequest, NoopResult
 from aivillage.node.workers import Workers, WorkerSettings
 from aivillage.protocols.codec import unpack
@@ -54,6 +55,12 @@ def word(number: int) -> str:
     return WORDS[number % len(WORDS)] + " "
 
 
+def likely(made: int, count: int) -> TokenLogprobs:
+    """The log-probabilities of a token that was the likeliest."""
+    ids, values = range(made, made + count), (-1.0 - n for n in range(count))
+    return TokenLogprobs(-1.0, tuple(ids), tuple(values))
+
+
 def answer(request: GenerateRequest, key: str = "") -> GenerateResult:
     """What an honest engine says."""
     ids = tuple(token(request, n, key) for n in range(request.max_tokens))
@@ -62,6 +69,7 @@ def answer(request: GenerateRequest, key: str = "") -> GenerateResult:
         token_ids=ids,
         finish_reason="length",
         prompt_bytes=prompt_bytes(request),
+        logprobs=tuple(likely(n, request.logprobs) for n in ids if request.logprobs),
     )
 
 
@@ -95,6 +103,8 @@ class Script:
     """Its states are off by so much of themselves: another precision."""
     mark: Callable[[bytes], bytes] = bytes
     """What it sends for a fingerprint."""
+    likelihood: Callable[[bytes], bytes] = bytes
+    """What it sends for a token's log-probabilities."""
     is_check_cheap: bool = False
     """Its check looks at what the product's looks at, and at no model."""
     load_failure: AivillageError | None = None
@@ -183,7 +193,11 @@ class ScriptedSession:
             mark = self._script.mark(packed(Fingerprint(self._marked, tuple(self._values))))
             self._marked, self._values = self._count, []
         text = "".join(map(words, ids))
-        return SessionFrame(1, ids, text, read, finished, fingerprint=mark)
+        count = self._request.logprobs
+        said = b"".join(self._script.likelihood(packed_all([likely(n, count)])) for n in ids)
+        return SessionFrame(
+            1, ids, text, read, finished, fingerprint=mark, logprobs=said if count else b""
+        )
 
 
 class ScriptedEngine:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import trio
 
-from aivillage.models.inference.generate import GenerateRequest
+from aivillage.models.inference.generate import GenerateRequest, GenerateResult
 from aivillage.models.mesh.noop import NoopRequest
 from aivillage.node.identity import peer_of
 from aivillage.protocols import codec, envelope, messages
@@ -26,6 +26,7 @@ from aivillage.protocols.messages import (
 from aivillage.protocols.types import AttemptId
 from tests.conftest import make_hello, make_key
 from tests.simulation.mesh import PRICE, open_mesh, price_of, result_of, settled, until
+from tests.simulation.scripted import answer
 from tests.simulation.test_market import PROMPT, expected, pair
 from tests.simulation.test_market_failures import three
 
@@ -151,6 +152,55 @@ async def test_steps_that_do_not_fit_are_not_paid(tmp_path, change):
         await trio.sleep(0.3)
         assert buyer.ledger.view(first.peer).owed_by_me == 0
         await until(lambda: first.script.open_sessions == 0)
+
+
+LIKELY = GenerateRequest(prompt=PROMPT, max_tokens=12, logprobs=2)
+
+
+async def test_log_probabilities_go_on_at_the_next_seller(tmp_path):
+    async with three(tmp_path) as (_, buyer, first, second):
+        first.script.die_after = 5
+        running = await buyer.ask(request=pack(LIKELY))
+        assert result_of(running) == answer(LIKELY)
+        assert len(result_of(running).logprobs) == 12
+        assert (first.script.made, second.script.made) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [lambda said: said[:-1], lambda said: said + said, lambda _said: b""],
+    ids=["a byte short", "two of one", "none"],
+)
+async def test_log_probabilities_of_another_number_of_tokens_are_not_paid(tmp_path, lie):
+    """The hash is of what was sent, so it is the count alone that shows it."""
+    async with three(tmp_path) as (_, buyer, first, second):
+        first.script.likelihood = lie
+        running = await buyer.ask(request=pack(LIKELY))
+        assert result_of(running) == answer(LIKELY)
+        (failed,) = buyer.events("attempt_failed")
+        assert failed["peer"] == first.peer
+        assert "log-probabilities beside 1 tokens" in failed["reason"]
+        assert second.script.made == 12
+        reading = price_of(PROMPT, 0)  # what came before the first token was right
+        assert running.pursuit.spent == price_of(PROMPT, 12) + reading
+
+
+async def test_a_last_word_with_other_log_probabilities_than_were_streamed_is_refused(tmp_path):
+    async with three(tmp_path) as (_, buyer, first, second):
+
+        def other(frame):
+            if isinstance(frame, Finished):
+                result = codec.unpack(GenerateResult, frame.result)
+                said = (replace(result.logprobs[0], logprob=-0.5), *result.logprobs[1:])
+                return (replace(frame, result=pack(replace(result, logprobs=said))),)
+            return (frame,)
+
+        first.tamper = other
+        running = await buyer.ask(request=pack(LIKELY))
+        assert result_of(running) == answer(LIKELY)
+        (failed,) = buyer.events("attempt_failed")
+        assert "not what was streamed" in failed["reason"]
+        assert running.pursuit.receipt().sellers[-1] == second.peer
 
 
 async def test_tokens_beyond_the_request_are_neither_kept_nor_paid(tmp_path):

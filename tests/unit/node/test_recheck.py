@@ -48,6 +48,17 @@ def test_how_a_class_lies_to_ours(kernel, identical, kind):
     assert relation(share("a", 0, 1, kernel, identical), lax) == kind.replace("same", "near")
 
 
+def test_another_grammar_library_is_another_family_for_answers_in_a_format_only():
+    ours, older = (OURS + f"/llguidance{version}/digest" for version in ("2", "1"))
+    own = msgspec.structs.replace(OWN, kernel_class=ours)
+    marks = (of(0, 8),)
+    for kernel, judged_in_format in ((older, False), (OURS, False), (ours, True)):
+        one = share("a", 0, 8, kernel)
+        assert judgeable(answer(one, fingerprints=marks), own)
+        asked = msgspec.structs.replace(answer(one, fingerprints=marks), in_format=True)
+        assert bool(judgeable(asked, own)) == judged_in_format
+
+
 def test_in_our_class_tokens_are_enough_and_elsewhere_fingerprints_of_all():
     assert judgeable(answer(share("a", 0, 40, OURS)), OWN)
     near = share("a", 0, 40, NEAR)
