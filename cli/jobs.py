@@ -132,9 +132,17 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, field: dict[str, Any])
     elif kind == "array" and field.get("items", {}).get("type") == "string":
         parser.add_argument(flag, dest=name, action="append", metavar="TEXT", help=about)
     else:
-        convert = {"integer": int, "number": float, "string": str}.get(str(kind), json.loads)
+        convert = {"integer": int, "number": float, "string": str}.get(str(kind), _from_json)
         meta = str(kind).upper() if kind in {"integer", "number", "string"} else "JSON"
         parser.add_argument(flag, dest=name, type=convert, metavar=meta, help=about)
+
+
+def _from_json(text: str) -> Any:
+    """Raises: argparse.ArgumentTypeError: it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"that is no JSON: {error}") from None
 
 
 def _follow(client: Client, call: int, *, quiet: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from typing import Any
 
@@ -47,10 +48,12 @@ def village(tmp_path):
         yield nodes
 
 
-def answered(buyer: Daemon, on_text=lambda _count: None) -> dict[str, Any]:
+def answered(
+    buyer: Daemon, on_text=lambda _count: None, request: dict[str, Any] = REQUEST
+) -> dict[str, Any]:
     """The job at its end; `on_text` hears how many pieces of text have come."""
     job, pieces, said = "", 0, []
-    for frame in buyer.follow("inference.generate", **REQUEST):
+    for frame in buyer.follow("inference.generate", **request):
         if isinstance(frame, messages.Progress):
             said.append(frame.note)
             job = frame.note.removeprefix("job ") if frame.note.startswith("job ") else job
@@ -106,5 +109,37 @@ def test_a_stage_killed_at_a_random_token_is_replaced_and_the_answer_identical(v
     assert found["receipt"]["identical"] == "guaranteed"
     assert len(found["receipt"]["sellers"]) == 3
     assert any("its layers go on at" in note for note in found["said"])
+    victim.restart()
+    settled(village, 40)
+
+
+WORDS = "([a-z]{2,9} ){14}the end"
+
+
+def test_a_stand_in_for_the_last_stage_goes_on_in_the_answers_format(village):
+    """It never drew what came before, so it is told; log-probabilities are the same bits too."""
+    pytest.importorskip("llguidance")
+    request = REQUEST | {"max_tokens": 80, "format": {"regex": WORDS}, "logprobs": 2}
+    buyer, *sellers = village
+    wanted = answered(buyer, request=request)
+    assert re.fullmatch(WORDS, wanted["result"]["text"])
+    assert len(wanted["result"]["logprobs"]) == len(wanted["result"]["token_ids"])
+    killed: list[Daemon] = []
+
+    def kill_the_last(count: int) -> None:
+        if count == 6:
+            job = buyer.ask("jobs", limit=1)[0]["job"]
+            # The plan is laid open with the first stage's attempt.
+            attempts = buyer.ask("job", job=job)["attempts"]
+            (last,) = [one["seller"] for one in attempts if not one["choice"]]
+            killed.append(next(seller for seller in sellers if seller.peer == last))
+            killed[0].kill()
+
+    found = answered(buyer, kill_the_last, request)
+    (victim,) = killed
+    assert found["result"] == wanted["result"]
+    assert found["receipt"]["identical"] == "guaranteed"
+    lost = f"{victim.peer[-8:]} is lost; its layers go on at"
+    assert any(lost in note for note in found["said"]), found["said"]
     victim.restart()
     settled(village, 40)
