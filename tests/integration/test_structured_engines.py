@@ -7,7 +7,9 @@ import msgspec
 import pytest
 
 from aivillage.models.inference import catalogue, engine_choice
-from aivillage.protocols.errors import AivillageError, RequestError
+from aivillage.node.workers import WorkerSettings, open_workers
+from aivillage.protocols.codec import pack
+from aivillage.protocols.errors import AivillageError, JobError, RequestError
 from aivillage.protocols.rechecking import Claim
 
 try:
@@ -246,3 +248,28 @@ def test_a_format_that_takes_too_much_ends_its_own_session_and_no_other(engine):
     assert list(errors) == [0]
     assert "format" in errors[0]
     assert ids == alone(engine, PLAIN)[0]
+
+
+async def test_a_worker_serves_on_beside_formats_that_fail(tmp_path):
+    """Refused, too much in the middle, and right: three sessions of one process."""
+    fastest = engine_choice.installed()[0]
+    async with open_workers(
+        WorkerSettings(engine=fastest), cache_folder=tmp_path / "c", scratch_folder=tmp_path / "s"
+    ) as workers:
+        engine = await workers.engine("inference.generate")
+
+        async def answered(wanted):
+            request = msgspec.structs.replace(PLAIN, format=wanted)
+            async with engine.open_session(pack(request)) as session:
+                session.allow(PLENTY)
+                return "".join([frame.text async for frame in session])
+
+        with pytest.raises(RequestError, match="cannot be taken"):
+            await answered(Format(schema={"not": {}}))
+        with pytest.raises(JobError, match="format"):
+            await answered(Format(lark='start: a\na: "x" a'))
+        assert await answered(Format(choice=("yes", "no"))) in ("yes", "no")
+        with pytest.raises(RequestError, match="cannot be taken"):
+            await workers.validate("inference.generate", pack(
+                msgspec.structs.replace(PLAIN, format=Format(regex="(a"))
+            ))  # fmt: skip
