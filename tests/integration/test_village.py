@@ -146,8 +146,7 @@ def test_machines_that_are_not_alike_work_for_each_other_and_nobody_is_accused(v
     assert (accused, doubted) == ([], [])
     assert all("result_wrong" not in daemon.log.read_text() for daemon in village.all())
     kernels = {row["kernel"] for buyer in village.all() for row in results(buyer) if row["kernel"]}
-    # Other instructions, other threads, everybody else; the former version takes torch, and names no
-    # grammar.
+    # Other instructions, other threads, everybody else; and the former version, which takes torch.
     assert len(kernels) == 3 + (old is not None), kernels
     assert all(row["checked"] for row in rows_of(near, far))
     # Of other classes too: read in one pass, and held to what rounding explains.
