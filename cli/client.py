@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from aivillage.protocols import codec, messages
 from aivillage.protocols.errors import (
@@ -24,10 +25,31 @@ class StuckDaemonError(NodeError):
     """A daemon took the connection and says nothing."""
 
 
+PICK_UP_SECONDS: Final = 10.0
+PICK_UP_TRIES: Final = 200
+
+
 class NoDaemonError(NodeError):
     """No daemon answers on the control socket."""
 
     exit_code = EXIT_NO_DAEMON
+
+
+def _connect(client: socket.socket, path: str) -> None:
+    """Waits where more clients come at once than the daemon has picked up: that one is there.
+
+    Raises:
+        OSError: it is not. StuckDaemonError: it picks up nobody.
+    """
+    for _ in range(PICK_UP_TRIES):
+        try:
+            return client.connect(path)
+        except BlockingIOError:  # its queue is full; with a timeout the kernel does not wait
+            time.sleep(PICK_UP_SECONDS / PICK_UP_TRIES)
+    raise StuckDaemonError(
+        f"the node picked up no connection for {PICK_UP_SECONDS:.0f} s",
+        next_step="end some of the commands that talk to it, or stop it and start it again",
+    )
 
 
 class Client:
@@ -44,12 +66,15 @@ class Client:
         self._ids = itertools.count(1)
         self._buffer = bytearray()
         try:
-            self._socket.connect(str(path))
+            _connect(self._socket, str(path))
         except OSError:
             self._socket.close()
             raise NoDaemonError(
                 "no node is running here", next_step="start one: aivillage-node start"
             ) from None
+        except StuckDaemonError:
+            self._socket.close()
+            raise
         try:
             hello = self.receive()
         except AivillageError:
