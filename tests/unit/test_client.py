@@ -37,12 +37,13 @@ def test_who_comes_while_the_daemons_queue_is_full_waits_for_it(tmp_path):
             time.sleep(0.2)
             for _ in range(2):
                 picked, _ = listener.accept()
-                with contextlib.suppress(OSError):
+                with picked, contextlib.suppress(OSError):
                     picked.sendall(codec.frame(make_hello()))
 
-        threading.Thread(target=pick_up, daemon=True).start()
+        slow = threading.Thread(target=pick_up, daemon=True)
+        slow.start()
         with Client(tmp_path / "s", timeout_seconds=10):
-            pass
+            slow.join(10)
 
 
 def test_a_daemon_that_picks_up_nobody_is_not_said_to_be_absent(tmp_path, monkeypatch):
