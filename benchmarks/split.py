@@ -30,9 +30,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import sys
@@ -338,12 +340,18 @@ def rounds_of(token_ids: list[int]) -> int:
 
 
 def cold_run(seed: int, buyer: Daemon, lenders: list[Daemon]) -> Heard:
-    """Nobody loads ahead: who stands in begins with that, unless it had computed layers before."""
-    rows = buyer.ask("jobs", limit=50)
-    before = {peer for row in rows for peer in sellers_of(buyer, row["job"])}
+    """Nobody loads ahead: who stands in begins with that, unless it had these layers before."""
+    before = {placed for row in buyer.ask("jobs", limit=50) for placed in plan_of(buyer, row)}
     found = killed(seed, buyer, lenders)
-    by = events(buyer, "stage_replaced")[-1]["by"]
-    return found._replace(kind="known" if by in before else "cold")
+    event = events(buyer, "stage_replaced")[-1]
+    lost, by = event["peer"][-8:], event["by"][-8:]
+    layers = dict(map(reversed, plan_of(buyer, buyer.ask("jobs", limit=1)[0]))).get(lost, "")
+    return found._replace(kind="known" if (layers, by) in before else "cold")
+
+
+def plan_of(buyer: Daemon, row: dict[str, Any]) -> list[tuple[str, str]]:
+    """(layers, end of the peer's name) of each stage, as the job's plan says it."""
+    return re.findall(r"(\d+-\d+) at (\w{8})", json.dumps(buyer.ask("job", job=row["job"])))
 
 
 def warm_run(seed: int, buyer: Daemon, lenders: list[Daemon]) -> Heard:
