@@ -171,7 +171,7 @@ def scripted(cid, first, count, heard):
         await trio.lowlevel.checkpoint()
 
     sale = Sale(
-        link=Wire(), call=call, attempt=bytes(16), terms=terms, listed=terms,
+        link=Wire(), call=call, attempt=bytes(16), ticket=None, terms=terms, listed=terms,
         scope=trio.CancelScope(), steps=StepWriter(Wire()), inputs=Inputs(taken=False),
     )  # fmt: skip
     return sale, Till(fine, fine, lambda _sale, _body, usage: ended.append(usage)), ended
