@@ -25,6 +25,7 @@ MODEL_PACKAGES: Final = {
     "numpy": ">=2",
     "openvino": ">=2026.4.1",
     "safetensors": ">=0.8",
+    "llguidance": "==1.9.1",
     "tokenizers": ">=0.22",
     "torch": ">=2.13",
     "transformers": ">=5.24",

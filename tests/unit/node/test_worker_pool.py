@@ -24,6 +24,7 @@ class FakeWorker:
     def __init__(self):
         self.number = next(self._numbers)
         self.dead = self.is_busy = self.stopped = False
+        self.way_out = False
         self.idle_since = trio.current_time()
 
     async def stop(self):
@@ -32,7 +33,7 @@ class FakeWorker:
         await trio.sleep(0.01)
 
 
-async def started():
+async def started(*_):
     return FakeWorker()
 
 
@@ -211,7 +212,9 @@ async def test_layers_ahead_share_the_memory_of_loaded_models(lent, tmp_path, mo
         found = Workers(nursery, settings, tmp_path)
         found._parts = lent
         monkeypatch.setattr(
-            found, "warm", lambda: [Warm(name="m", memory_bytes=7, worth=0.0, is_busy=True)]
+            found._resident,
+            "warm",
+            lambda: [Warm(name="m", memory_bytes=7, worth=0.0, is_busy=True)],
         )
         if missing:
             with pytest.raises(RefusedError, match="no room"):

@@ -154,6 +154,7 @@ FULL: tuple[Frame, ...] = (
         mesh=True,
         prefer="cheap",
         verify=True,
+        stand_by=True,
     ),
     Text(id=10, text="Zürich 🏔"),
     Step(
