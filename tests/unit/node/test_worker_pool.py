@@ -24,7 +24,7 @@ class FakeWorker:
     def __init__(self):
         self.number = next(self._numbers)
         self.dead = self.is_busy = self.stopped = False
-        self.way_out = False
+        self.way_out = -1
         self.idle_since = trio.current_time()
 
     async def stop(self):
