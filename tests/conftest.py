@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +25,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As a job in the background starts; commands that tests press Ctrl-C at would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def is_local(address: Any) -> bool:

@@ -151,7 +151,8 @@ async def answer(
             hops.append(Hop(placed, call, row_bytes(MODEL.width), _nobody))
         chain, text, began = Chain(hops), "", 0.0
         while not driver.finished:
-            text += driver.take(await chain.round(driver.inputs())).text
+            draws = await chain.round(driver.inputs())
+            text += driver.take(draws.token_ids, draws.logprobs).text
             began = began or trio.current_time()
         seconds = trio.current_time() - began
     return Answered(driver.token_ids, text, driver.finished, driver.rounds, seconds)
