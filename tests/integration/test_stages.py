@@ -45,7 +45,7 @@ def wanted(unsplit):
     return together(unsplit, REQUESTS)
 
 
-@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize("parts", [3])  # 2, 3 and 5: test_split_processes.py, with fifty prompts
 def test_split_is_unsplit_for_several_answers_in_flight(wanted, parts):
     chain = Chain(parts)
     assert all(engine.info().identical == "guaranteed" for engine in chain.engines)
