@@ -20,13 +20,13 @@ from aivillage.protocols.errors import (
 )
 from aivillage.protocols.messages import Frame, Hello
 
+PICK_UP_SECONDS: Final = 10.0
+"""A running daemon is given to take a connection, looked at so many times."""
+PICK_UP_TRIES: Final = 200
+
 
 class StuckDaemonError(NodeError):
     """A daemon took the connection and says nothing."""
-
-
-PICK_UP_SECONDS: Final = 10.0
-PICK_UP_TRIES: Final = 200
 
 
 class NoDaemonError(NodeError):
@@ -67,16 +67,12 @@ class Client:
         self._buffer = bytearray()
         try:
             _connect(self._socket, str(path))
+            hello = self.receive()
         except OSError:
             self._socket.close()
             raise NoDaemonError(
                 "no node is running here", next_step="start one: aivillage-node start"
             ) from None
-        except StuckDaemonError:
-            self._socket.close()
-            raise
-        try:
-            hello = self.receive()
         except AivillageError:
             self._socket.close()
             raise

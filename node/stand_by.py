@@ -6,26 +6,17 @@ reads anything. Any seller knows such a call; its owner's limits and its memory 
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
-from typing import Final
 
 import msgspec
 import trio
 
-from aivillage.node.attempt import next_frame
-from aivillage.node.gossip import send_or_drop
+from aivillage.node.free_call import ASKED_MAX, loaded
 from aivillage.node.market import Choice, Here, Need
 from aivillage.node.trade import Say, Trade
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, PeerError
-from aivillage.protocols.types import KernelName, PeerId, Seconds
-
-LOAD_SECONDS: Final[Seconds] = 60.0
-"""To load a model from a slow disk."""
-ASKED_MAX: Final = 3
-"""Peers asked, one after the other: all others may be as full."""
-_SIGNS_OF_LIFE: Final = (messages.Accepted, messages.Progress)
+from aivillage.protocols.types import PeerId
 
 
 class StandBy:
@@ -85,7 +76,7 @@ class StandBy:
     async def _is_ready(self, choice: Choice, need: Need) -> bool:
         peer = choice.link.peer
         try:
-            kernel = await loaded(choice, need)
+            kernel = await loaded(choice, need.operation, need.request, until=messages.Started)
         except AivillageError as error:
             self._refused[peer] = error
             self._tell("stand_by_refused", peer, error.message)
@@ -97,36 +88,3 @@ class StandBy:
 
     def _tell(self, event: str, peer: str, what: str) -> None:
         self._trade.events.emit(event, peer=peer, what=what)
-
-
-async def loaded(choice: Choice, need: Need) -> KernelName:
-    """What computes the answers of a seller, once it has loaded the model of `need`.
-
-    Raises:
-        PeerError: it is gone, is not done in time, or says what cannot be.
-        AivillageError: it refused.
-    """
-    link, call = choice.link, choice.link.next_id()
-    inbox = link.open_inbox(call)
-    try:
-        link.send(
-            messages.Call(
-                id=call, attempt=secrets.token_bytes(16), operation=need.operation,
-                request=need.request, quote_hash=choice.quote_hash,
-                ceiling_micro_credits=0, deadline_seconds=LOAD_SECONDS,
-            )
-        )  # fmt: skip
-        with trio.fail_after(LOAD_SECONDS):
-            return await _started(inbox)
-    except trio.TooSlowError:
-        raise PeerError(f"nothing loaded within {LOAD_SECONDS:.0f} s", code="PEER_LOST") from None
-    finally:
-        send_or_drop(link, messages.Cancel(id=call))
-        link.close_inbox(call)
-
-
-async def _started(inbox: trio.MemoryReceiveChannel[messages.Frame]) -> KernelName:
-    while not isinstance(frame := await next_frame(inbox), messages.Started):
-        if not isinstance(frame, _SIGNS_OF_LIFE):
-            raise PeerError("it did more than load a model", code="BAD_REQUEST")
-    return frame.kernel_class

@@ -8,7 +8,6 @@ What was loaded stays for the next answers too, so this outlives the job that as
 from __future__ import annotations
 
 import collections
-import secrets
 from collections.abc import Collection, Sequence
 from typing import Final
 
@@ -18,29 +17,23 @@ import trio
 from aivillage.models.inference import stages
 from aivillage.models.inference.catalogue import KnownModel
 from aivillage.models.inference.stages import StageRequest
-from aivillage.node.attempt import next_frame
-from aivillage.node.gossip import send_or_drop
+from aivillage.node.free_call import ASKED_MAX, loaded
 from aivillage.node.link import Link
-from aivillage.node.market import Choice, Need
+from aivillage.node.market import Need
 from aivillage.node.split_plan import STAGES_A_PEER, Placed, stand_bys
 from aivillage.node.stage_peers import stage_peers
 from aivillage.node.trade import Trade
-from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
 from aivillage.protocols.errors import AivillageError, PeerError
+from aivillage.protocols.messages import Finished
 from aivillage.protocols.types import KernelName, PeerId, Seconds
 
 READY_SECONDS: Final[Seconds] = 300.0
 """Then it is asked again: half of the time after which an idle worker ends."""
 REFUSED_SECONDS: Final[Seconds] = 60.0
 """How long whoever said no is not asked."""
-LOAD_SECONDS: Final[Seconds] = 60.0
-"""To load some layers from a slow disk."""
 READY_MAX: Final = 64
 """Stages of plans of late; one that was forgotten is asked for again, which costs a message."""
-ASKED_MAX: Final = 3
-"""Peers asked for one stage: all others may be as full."""
-_SIGNS_OF_LIFE: Final = (messages.Accepted, messages.Progress)
 
 Layers = tuple[str, int, int]
 Staged = tuple[Placed, KernelName]
@@ -143,12 +136,12 @@ class StandIns:
             usage=nothing, done={}, budget=0, peer=peer,
         )  # fmt: skip
         choice = await self._trade.market.terms_of(peer, need)
-        loaded = await load_ahead(choice, need.request)
-        if loaded != kernel:
+        computes = await loaded(choice, need.operation, need.request, until=Finished)
+        if computes != kernel:
             raise PeerError("it computes these layers with other bits", code="BAD_REQUEST")
         layers = model.name, placed.first, placed.last
         self._ready.pop(layers, None)
-        self._ready[layers] = Ready(choice.link, loaded, trio.current_time())
+        self._ready[layers] = Ready(choice.link, computes, trio.current_time())
         if len(self._ready) > READY_MAX:
             self._ready.popitem(last=False)
 
@@ -161,37 +154,3 @@ class StandIns:
     def _say(self, event: str, placed: Placed, peer: PeerId, reason: str = "") -> None:
         layers = f"{placed.first}-{placed.last - 1}"
         self._trade.events.emit(event, peer=peer, layers=layers, reason=reason)
-
-
-async def load_ahead(choice: Choice, request: bytes) -> KernelName:
-    """Has layers loaded at a seller; returns once they are, with what computes them.
-
-    The ceiling is 0, and nothing is fed: there is nothing that it could be paid for.
-
-    Raises:
-        PeerError: it is gone, is not done in time, or says what cannot be.
-        AivillageError: it refused.
-    """
-    link, kernel = choice.link, ""
-    call = link.next_id()
-    inbox = link.open_inbox(call)
-    try:
-        link.send(
-            messages.Call(
-                id=call, attempt=secrets.token_bytes(16), operation=stages.OPERATION,
-                request=request, quote_hash=choice.quote_hash,
-                ceiling_micro_credits=0, deadline_seconds=LOAD_SECONDS,
-            )
-        )  # fmt: skip
-        with trio.fail_after(LOAD_SECONDS):
-            while not isinstance(frame := await next_frame(inbox), messages.Finished):
-                if isinstance(frame, messages.Started):
-                    kernel = frame.kernel_class
-                elif not isinstance(frame, _SIGNS_OF_LIFE):
-                    raise PeerError("it did more than load layers", code="BAD_REQUEST")
-    except trio.TooSlowError:
-        send_or_drop(link, messages.Cancel(id=call))
-        raise PeerError(f"nothing loaded within {LOAD_SECONDS:.0f} s", code="PEER_LOST") from None
-    finally:
-        link.close_inbox(call)
-    return kernel
