@@ -106,6 +106,20 @@ def test_every_command_and_option_is_documented():
     assert not missing
 
 
+@pytest.mark.parametrize("page", ["cli.md", "security.md", "errors.md", "models.md"])
+def test_no_row_of_a_page_is_there_twice(page):
+    """Two branches that change one row leave both where merges unite lines."""
+    first = [row[0] for row in rows(doc(page)) if row[0].startswith("`") or len(row[0]) > 20]
+    assert len(first) > 1
+    assert sorted(first) == sorted(set(first))
+
+
+def test_readme_counts_the_planted_bugs():
+    from tests.simulation import mutants
+
+    assert f"each of {len(mutants.NAMES)} planted bugs" in (ROOT / "README.md").read_text()
+
+
 def _targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
