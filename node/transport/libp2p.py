@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.node.transport import circuit, rendezvous
 from aivillage.node.transport.host import run_host
+from aivillage.node.transport.patches import PromptLock
 from aivillage.node.transport.psk import KEY_STEP, Guard, WrongKeyError
 from aivillage.protocols.errors import PeerError, RequestError
 from aivillage.protocols.ports import Seen, SomebodyElseError, Stream, StreamHandler
@@ -305,7 +306,7 @@ class Libp2pStream:
         self._library = library_stream
         self._muxed = library_stream.muxed_stream
         self._nursery = nursery
-        self._in_order = trio.Lock()
+        self._in_order = PromptLock()
         self._closing = False
         self._peer = PeerId(str(library_stream.muxed_conn.peer_id))
 

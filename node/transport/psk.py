@@ -27,6 +27,9 @@ FIRST_WORDS: Final = b"\x13/multistream/1.0.0\n"
 """What every libp2p program says first on every connection."""
 HOSTS_TOLD_MAX: Final = 256
 """Whose refusal was logged already; a neighbour that tries each minute is told of once."""
+AHEAD_BYTES: Final = 16_384
+"""Read in one go where less is asked for: the head of a message, the message, the next one's head.
+Held for as long as it takes to ask for it: the library reads all that comes."""
 NO_KEY: Final = "its village has no key, and this node's has one"
 OTHER_KEY: Final = "its village has another key than this node's"
 OURS_MISSING: Final = "it does not speak libp2p, or its village has a key that this node lacks"
@@ -102,6 +105,8 @@ class Lane:
         self._in: Any = None
         self._unseen = FIRST_WORDS
         """What must still come before anything else does."""
+        self._ahead = b""
+        """What came and was not asked for yet."""
 
     async def begin(self) -> None:
         if self._key is not None:
@@ -120,6 +125,15 @@ class Lane:
     async def read(self, n: int | None = None) -> bytes:
         if self._unseen:
             return await self._first(n)
+        if not self._ahead and n != 0:
+            if n is None or n >= AHEAD_BYTES:
+                return await self._next(n)
+            self._ahead = await self._next(AHEAD_BYTES)
+        size = len(self._ahead) if n is None else n
+        piece, self._ahead = self._ahead[:size], self._ahead[size:]
+        return piece
+
+    async def _next(self, n: int | None) -> bytes:
         data: bytes = await self._raw.read(n)
         return data if self._in is None else self._in.decrypt(data)
 

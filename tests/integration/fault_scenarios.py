@@ -18,6 +18,8 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 PROTOCOL = "/test/fault/1"
+UNREAD = "/test/unread/1"
+"""Its streams stay open, and nobody reads them."""
 FAULTS = {}
 
 
@@ -372,7 +374,7 @@ async def _links_miss_it(child, address):
         await trio.sleep(1)
         assert link.rtt_seconds > 0
         alive_while_running = links.get(link.peer) is link
-        streams = [await transport.open_stream(link.peer, "/ipfs/ping/1.0.0") for _ in range(30)]
+        streams = [await transport.open_stream(link.peer, UNREAD) for _ in range(30)]
         os.kill(child.pid, signal.SIGSTOP)
         # Fill the socket too, so that even a goodbye cannot leave.
         async with trio.open_nursery() as nursery:
@@ -386,6 +388,10 @@ async def _links_miss_it(child, address):
         began = time.monotonic()
     quick = time.monotonic() - began < 2
     return not (alive_while_running and gone and quick)
+
+
+async def _never_read(_stream):
+    await trio.sleep_forever()
 
 
 async def _write_in_vain(stream):
@@ -411,6 +417,7 @@ async def child(kind):
             open_libp2p(key, "127.0.0.1:0") as transport,
             open_links(transport, _hello, limits=LinkLimits()),
         ):
+            transport.serve(UNREAD, _never_read)
             print(transport.addresses()[0], flush=True)
             await trio.sleep(60)
     else:
