@@ -8,7 +8,7 @@ import pytest
 
 from aivillage.models.inference import catalogue
 from aivillage.models.inference.fingerprint import DEVIATION_MAX
-from aivillage.protocols.errors import AivillageError, RefusedError, RequestError
+from aivillage.protocols.errors import AivillageError, RequestError
 from aivillage.protocols.rechecking import Claim
 
 try:
@@ -26,11 +26,9 @@ from aivillage.models.inference.generate import (  # noqa: E402
     GenerateResult,
     Piece,
     prompt_bytes,
-    usage,
 )
 from aivillage.models.inference.llama import Span  # noqa: E402
 from aivillage.models.inference.session_engine import STEP_ROWS  # noqa: E402
-from aivillage.models.inference.text_stream import TextStream  # noqa: E402
 from tests.integration.asking_engines import (  # noqa: E402
     PLENTY,
     alone,
@@ -53,44 +51,9 @@ def engine():
     return torch_engine()
 
 
-def test_the_promise_is_made_and_says_what_it_depends_on(engine):
-    info = engine.info()
-    assert info.identical == "guaranteed"
-    assert info.vocabulary == catalogue.known(info.model).vocabulary
-    for part in (torch.__version__, info.weights_sha256[:16], "float32", "cpu", "threads1"):
-        assert part in info.kernel_class
-
-
 def test_it_knows_the_capital_of_france(engine):
     ids, text, end = alone(engine, PARIS)
     assert (text, end, ids[-1]) == ("The capital of France is Paris.", "eos", 2)
-
-
-def test_five_together_are_what_each_is_alone(engine):
-    topics = ("rain", "the number 12", "a very small house", "☃ snow", "why")
-    requests = [
-        GenerateRequest(prompt=f"Write about {topic}. " * (1 + n), max_tokens=12, seed=n)
-        for n, topic in enumerate(topics)
-    ]
-    requests[3] = msgspec.structs.replace(requests[3], temperature=1.0)
-    assert together(engine, requests) == [alone(engine, request) for request in requests]
-
-
-@pytest.mark.parametrize("request_", [STORY, SAMPLED], ids=["greedy", "sampled"])
-def test_an_answer_goes_on_bit_for_bit_after_any_cut(engine, request_):
-    ids, text, end = alone(engine, request_)
-    assert len(ids) == 40
-    for cut in (1, 7, 20, 39):
-        again, rest, end_again = alone(engine, request_, tuple(ids[:cut]))
-        assert (again, end_again) == (ids, end)
-        stream = TextStream(engine.tokenizer.token_bytes, request_.stop)
-        assert "".join(stream.push(token) for token in ids[:cut]) + rest == text
-
-
-def test_another_seed_draws_another_answer(engine):
-    first, second = (msgspec.structs.replace(SAMPLED, seed=seed, max_tokens=12) for seed in (1, 2))
-    assert alone(engine, first) == alone(engine, first)
-    assert alone(engine, first)[0] != alone(engine, second)[0]
 
 
 def test_a_finished_answer_is_finished_at_once(engine):
@@ -109,21 +72,6 @@ def test_a_stop_string_across_tokens_ends_the_answer(engine):
     assert alone(engine, msgspec.structs.replace(PARIS, stop=("ance is P",)), ids[:4])[0] == ids
 
 
-def test_nothing_moves_without_allowance_and_no_further_than_it(engine):
-    engine.add(0, PARIS, ())
-    assert engine.step() == []
-    quads = usage(prompt_bytes(PARIS), 0)["prompt_quads"]
-    seen_tokens = 0
-    for allowed in range(1, quads + 4):
-        engine.allow(0, allowed)
-        while frames := engine.step():
-            seen_tokens += len(frames[0].token_ids)
-            units = sum(usage(frames[0].read_bytes, seen_tokens).values())
-            assert units <= allowed
-        assert seen_tokens == max(0, allowed - quads)
-    engine.cancel(0)
-
-
 def test_a_long_prompt_does_not_stall_the_others(engine):
     engine.add(0, PARIS, ())
     engine.allow(0, PLENTY)
@@ -140,20 +88,6 @@ def test_a_long_prompt_does_not_stall_the_others(engine):
     assert all(after - before <= 6 * STEP_ROWS for before, after in itertools.pairwise(read))
     engine.cancel(0)
     engine.cancel(1)
-
-
-def test_cancel_frees_the_slot_before_the_next_step(engine):
-    for number in range(SLOTS):
-        engine.add(number, STORY, ())
-    with pytest.raises(RefusedError) as caught:
-        engine.add(SLOTS, STORY, ())
-    assert caught.value.code == "BUSY"
-    engine.cancel(3)
-    engine.cancel(99)
-    engine.add(SLOTS, STORY, ())
-    for number in range(SLOTS + 1):
-        engine.cancel(number)
-    assert engine.free_slots == SLOTS
 
 
 def test_a_used_slot_leaves_no_trace(engine):
