@@ -16,6 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missi
 RELAY = "10.77.0.1"
 HOMES = {"ann": ("192.168.71.2", "10.77.0.8"), "bob": ("192.168.72.2", "10.77.0.9")}
 RANDOM = "masquerade fully-random"
+PER_GIB = 1 << 22
+"""256 bytes are a micro-credit."""
+PRICE = ("--set", f"relay_price_micro_credits_per_gib={PER_GIB}")
+PAYS = ("--set", f"relay_price_max_micro_credits_per_gib={PER_GIB}")
 
 
 class Village(NamedTuple):
@@ -33,14 +37,14 @@ def village(folder, nat: str) -> Iterator[Village]:
         wires.place("relay", RELAY)
         relay = wires.move(yard.daemon("relay"), RELAY)
         assert relay.run("init").code == relay.run("village-key", "new").code == 0
-        relay.start()
+        relay.start(*PRICE)
         homes = []
         for name, (address, router) in HOMES.items():
             wires.hide(name, address, router=router, reaches=outside, nat=nat)
             wires.silence(name)  # as most home routers are
             home = wires.move(yard.daemon(name), address)
             token = relay.ask("invite")["token"]
-            homes.append(home.start("--join", token, "--set", "through_relay=always"))
+            homes.append(home.start("--join", token, "--set", "through_relay=always", *PAYS))
         found = Village(wires, relay, *homes)
         for one, other in (homes, homes[::-1]):
             wait_for(lambda a=one, b=other: linked(a, b), 40, yard.logs)
@@ -63,6 +67,10 @@ def count(daemon: Daemon, name: str) -> int:
     return int(daemon.ask("events")["counts"].get(name, 0))
 
 
+def carried(relay: Daemon) -> int:
+    return int(relay.ask("status")["relay"]["carried"]["bytes_today"])
+
+
 def buys(here: Village) -> None:
     wait_for(lambda: here.bob.peer in here.ann.sellers_known("mesh.noop"), 40, here.ann.log_end)
     job = here.ann.submit("mesh.noop", peer=here.bob.peer, note="hello")
@@ -78,9 +86,19 @@ def test_behind_routers_that_keep_ports_the_link_leaves_the_relay(tmp_path):
             lambda: through(ann, bob) is None and through(bob, ann) is None, 60,
             lambda: f"{ann.log_end()}\n{bob.log_end()}",
         )  # fmt: skip
-        before = relay.ask("status")["relay"]["carried"]["bytes_today"]
+        # The relay is paid for what it carried until then, and for nothing after it.
+        before = carried(relay)
+        due = before * PER_GIB >> 30
+        # Less what is below a micro-credit on either holder's tab.
+        wait_for(lambda: relay.ask("balance")["earned"] >= due - 1, 20, relay.log_end)
+        settled([relay, ann, bob], 20)
+        earned = relay.ask("balance")["earned"]
+        assert earned <= due
         buys(here)
-        assert relay.ask("status")["relay"]["carried"]["bytes_today"] == before
+        assert carried(relay) == before
+        assert relay.ask("balance")["earned"] == earned
+        assert relay.ask("balance")["spent"] == 0
+        assert sum(node.ask("balance")["net"] for node in (relay, ann, bob)) == 0
         # Each still holds its reservation: that it was met does not make it reachable.
         for home in (ann, bob):
             assert home.ask("status")["relay"]["reachable_through"] == [relay.peer]
