@@ -100,6 +100,12 @@ def judged(answer: Answer, own: EngineInfo, finding: Finding) -> Rechecked:
         kind = relation(share, own, in_format=answer.in_format)
         if share in shares and not (odd.near and kind == "near"):
             faults.append((odd.position, f"token {odd.position} is not what this node computed"))
+    for value in finding.values:
+        share = answer.maker_of(value.position)
+        kind = relation(share, own, in_format=answer.in_format)
+        if share in shares and not (value.near and kind == "near"):
+            text = f"log-probabilities of token {value.position} are not what this node computed"
+            faults.append((value.position, text))
     for span in finding.spans:
         if answer.maker_of(span.first) in shares and not span.relative <= DEVIATION_MAX:
             text = f"tokens {span.first} to {span.first + span.count - 1} were computed otherwise"
@@ -121,7 +127,8 @@ class RecheckJob(LocalJob):
 
     async def _work(self) -> bytes:
         engine = await self._trade.workers.engine(unpack(GenerateRequest, self.row.request).model)
-        claim = Claim(self._answer.token_ids, self._answer.fingerprints)
+        answer = self._answer
+        claim = Claim(answer.token_ids, answer.fingerprints, answer.logprobs)
         self.finding = await once_free(lambda: engine.recheck(self.row.request, claim))
         return self._answer.result
 

@@ -21,6 +21,7 @@ import trio
 
 from aivillage.models import registry
 from aivillage.models.inference.generate import GenerateRequest, GenerateResult, Piece
+from aivillage.models.inference.logprobs import packed_all
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Settings
 from aivillage.node.discovery import Candidate
@@ -213,7 +214,7 @@ class Replicator:
                 )
             )  # fmt: skip
             first += count
-        ids = unpack(GenerateResult, result).token_ids if is_engine else ()
+        ids, said = _said(result) if is_engine else ((), b"")
         made = tuple(share for share in shares if share.count or not is_engine)
         in_format = is_engine and unpack(GenerateRequest, row.request).format is not None
         return Answer(
@@ -221,6 +222,7 @@ class Replicator:
             shares=made,
             result=result,
             fingerprints=tuple(marks),
+            logprobs=said,
             in_format=in_format,
         )
 
@@ -273,12 +275,12 @@ class Replicator:
         if running.pursuit.result is None:
             raise running.error or JobError("it ended without a result")
         result = running.pursuit.result
-        ids = unpack(GenerateResult, result).token_ids
+        ids, said = _said(result)
         share = Share(
             attempt=AttemptId(b""), seller=self._trade.discovery.peer, kernel=kernel,
             identical="guaranteed", first=0, count=len(ids),
         )  # fmt: skip
-        return Answer(token_ids=ids, shares=(share,), result=result)
+        return Answer(token_ids=ids, shares=(share,), result=result, logprobs=said)
 
     def others(self, row: JobRow, kernel: str, tried: set[PeerId]) -> list[PeerId]:
         """Who is or may be of that class, in an order that nobody foresees."""
@@ -495,3 +497,9 @@ async def open_replicator(
     buyer.verify = functools.partial(require_verified, replicator)
     tasks.serve(replicator.run)
     return replicator
+
+
+def _said(result: bytes) -> tuple[tuple[int, ...], bytes]:
+    """The tokens of an answer, and their log-probabilities as they travel."""
+    found = unpack(GenerateResult, result)
+    return found.token_ids, packed_all(found.logprobs)

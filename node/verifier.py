@@ -98,6 +98,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     result: bytes = b""
     fingerprints: tuple[bytes, ...] = ()
     """As they came, in order; each lies within one share."""
+    logprobs: bytes = b""
+    """Of all tokens as they travel, where they were asked for."""
     in_format: bool = False
     """A grammar had its say in every token."""
 
@@ -124,6 +126,14 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         """How many of its tokens can be compared."""
         return sum(share.count for share in self.leading())
 
+    def said(self, count: int) -> list[tuple[int, bytes]]:
+        """The first `count` tokens, each with its log-probabilities."""
+        size = len(self.logprobs) // max(1, len(self.token_ids))
+        return [
+            (token, self.logprobs[at * size : (at + 1) * size])
+            for at, token in enumerate(self.token_ids[:count])
+        ]
+
     def sellers(self) -> tuple[PeerId, ...]:
         """Who made what can be compared."""
         return tuple(dict.fromkeys(share.seller for share in self.leading()))
@@ -139,8 +149,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 def compare(first: Answer, second: Answer) -> tuple[Finding, int]:
     """What two answers to one request say of each other, and where they part.
 
-    Token ids are compared one by one, and only where both come from one kernel class that
-    guarantees the same bits. Where one went on at another class only its beginning counts.
+    Tokens and what is said of them are compared one by one, and only where both come from one
+    kernel class that guarantees the same bits. Where one went on at another class only its
+    beginning counts.
     """
     if not first.kernel or first.kernel != second.kernel:
         return "best effort", 0
@@ -150,11 +161,11 @@ def compare(first: Answer, second: Answer) -> tuple[Finding, int]:
         count = min(first.judged(), second.judged())
     if not count:
         return "best effort", 0
-    position = _parting(first.token_ids[:count], second.token_ids[:count])
+    position = _parting(first.said(count), second.said(count))
     return ("same", count) if position is None else ("different", position)
 
 
-def _parting(one: Sequence[int], other: Sequence[int]) -> int | None:
+def _parting(one: Sequence[object], other: Sequence[object]) -> int | None:
     """The first place at which two answers differ; a shorter one differs where it ends."""
     for position, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:

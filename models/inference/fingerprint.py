@@ -29,6 +29,8 @@ DEVIATION_MAX: Final = 3e-5
 the nearest cheat (weights rounded to float16) 4e-4: docs/verification.md."""
 LOGIT_MARGIN: Final = 0.002
 """Two tokens so close may change places in another kernel class; honest logits differ by 2e-4."""
+LOGPROB_MARGIN: Final = 2 * LOGIT_MARGIN
+"""What a log-probability may differ by then: its logit moves, and so does the sum of all."""
 _EXACT: Final = ("torch", "openvino")
 """Engines that compute in float32 throughout."""
 DRAW_MARGIN_MAX: Final = 0.05

@@ -73,7 +73,7 @@ def fault(
 ) -> str:
     """What cannot be true of `said`, told without the model; empty: nothing.
 
-    Whether the values are the model's cannot be told: whoever has it can compute them again.
+    Whether the values are the model's, a recheck tells: it has the model.
     """
     if len(said) != (len(token_ids) if alternatives else 0):
         return "log-probabilities of another number of tokens"

@@ -13,11 +13,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from aivillage.models.inference import sampling
+from aivillage.models.inference import logprobs, sampling
 from aivillage.models.inference.constraint import Constraint
 from aivillage.models.inference.fingerprint import (
     DRAW_MARGIN_MAX,
     LOGIT_MARGIN,
+    LOGPROB_MARGIN,
     Fingerprint,
     in_order,
 )
@@ -28,7 +29,7 @@ from aivillage.models.inference.marks import marks
 from aivillage.protocols.errors import RequestError
 from aivillage.protocols.ports import SessionFrame
 from aivillage.protocols.prefixes import PrefixTokens
-from aivillage.protocols.rechecking import Claim, Deviation, Finding, OddDraw
+from aivillage.protocols.rechecking import Claim, Deviation, Finding, OddDraw, OddValue
 
 ODD_MAX: Final = 64
 """Draws told of: the first one decides."""
@@ -46,7 +47,7 @@ class Recheck:
         claim: Claim,
         constraint: Constraint | None = None,
     ) -> None:
-        """Raises: RequestError: it answers nothing or too much, or a fingerprint is of no span."""
+        """Raises: RequestError: it answers nothing or too much, or something said is of no span."""
         if not claim.token_ids:
             raise RequestError("an answer without tokens")
         if len(claim.token_ids) > request.max_tokens:
@@ -59,10 +60,13 @@ class Recheck:
         self._constraint = constraint
         self._left_format = False
         self._fingerprints = in_order(claim.fingerprints, len(claim.token_ids))
+        said = claim.logprobs
+        self._said = logprobs.read(said, len(claim.token_ids), request.logprobs) if said else ()
         self._ids = prompt_ids + claim.token_ids[:-1]
         self._first_row = len(prompt_ids) - 1
         self._read_tokens = 0
         self._odd: list[OddDraw] = []
+        self._values: list[OddValue] = []
         self._marks: list[float] = []
         self._lengths: list[float] = []
         self._error = ""
@@ -106,6 +110,7 @@ class Recheck:
         self._lengths += states.double().norm(dim=1).tolist()
         try:
             for position, line in enumerate(logits, first):
+                self._hold_values(position, line)
                 self._hold(position, line)
         except RequestError as error:  # our engine would not have gone on here
             self.finished, self._error = "error", error.message
@@ -121,10 +126,25 @@ class Recheck:
         finding = None
         if self.finished == "rechecked":
             spans = tuple(self._deviation(span) for span in self._fingerprints)
-            finding = Finding(tokens=len(self._marks), odd=tuple(self._odd), spans=spans)
+            finding = Finding(
+                tokens=len(self._marks),
+                odd=tuple(self._odd),
+                spans=spans,
+                values=tuple(self._values),
+            )
         return SessionFrame(
             self.number, (), "", 0, self.finished, self._error, finding=finding
         )  # fmt: skip
+
+    def _hold_values(self, position: int, line: Tensor) -> None:
+        """What is said of the claimed token's log-probabilities against ours, before any format."""
+        if not self._said:
+            return
+        off = sampling.off_by(line, self._claim.token_ids[position], self._said[position])
+        near = off <= LOGPROB_MARGIN
+        is_news = not near or not any(value.near for value in self._values)
+        if off and is_news and len(self._values) < ODD_MAX:
+            self._values.append(OddValue(position, near))
 
     def _hold(self, position: int, line: Tensor) -> None:
         """The claimed token against the draw of this place."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Final
 
 import torch
@@ -61,6 +62,23 @@ def log_probabilities(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     top = likely[places[:count]]
     own, *others = values[torch.cat([torch.tensor([token]), top])].float().tolist()
     return TokenLogprobs(own, tuple(top.tolist()), tuple(others))
+
+
+def off_by(logits: Tensor, token: int, said: TokenLogprobs) -> float:
+    """How far `said` is from what `log_probabilities` gives at most; 0 where every bit is the same.
+
+    Its own value, those of the ids that it names, and those that the likeliest ids have.
+    """
+    if any(not 0 <= other < len(logits) for other in said.top_ids):
+        return math.inf
+    lasting = logits.to(torch.float64)
+    values = (lasting - torch.logsumexp(lasting, dim=0)).float()
+    named, likeliest = values[[token, *said.top_ids]], torch.topk(values, len(said.top_ids)).values
+    ours = torch.cat([named, likeliest]).double()
+    theirs = torch.tensor(
+        [said.logprob, *said.top_logprobs, *said.top_logprobs], dtype=torch.float64
+    )
+    return float((ours - theirs).abs().max())
 
 
 def _weights(logits: Tensor, temperature: float, top_p: float) -> Tensor:

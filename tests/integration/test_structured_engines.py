@@ -172,8 +172,11 @@ def test_log_probabilities_change_no_token_and_are_the_same_alone_and_in_company
 
 @pytest.mark.parametrize("name", ASKED)
 def test_an_honest_answer_in_a_format_is_read_again_without_a_difference(engine, name):
-    finding = looked_at(engine, ASKED[name], made(engine, ASKED[name]))
-    assert finding.odd == ()
+    asked = msgspec.structs.replace(ASKED[name], logprobs=4)
+    claim = made(engine, asked)
+    assert claim.logprobs
+    finding = looked_at(engine, asked, claim)
+    assert (finding.odd, finding.values) == ((), ())
     assert max(span.relative for span in finding.spans) < 1e-6
 
 
@@ -190,11 +193,12 @@ def test_a_token_that_the_format_forbids_is_found_where_it_is(engine):
 def made(engine, request):
     engine.add(0, request, ())
     engine.allow(0, PLENTY)
-    ids, marks = [], []
+    ids, marks, said = [], [], b""
     while frames := engine.step():
+        said += frames[0].logprobs
         ids += frames[0].token_ids
         marks += [frames[0].fingerprint] if frames[0].fingerprint else []
-    return Claim(tuple(ids), tuple(marks))
+    return Claim(tuple(ids), tuple(marks), said)
 
 
 def looked_at(engine, request, claim):

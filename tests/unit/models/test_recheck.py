@@ -10,16 +10,18 @@ torch = pytest.importorskip("torch")
 
 from aivillage.models import worker  # noqa: E402
 from aivillage.models import worker_messages as say  # noqa: E402
-from aivillage.models.inference import gguf_model, sampling  # noqa: E402
+from aivillage.models.inference import gguf_model, logprobs, sampling  # noqa: E402
 from aivillage.models.inference.fingerprint import (  # noqa: E402
     DEVIATION_MAX,
     DRAW_MARGIN_MAX,
     LOGIT_MARGIN,
+    LOGPROB_MARGIN,
     packed,
     read,
 )
 from aivillage.models.inference.generate import GenerateRequest  # noqa: E402
 from aivillage.models.inference.llama import Llama, Span  # noqa: E402
+from aivillage.models.inference.logprobs import packed as packed_token  # noqa: E402
 from aivillage.models.inference.marks import Recorder, marks  # noqa: E402
 from aivillage.models.inference.recheck import ODD_MAX, Recheck, is_near  # noqa: E402
 from aivillage.protocols.errors import RequestError  # noqa: E402
@@ -41,17 +43,19 @@ def model(tmp_path_factory):
 
 def drawn(model, request, prompt=PROMPT, before=()):
     """The answer token by token, as an engine gives it after `before`."""
-    ids, recorder, bodies = list(prompt + before), Recorder(len(before)), []
+    ids, recorder, bodies, said = list(prompt + before), Recorder(len(before)), [], b""
     state = model.forward([Span(0, 0, tuple(ids))])[len(ids) - 1]
     for at in range(len(before), TOKENS):
         recorder.add(state)
         u = sampling.uniform(request.seed, at)
         line = model.logits(state.unsqueeze(0))[0]
         ids.append(sampling.choose(line, temperature=request.temperature, top_p=request.top_p, u=u))
+        if request.logprobs:
+            said += packed_token(sampling.log_probabilities(line, ids[-1], request.logprobs))
         if body := recorder.taken(ended=at == TOKENS - 1):
             bodies.append(body)
         state = model.forward([Span(0, len(ids) - 1, (ids[-1],))])[0]
-    return Claim(tuple(ids[len(prompt) :]), tuple(bodies))
+    return Claim(tuple(ids[len(prompt) :]), tuple(bodies), said)
 
 
 def looked_at(model, request, claim, prompt=PROMPT, rows=40):
@@ -91,6 +95,67 @@ def test_an_altered_token_is_odd_where_it_stands(model, request_):
     ids[17] = (ids[17] + tiny_gguf.WORDS // 2) % tiny_gguf.WORDS
     odd = looked_at(model, request_, Claim(tuple(ids), claim.fingerprints)).finding.odd
     assert (odd[0].position, odd[0].near) == (17, False)
+
+
+ASKED = msgspec.structs.replace(SAMPLED, logprobs=3)
+
+
+def altered(claim, position, **fields):
+    said = list(logprobs.read(claim.logprobs, TOKENS, ASKED.logprobs))
+    said[position] = msgspec.structs.replace(said[position], **fields)
+    return msgspec.structs.replace(claim, logprobs=logprobs.packed_all(said))
+
+
+def values_of(model, claim):
+    found = looked_at(model, ASKED, claim).finding.values
+    return [(value.position, value.near) for value in found]
+
+
+def test_honest_log_probabilities_leave_nothing_however_they_are_read(model):
+    claim = drawn(model, ASKED)
+    assert len(claim.logprobs) == TOKENS * logprobs.token_size(ASKED.logprobs)
+    for rows in (40, 7):
+        finding = looked_at(model, ASKED, claim, rows=rows).finding
+        assert (finding.values, finding.odd) == ((), ())
+    unasked = msgspec.structs.replace(claim, logprobs=b"")
+    assert values_of(model, unasked) == [], "an older answer kept none"
+
+
+def test_an_altered_log_probability_is_told_where_it_stands_and_how_far(model):
+    claim = drawn(model, ASKED)
+    (own, *_), at = logprobs.read(claim.logprobs[5 * 28 : 6 * 28], 1, 3), 5
+    just, more = (altered(claim, at, logprob=own.logprob - by) for by in (1e-4, 0.1))
+    assert values_of(model, just) == [(at, True)]
+    assert values_of(model, more) == [(at, False)]
+    limit = altered(claim, at, logprob=own.logprob - 2 * LOGPROB_MARGIN)
+    assert values_of(model, limit) == [(at, False)]
+    assert looked_at(model, ASKED, more).finding.odd == ()
+
+
+def test_others_than_the_likeliest_are_told_too(model):
+    claim = drawn(model, ASKED)
+    (own,) = logprobs.read(claim.logprobs[7 * 28 : 8 * 28], 1, 3)
+    unlikely = next(i for i in range(tiny_gguf.WORDS) if i not in own.top_ids)
+    swapped = altered(claim, 7, top_ids=(unlikely, *own.top_ids[1:]))
+    assert values_of(model, swapped) == [(7, False)]
+    outside = altered(claim, 7, top_ids=(tiny_gguf.WORDS, *own.top_ids[1:]))
+    assert values_of(model, outside) == [(7, False)]
+
+
+def test_what_is_within_rounding_hides_nothing_that_is_not(model):
+    said = logprobs.read(drawn(model, ASKED).logprobs, TOKENS, 3)
+    claim = drawn(model, ASKED)
+    for at in range(TOKENS - 1):
+        claim = altered(claim, at, logprob=said[at].logprob - 1e-4)
+    claim = altered(claim, TOKENS - 1, logprob=said[-1].logprob - 0.5)
+    assert values_of(model, claim) == [(0, True), (TOKENS - 1, False)]
+
+
+def test_log_probabilities_of_another_number_of_tokens_are_refused(model):
+    claim = drawn(model, ASKED)
+    for body in (claim.logprobs[:-1], claim.logprobs + bytes(28)):
+        with pytest.raises(RequestError, match="log-probabilities"):
+            looked_at(model, ASKED, msgspec.structs.replace(claim, logprobs=body))
 
 
 def test_the_prompt_is_part_of_it(model):

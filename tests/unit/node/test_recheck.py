@@ -10,7 +10,7 @@ from aivillage.node.recheck import judgeable, judged, relation
 from aivillage.node.verifier import Answer
 from aivillage.protocols.errors import JobError
 from aivillage.protocols.ports import EngineInfo
-from aivillage.protocols.rechecking import Deviation, Finding, OddDraw
+from aivillage.protocols.rechecking import Deviation, Finding, OddDraw, OddValue
 from tests.unit.node.test_verifier import share
 
 NAME = "torch1/2.13/w/float32/cpu/{}/threads1/rows/0"
@@ -90,6 +90,17 @@ def test_a_token_that_rounding_explains_is_wrong_in_our_class_and_right_in_anoth
     assert lax.wrong is None
     far = Finding(8, (OddDraw(3, near=False),))
     assert judged(answer(share("a", 0, 8, NEAR), fingerprints=(of(0, 8),)), OWN, far).wrong
+
+
+@pytest.mark.parametrize(
+    ("kernel", "near", "wrong"),
+    [(OURS, True, True), (OURS, False, True), (NEAR, True, False), (NEAR, False, True)],
+)
+def test_log_probabilities_are_ours_in_our_class_and_near_in_another(kernel, near, wrong):
+    made = answer(share("a", 0, 8, kernel), fingerprints=(of(0, 8),))
+    found = judged(made, OWN, Finding(8, values=(OddValue(5, near),)))
+    assert (found.wrong is not None) == wrong
+    assert found.reason == ("log-probabilities of token 5 are not what this node computed" * wrong)
 
 
 @pytest.mark.parametrize("kernel", [OURS, NEAR])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,6 +84,15 @@ def test_two_of_one_class_are_compared_token_by_token():
 def test_what_is_not_of_one_class_or_guarantees_nothing_is_not_compared(other):
     assert compare(made([1, 2, 3]), made([9, 9, 9], other)) == ("best effort", 0)
     assert compare(made([9, 9, 9], other), made([1, 2, 3])) == ("best effort", 0)
+
+
+def test_what_is_said_of_the_tokens_is_compared_too():
+    said = bytes(range(16))
+    first = msgspec.structs.replace(made([1, 2]), logprobs=said)
+    assert compare(first, first) == ("same", 2)
+    other = msgspec.structs.replace(first, logprobs=said[:-1] + b"?")
+    assert compare(first, other) == compare(other, first) == ("different", 1)
+    assert compare(first, made([1, 2])) == ("different", 0)
 
 
 def test_of_an_answer_that_went_on_in_another_class_only_the_beginning_counts():
