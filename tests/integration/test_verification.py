@@ -45,7 +45,7 @@ def test_a_real_answer_is_done_again_here_and_found_the_same(yard: Yard) -> None
     said = ann.run("reputation", bob.peer).out
     assert "1 done, 1 done again, 0 wrong" in said
     assert "checks cost 0 credits" in said
-    first = ann.run(*words, "--verify", "--json").json
+    first = ann.run(*words, "--verify", "--json", "--logprobs", "2").json
     assert first["receipt"]["checked"] == "rechecked at this node"
 
 

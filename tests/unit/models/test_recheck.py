@@ -135,6 +135,10 @@ def test_an_altered_log_probability_is_told_where_it_stands_and_how_far(model):
 def test_others_than_the_likeliest_are_told_too(model):
     claim = drawn(model, ASKED)
     (own,) = logprobs.read(claim.logprobs[7 * 28 : 8 * 28], 1, 3)
+    four = drawn(model, msgspec.structs.replace(ASKED, logprobs=4)).logprobs
+    (ours,) = logprobs.read(four[7 * 36 : 8 * 36], 1, 4)
+    later = altered(claim, 7, top_ids=ours.top_ids[1:], top_logprobs=ours.top_logprobs[1:])
+    assert values_of(model, later) == [(7, False)], "true values, of others than the likeliest"
     unlikely = next(i for i in range(tiny_gguf.WORDS) if i not in own.top_ids)
     swapped = altered(claim, 7, top_ids=(unlikely, *own.top_ids[1:]))
     assert values_of(model, swapped) == [(7, False)]

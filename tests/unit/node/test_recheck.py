@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import msgspec
 import pytest
 
 from aivillage.models.inference.fingerprint import DEVIATION_MAX, Fingerprint, packed
-from aivillage.node.recheck import judgeable, judged, relation
+from aivillage.models.inference.generate import GenerateRequest
+from aivillage.node.recheck import RecheckJob, judgeable, judged, relation
 from aivillage.node.verifier import Answer
 from aivillage.protocols.errors import JobError
 from aivillage.protocols.ports import EngineInfo
-from aivillage.protocols.rechecking import Deviation, Finding, OddDraw, OddValue
+from aivillage.protocols.rechecking import Claim, Deviation, Finding, OddDraw, OddValue
 from tests.unit.node.test_verifier import share
 
 NAME = "torch1/2.13/w/float32/cpu/{}/threads1/rows/0"
@@ -121,6 +124,31 @@ def test_the_maker_of_the_first_wrong_token_is_accused_and_nobody_of_another_cla
     found = judged(answer(*parts), OWN, finding)
     assert found.wrong is parts[2]
     assert found.judged == (parts[0], parts[2])
+
+
+class Looking:
+    """An engine, and the workers that it is asked of: keeps what it is shown."""
+
+    def __init__(self):
+        self.shown = []
+
+    async def engine(self, _model):
+        return self
+
+    async def recheck(self, _request, claim):
+        self.shown.append(claim)
+        return Finding(len(claim.token_ids))
+
+
+async def test_the_engine_is_shown_all_that_was_said():
+    looking = Looking()
+    body = msgspec.msgpack.encode(GenerateRequest(prompt="x", logprobs=1))
+    said = answer(share("a", 0, 8, OURS), fingerprints=(of(0, 8),))
+    said = msgspec.structs.replace(said, logprobs=bytes(96))
+    job = RecheckJob(SimpleNamespace(request=body), SimpleNamespace(workers=looking), said)
+    await job._work()
+    assert looking.shown == [Claim(said.token_ids, said.fingerprints, said.logprobs)]
+    assert job.finding == Finding(8)
 
 
 def test_a_finding_about_another_answer_is_a_failure():
