@@ -23,7 +23,7 @@ from aivillage.node.inputs import Inputs
 from aivillage.node.links import Link
 from aivillage.node.places import Places
 from aivillage.node.pricelist import PriceList, listed
-from aivillage.node.resident import kind_of_model
+from aivillage.node.resident import kind_of
 from aivillage.node.sale import Sale, deadline_seconds
 from aivillage.node.session_sales import is_paid_as_it_goes
 from aivillage.node.steps import StepWriter
@@ -72,7 +72,7 @@ class Admission:
             return []
         known = [info for info in self.known_operations() if info.enabled]
         offered = [info for info in known if self._gate.offers(info.name)]
-        return [x for x in offered if x.models or not registry.is_served_by_engine(x.name)]
+        return [x for x in offered if x.models or not registry.formats(x.name)]
 
     def known_operations(self) -> list[OperationInfo]:
         """Everything installed here, at the owner's prices, switched on or not."""
@@ -123,11 +123,10 @@ class Admission:
     ) -> Ask:
         """A call of so much at most, as the queue sees it."""
         cost = max(1, price(listed(operation), usage))
-        model = operation.models[0].name if operation.models else ""
         return Ask(
             number=self._places.number(),
             peer=peer,
-            kind=kind_of_model(model),
+            kind=kind_of(operation),
             cost=cost,
             weight=self._weight(peer, price(terms, usage), cost),
             guess_seconds=seconds,

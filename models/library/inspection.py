@@ -125,6 +125,10 @@ def facts_of(folder: Path) -> Facts:
     if len(weights) == 1 and not list(folder.glob("*.safetensors")):
         return _facts_of_gguf(weights[0])
     if not weights and list(folder.glob("*.safetensors")):
+        from aivillage.models.inference import encoder_files
+
+        if encoder_files.is_encoder(folder):
+            return _facts_of_encoder(folder)
         return _facts_of_safetensors(folder)
     raise RequestError(
         "a model is one .gguf file, or a folder of .safetensors files with their config.json and "
@@ -193,6 +197,41 @@ def _facts_of_safetensors(folder: Path) -> Facts:
         memory_bytes=4 * wanted
         + safetensors_model.key_value_bytes(config) * context
         + 2 * RUNTIME_BYTES,
+    )
+
+
+def _facts_of_encoder(folder: Path) -> Facts:
+    """Headers and tables. Its end token is the one that ends a text."""
+    import torch
+
+    from aivillage.models.inference import encoder, encoder_files, safetensors_model
+    from aivillage.models.inference.template_tokenizer import TOKENIZER_BYTES_MAX, read_text
+    from aivillage.models.library.safetensors_file import read_header
+
+    places = [place for path in sorted(folder.glob("*.safetensors")) for place in read_header(path)]
+    config = safetensors_model.any_config(folder)
+    shape = encoder_files.read(folder, config)
+    tokenizer = encoder.tokenizer_of(read_text(folder / "tokenizer.json", TOKENIZER_BYTES_MAX))
+    ids = tokenizer.encode("one look").ids
+    if not ids or max(ids) >= config.vocab_size:
+        raise RequestError("the tokenizer's tables do not fit the model")
+    kind, options = encoder.class_of(shape)
+    model = safetensors_model.without_weights(config, kind, **options)
+    parameters = sum(place.count for place in places)
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    if parameters < wanted:
+        raise RequestError(f"the files hold {parameters:,} weights, the model has {wanted:,}")
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    return Facts(
+        format="ranker" if shape.ranks else "encoder",
+        architecture=str(config.model_type),
+        parameters=wanted,
+        active_parameters=matrices - sum(table.weight.numel() for table in tables),
+        vocabulary=config.vocab_size,
+        context_tokens=shape.tokens_max,
+        end_token_ids=(ids[-1],),
+        memory_bytes=4 * wanted + 2 * RUNTIME_BYTES,
     )
 
 
