@@ -7,12 +7,13 @@ from them. The daemon loads this file: standard library and msgspec only at the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Final
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 
 from aivillage.models.inference import catalogue, vectors
+from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import RequestError
 from aivillage.protocols.ports import (
     Context,
@@ -80,6 +81,16 @@ class Encoded(msgspec.Struct, frozen=True, array_like=True):
     cut: tuple[int, ...]
 
 
+NOTHING: Final = Encoded((), ())
+
+
+class Read(NamedTuple):
+    """What was computed of a text or a pair. `is_cut`: the model could not read all of it."""
+
+    value: bytes
+    is_cut: bool
+
+
 def require_bytes(texts: Sequence[str], more: int = 0) -> None:
     """Raises: ValueError: a text has too many bytes, or all of them and `more` have."""
     sizes = [len(text.encode()) for text in texts]
@@ -107,17 +118,41 @@ def origin_fault(model: str, weights_sha256: str) -> str:
     return ""
 
 
-def had_before(context: Context, width: int) -> tuple[list[bytes], list[int]]:
-    """What another machine gave already, in order.
+def had_before(context: Context, total: int, is_one: Callable[[bytes], bool]) -> Encoded:
+    """What other machines gave already, in order; nothing where any of it can be no such thing.
 
-    Raises:
-        RequestError: it is of another model.
+    What a liar gave is nothing to go on from, and no reason to fail.
     """
-    parts = [msgspec.msgpack.decode(body, type=Encoded) for body in context.delivered]
-    values = [value for part in parts for value in part.values]
-    if any(len(value) != vectors.FLOAT_BYTES * width for value in values):
-        raise RequestError("what was delivered before is of another model")
-    return values, [place for part in parts for place in part.cut]
+    try:
+        parts = [unpack(Encoded, body) for body in context.delivered]
+    except RequestError:
+        return NOTHING
+    values = tuple(value for part in parts for value in part.values)
+    cut = tuple(place for part in parts for place in part.cut)
+    is_sound = len(values) <= total and not cut_fault(cut, len(values)) and all(map(is_one, values))
+    return Encoded(values, cut) if is_sound else NOTHING
+
+
+def encode(
+    had: Encoded, texts: Sequence[str], read: Callable[[str], Read], context: Context
+) -> Generator[Event, None, Encoded]:
+    """Parts of what `texts` give beyond what was had; ends early where it is cancelled.
+
+    Its generator returns all values and cuts.
+    """
+    values, cut = [*had.values], [*had.cut]
+    while len(values) < len(texts) and not context.cancelled():
+        first = len(values)
+        reads = [read(text) for text in texts[first : first + PART_TEXTS]]
+        part = Encoded(
+            values=tuple(one.value for one in reads),
+            cut=tuple(place for place, one in enumerate(reads, first) if one.is_cut),
+        )
+        values += part.values
+        cut += part.cut
+        yield PartEvent(body=msgspec.msgpack.encode(part))
+        yield ProgressEvent(done=len(values), total=len(texts))
+    return Encoded(tuple(values), tuple(cut))
 
 
 class Embed:
@@ -164,27 +199,17 @@ class Embed:
                 code="TOO_LARGE",
                 next_step="send fewer texts in one job, or a map of several",
             )
-        found, cut = had_before(context, width)
-        while len(found) < total:
-            first = len(found)
-            reads = [encoder.vector(text) for text in request.text[first : first + PART_TEXTS]]
-            part = Encoded(
-                values=tuple(read.value for read in reads),
-                cut=tuple(place for place, read in enumerate(reads, first) if read.is_cut),
-            )
-            found += part.values
-            cut += part.cut
-            if context.cancelled():
-                return
-            yield PartEvent(body=msgspec.msgpack.encode(part))
-            yield ProgressEvent(done=len(found), total=total)
+        had = had_before(context, total, lambda value: not vectors.fault(value, width))
+        all_of_it = yield from encode(had, request.text, encoder.vector, context)
+        if len(all_of_it.values) < total:
+            return
         result = EmbedResult(
             model=request.model,
             weights_sha256=catalogue.known(request.model).sha256,
             kernel_class=encoder.kernel_class,
             dimension=width,
-            vectors=tuple(found),
-            cut=tuple(cut),
+            vectors=all_of_it.values,
+            cut=all_of_it.cut,
         )
         yield ResultEvent(body=msgspec.msgpack.encode(result))
 
@@ -205,7 +230,7 @@ class Embed:
 
     def items_of(self, result: EmbedResult, part: bytes, first: int) -> int:
         """As many as `part` has, where they stand in the result unchanged."""
-        values = msgspec.msgpack.decode(part, type=Encoded).values
+        values = unpack(Encoded, part).values
         return len(values) if result.vectors[first : first + len(values)] == values else 0
 
 

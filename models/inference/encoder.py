@@ -10,12 +10,13 @@ import functools
 import hashlib
 import math
 import os
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 
 from aivillage.models.inference import catalogue, encoder_files, safetensors_model, vectors
 from aivillage.models.inference.catalogue import KnownModel
+from aivillage.models.inference.embed import Read
 from aivillage.models.inference.template_tokenizer import TOKENIZER_BYTES_MAX, read_text
 from aivillage.models.library import manifest as manifests
 from aivillage.models.library.hashing import require_whole, sha256_of
@@ -26,13 +27,6 @@ ENGINE_VERSION: Final = 1
 MODELS_LOADED_MAX: Final = 1
 """Of one worker process; another model puts the last one away."""
 _PROBE: Final = "Two machines of one class have computed the same bits of this."
-
-
-class Read(NamedTuple):
-    """What was computed of a text or a pair. `is_cut`: the model could not read all of it."""
-
-    value: bytes
-    is_cut: bool
 
 
 class Encoder:

@@ -15,26 +15,27 @@ import msgspec
 
 from aivillage.models.inference import catalogue, vectors
 from aivillage.models.inference.embed import (
-    PART_TEXTS,
     TEXT_BYTES_MAX,
     TEXTS_MAX,
     Digest,
     Encoded,
     Kernel,
     ModelName,
+    Read,
     Text,
     cut_fault,
+    encode,
     guess_seconds,
     had_before,
     origin_fault,
     quads,
     require_bytes,
 )
+from aivillage.protocols.codec import unpack
 from aivillage.protocols.ports import (
     Context,
     Event,
     Machine,
-    PartEvent,
     ProgressEvent,
     ResultEvent,
     Verdict,
@@ -121,7 +122,7 @@ class Rerank:
     def run(self, request: RerankRequest, context: Context) -> Iterator[Event]:
         total = len(request.document)
         yield ProgressEvent(done=0, total=total, note="loading the model")
-        from aivillage.models.inference.encoder import Read, encoder_of
+        from aivillage.models.inference.encoder import encoder_of
 
         encoder = encoder_of(request.model)
         asked = b"" if encoder.shape.ranks else encoder.vector(request.query).value
@@ -132,27 +133,17 @@ class Rerank:
             found = encoder.vector(document)
             return Read(vectors.packed([vectors.dot(asked, found.value)]), found.is_cut)
 
-        scores, cut = had_before(context, 1)
-        while len(scores) < total:
-            first = len(scores)
-            reads = [read(text) for text in request.document[first : first + PART_TEXTS]]
-            part = Encoded(
-                values=tuple(one.value for one in reads),
-                cut=tuple(place for place, one in enumerate(reads, first) if one.is_cut),
-            )
-            scores += part.values
-            cut += part.cut
-            if context.cancelled():
-                return
-            yield PartEvent(body=msgspec.msgpack.encode(part))
-            yield ProgressEvent(done=len(scores), total=total)
+        had = had_before(context, total, _is_score)
+        all_of_it = yield from encode(had, request.document, read, context)
+        if len(all_of_it.values) < total:
+            return
         result = RerankResult(
             model=request.model,
             weights_sha256=catalogue.known(request.model).sha256,
             kernel_class=encoder.kernel_class,
             method="cross" if encoder.shape.ranks else "cosine",
-            ranking=ranked(scores),
-            cut=tuple(cut),
+            ranking=ranked(all_of_it.values),
+            cut=all_of_it.cut,
         )
         yield ResultEvent(body=msgspec.msgpack.encode(result))
 
@@ -175,18 +166,26 @@ class Rerank:
 
     def items_of(self, result: RerankResult, part: bytes, first: int) -> int:
         """As many as `part` has, where they stand in the result unchanged."""
-        values = msgspec.msgpack.decode(part, type=Encoded).values
+        values = unpack(Encoded, part).values
         scores = _by_index(result)
+        if not all(map(_is_score, values)):
+            return 0
         said = [scores.get(place) for place in range(first, first + len(values))]
         return len(values) if said == [vectors.numbers(value)[0] for value in values] else 0
 
 
-def ranked(scores: list[bytes]) -> tuple[Ranked, ...]:
+def ranked(scores: tuple[bytes, ...]) -> tuple[Ranked, ...]:
     """`scores` of the documents in the order of the request -> best first."""
     found = [
         Ranked(index=index, score=vectors.numbers(score)[0]) for index, score in enumerate(scores)
     ]
     return tuple(sorted(found, key=lambda one: (-one.score, one.index)))
+
+
+def _is_score(value: bytes) -> bool:
+    return (
+        len(value) == vectors.FLOAT_BYTES and abs(vectors.numbers(value)[0]) <= 1 + SCORE_MISS_MAX
+    )
 
 
 def _pair_quads(request: RerankRequest, count: int) -> int:
