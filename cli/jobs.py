@@ -143,7 +143,7 @@ def _flags_of(operation: dict[str, Any]) -> argparse.ArgumentParser:
             parser.add_argument(positional, nargs="?", default=None, help=about)
     for name, field in fields.items():
         if name != positional or _is_texts(field):
-            _add_flag(parser, name, field)
+            _add_flag(parser, name, field, is_bare=name == positional)
     return parser
 
 
@@ -154,7 +154,10 @@ def _fields(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _add_flag(parser: argparse.ArgumentParser, name: str, field: dict[str, Any]) -> None:
+def _add_flag(
+    parser: argparse.ArgumentParser, name: str, field: dict[str, Any], *, is_bare: bool
+) -> None:
+    """`is_bare`: it is also what is said without any flag."""
     flag = "--" + name.replace("_", "-")
     about = field.get("description", "")
     if field.get("default") not in (None, [], ""):
@@ -166,7 +169,8 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, field: dict[str, Any])
     elif _is_texts(field):
         parser.add_argument(flag, dest=name, action="append", metavar="TEXT", help=about)
         more = f"{flag[2:].replace('-', ' ')}: one a line"
-        parser.add_argument(f"{flag}-file", dest=f"{name}:file", metavar="FILE", help=more)
+        flags = [f"{flag}-file", *(["--file"] if is_bare else [])]
+        parser.add_argument(*flags, dest=f"{name}:file", metavar="FILE", help=more)
     else:
         convert = {"integer": int, "number": float, "string": str}.get(str(kind), _from_json)
         meta = str(kind).upper() if kind in {"integer", "number", "string"} else "JSON"

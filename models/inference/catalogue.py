@@ -94,7 +94,7 @@ MODELS: Final = {
             end_token_id=102,  # it ends a text
             sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
             parameters=22_565_376,
-            memory_bytes=700_000_000,
+            memory_bytes=412_826_880,
             licence="apache-2.0",
             width=384,
         ),

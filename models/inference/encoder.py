@@ -10,11 +10,13 @@ import functools
 import hashlib
 import math
 import os
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from aivillage.models.inference import catalogue, encoder_files, safetensors_model, vectors
+from aivillage.models.inference import catalogue, encoder_files, vectors
+from aivillage.models.inference.bert import Bert
 from aivillage.models.inference.catalogue import KnownModel
 from aivillage.models.inference.embed import Read
 from aivillage.models.inference.template_tokenizer import TOKENIZER_BYTES_MAX, read_text
@@ -45,15 +47,12 @@ class Encoder:
             require_whole(folder, manifests.read(folder))
         else:
             catalogue.require_same(model, sha256_of(catalogue.weights_file(model)))
-        config = safetensors_model.any_config(folder)
-        self.shape = encoder_files.read(folder, config)
-        self._tokenizer = tokenizer_of(read_text(folder / "tokenizer.json", TOKENIZER_BYTES_MAX))
+        self.shape = encoder_files.read(folder)
+        self._tokenizer = tokenizer_of(folder)
         self._tokenizer.enable_truncation(max_length=self.shape.tokens_max)
-        kind, options = class_of(self.shape)
-        self._model = safetensors_model.load_as(folder, config, kind, **options)
+        self._bert = Bert(folder, self.shape)
         self.kernel_class = _kernel_class(model, self._digest())
 
-    @torch.inference_mode()
     def vector(self, text: str) -> Read:
         """Of unit length, as `vectors` has it.
 
@@ -61,14 +60,13 @@ class Encoder:
             JobError: the model computed what is no number.
         """
         encoded = self._tokenizer.encode(text)
-        states = self._model(**_inputs(encoded)).last_hidden_state[0].double()  # (tokens, width)
+        states = self._bert.states(encoded.ids, encoded.type_ids).double()  # (tokens, width)
         pooled = states.mean(0) if self.shape.pooling == "mean" else states[0]
         length = float(pooled.norm())
         if not math.isfinite(length) or length == 0:
             raise JobError("the model computed something that is no vector")
         return Read(vectors.packed((pooled / length).float().tolist()), bool(encoded.overflowing))
 
-    @torch.inference_mode()
     def score(self, query: str, document: str) -> Read:
         """Of a model that ranks: how well `document` answers `query`, 0 to 1, packed alike.
 
@@ -76,7 +74,7 @@ class Encoder:
             JobError: the model computed what is no number.
         """
         encoded = self._tokenizer.encode(query, document)
-        logit = float(self._model(**_inputs(encoded)).logits[0, 0])
+        logit = self._bert.logit(encoded.ids, encoded.type_ids)
         if not math.isfinite(logit):
             raise JobError("the model computed something that is no score")
         said = 1 / (1 + math.exp(-logit)) if logit > -500 else 0.0
@@ -87,8 +85,8 @@ class Encoder:
         return hashlib.blake2b(found.value, digest_size=8).hexdigest()
 
 
-def tokenizer_of(text: str) -> Any:
-    """The tokenizer of a tokenizer.json: in a text its marks are text, and nothing is padded.
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in `folder`: in a text its marks are text, and nothing is padded.
 
     Raises:
         RequestError: it cannot be read.
@@ -96,7 +94,9 @@ def tokenizer_of(text: str) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        found = Tokenizer.from_str(text)
+        found = Tokenizer.from_str(read_text(folder / "tokenizer.json", TOKENIZER_BYTES_MAX))
+    except RequestError:
+        raise
     except Exception as error:  # the library raises bare Exception for a bad file
         raise RequestError(f"tokenizer.json cannot be read: {str(error)[:300]}") from None
     found.no_padding()
@@ -105,31 +105,10 @@ def tokenizer_of(text: str) -> Any:
     return found
 
 
-def class_of(shape: encoder_files.Shape) -> tuple[Any, dict[str, bool]]:
-    """The class of such a model in transformers, and how it is made.
-
-    Raises:
-        ConfigError: the library is not installed.
-    """
-    found = safetensors_model.library()
-    if shape.ranks:
-        return getattr(found, f"{shape.classes}ForSequenceClassification"), {}
-    return getattr(found, f"{shape.classes}Model"), {"add_pooling_layer": False}
-
-
-def _inputs(encoded: Any) -> dict[str, torch.Tensor]:
-    """Of one text, (1, tokens) each: no mask, since nothing is padded."""
-    return {
-        "input_ids": torch.tensor([encoded.ids]),
-        "token_type_ids": torch.tensor([encoded.type_ids]),
-    }
-
-
 def _kernel_class(model: KnownModel, digest: str) -> str:
     parts = (
         f"encoder{ENGINE_VERSION}",
         torch.__version__,
-        safetensors_model.library().__version__,
         model.sha256[:16],
         "float32",
         "cpu",

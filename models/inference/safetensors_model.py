@@ -25,20 +25,32 @@ _EXPERTS: Final = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 def read_config(folder: Path) -> Any:
-    """The `PretrainedConfig` of the language model in `folder`.
+    """The `PretrainedConfig` of the model in `folder`.
 
     Raises:
         RequestError: it wants foreign code, or no causal language model of transformers has it.
         ConfigError: transformers is not installed.
     """
-    config = any_config(folder)
-    if type(config) not in library().MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RequestError(f"{config.model_type!r} is no language model that answers")
+    raw = plain_config(folder)
+    kind = raw.get("model_type")
+    auto = _auto()
+    if not isinstance(kind, str) or kind not in auto.CONFIG_MAPPING:
+        raise RequestError(f"transformers has no architecture called {kind!r}")
+    try:
+        config = auto.CONFIG_MAPPING[kind].from_dict(raw)
+    except Exception as error:  # whatever a stranger's values make it raise
+        raise RequestError(f"config.json makes no sense: {str(error)[:300]}") from None
+    if type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RequestError(f"{kind!r} is no language model that answers")
     return config
 
 
-def any_config(folder: Path) -> Any:
-    """The `PretrainedConfig` of whatever is in `folder`. Raises: as `read_config`."""
+def plain_config(folder: Path) -> dict[str, Any]:
+    """What config.json says, of a model without code of its own and with plain weights.
+
+    Raises:
+        RequestError: it is another one, or cannot be read.
+    """
     raw = read_json(folder / "config.json")
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).exists() and any(
@@ -52,15 +64,7 @@ def any_config(folder: Path) -> Any:
         raise RequestError(
             "its weights are packed, which is not read here", next_step="pull the unpacked model"
         )
-    kind = raw.get("model_type")
-    auto = library()
-    if not isinstance(kind, str) or kind not in auto.CONFIG_MAPPING:
-        raise RequestError(f"transformers has no architecture called {kind!r}")
-    try:
-        config = auto.CONFIG_MAPPING[kind].from_dict(raw)
-    except Exception as error:  # whatever a stranger's values make it raise
-        raise RequestError(f"config.json makes no sense: {str(error)[:300]}") from None
-    return config
+    return raw
 
 
 def end_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
@@ -86,8 +90,8 @@ def context_tokens(config: Any) -> int:
     return found
 
 
-def without_weights(config: Any, kind: Any = None, **options: bool) -> torch.nn.Module:
-    """The model's shapes, and no memory for them; as a language model, unless `kind` is another.
+def without_weights(config: Any) -> torch.nn.Module:
+    """The model's shapes, and no memory for them.
 
     Raises:
         RequestError: its sizes do not fit together.
@@ -96,11 +100,8 @@ def without_weights(config: Any, kind: Any = None, **options: bool) -> torch.nn.
 
     try:
         with torch.device("meta"):
-            auto = library().AutoModelForCausalLM
-            model: torch.nn.Module = (
-                kind(config, **options)
-                if kind is not None
-                else auto.from_config(config, trust_remote_code=False)
+            model: torch.nn.Module = _auto().AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False
             )
     except Exception as error:  # whatever a stranger's values make it raise
         raise RequestError(f"the sizes of the model do not fit together: {error}") from None
@@ -139,15 +140,11 @@ def load(folder: Path) -> torch.nn.Module:
     Raises:
         RequestError: weights are missing, too many, or of other shapes.
     """
-    return load_as(folder, read_config(folder), library().AutoModelForCausalLM)
-
-
-def load_as(folder: Path, config: Any, kind: Any, **options: bool) -> torch.nn.Module:
-    """The same as a `kind` of transformers' classes. Raises: as `load`."""
     import torch
 
+    config = read_config(folder)
     try:
-        model, told = kind.from_pretrained(
+        model, told = _auto().AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
@@ -155,7 +152,6 @@ def load_as(folder: Path, config: Any, kind: Any, **options: bool) -> torch.nn.M
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            **options,
         )
     except Exception as error:  # whatever a stranger's file makes it raise
         raise RequestError(f"the weights do not fit the model: {str(error)[:300]}") from None
@@ -172,7 +168,7 @@ def _first(config: Any, names: tuple[str, ...]) -> int:
     return next((value for n in names if isinstance(value := getattr(config, n, None), int)), 0)
 
 
-def library() -> Any:
+def _auto() -> Any:
     """The library's tables, told first that there is no network."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"

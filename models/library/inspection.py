@@ -202,36 +202,21 @@ def _facts_of_safetensors(folder: Path) -> Facts:
 
 def _facts_of_encoder(folder: Path) -> Facts:
     """Headers and tables. Its end token is the one that ends a text."""
-    import torch
+    from aivillage.models.inference import encoder, encoder_files
 
-    from aivillage.models.inference import encoder, encoder_files, safetensors_model
-    from aivillage.models.inference.template_tokenizer import TOKENIZER_BYTES_MAX, read_text
-    from aivillage.models.library.safetensors_file import read_header
-
-    places = [place for path in sorted(folder.glob("*.safetensors")) for place in read_header(path)]
-    config = safetensors_model.any_config(folder)
-    shape = encoder_files.read(folder, config)
-    tokenizer = encoder.tokenizer_of(read_text(folder / "tokenizer.json", TOKENIZER_BYTES_MAX))
-    ids = tokenizer.encode("one look").ids
-    if not ids or max(ids) >= config.vocab_size:
+    shape = encoder_files.read(folder)
+    ids = encoder.tokenizer_of(folder).encode("one look").ids
+    if not ids or max(ids) >= shape.config.vocab_size:
         raise RequestError("the tokenizer's tables do not fit the model")
-    kind, options = encoder.class_of(shape)
-    model = safetensors_model.without_weights(config, kind, **options)
-    parameters = sum(place.count for place in places)
-    wanted = sum(parameter.numel() for parameter in model.parameters())
-    if parameters < wanted:
-        raise RequestError(f"the files hold {parameters:,} weights, the model has {wanted:,}")
-    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     return Facts(
         format="ranker" if shape.ranks else "encoder",
-        architecture=str(config.model_type),
-        parameters=wanted,
-        active_parameters=matrices - sum(table.weight.numel() for table in tables),
-        vocabulary=config.vocab_size,
+        architecture=shape.config.model_type,
+        parameters=shape.parameters,
+        active_parameters=shape.active_parameters,
+        vocabulary=shape.config.vocab_size,
         context_tokens=shape.tokens_max,
         end_token_ids=(ids[-1],),
-        memory_bytes=4 * wanted + 2 * RUNTIME_BYTES,
+        memory_bytes=5 * shape.parameters + RUNTIME_BYTES,
     )
 
 

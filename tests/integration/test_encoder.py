@@ -209,6 +209,7 @@ def test_a_model_of_one_label_reads_query_and_document_together(tmp_path, librar
     [
         ({"ranks": True, "labels": 2}, "one label"),
         ({"pooling": "max"}, "pools by"),
+        ({"vocab_size": 9}, "do not fit"),
     ],
 )
 def test_a_kind_that_is_not_computed_is_refused(tmp_path, library, changes, said):
@@ -231,9 +232,11 @@ def change_config(folder, name, **changes):
     [
         ("modules.json", {"type": "sentence_transformers.models.Dense"}, "'Dense'"),
         ("config.json", {"auto_map": {"AutoModel": "code.Model"}}, "code of the model's own"),
-        ("config.json", {"vocab_size": 9}, "do not fit"),
+        ("config.json", {"vocab_size": 9}, "of shape"),
+        ("config.json", {"hidden_act": "relu"}, "hidden_act"),
+        ("config.json", {"num_attention_heads": 5}, "heads"),
         ("config.json", {"num_hidden_layers": 9}, "weights"),
-        ("config.json", {"hidden_size": 8192, "num_attention_heads": 4}, "numbers"),
+        ("config.json", {"hidden_size": 4_100}, "<= 4096"),
         ("config.json", {"max_position_embeddings": 7}, "max_position"),
     ],
 )
@@ -306,7 +309,8 @@ def test_the_packaged_model_is_what_the_catalogue_says():
     model = catalogue.MODELS[catalogue.EMBEDDER]
     facts = inspection.facts_of(catalogue.weights_path(model))
     assert facts.format == model.format
-    for name in ("parameters", "active_parameters", "vocabulary", "context_tokens"):
+    names = ("parameters", "active_parameters", "vocabulary", "context_tokens", "memory_bytes")
+    for name in names:
         assert getattr(facts, name) == getattr(model, name), name
     assert facts.end_token_ids == (model.end_token_id,)
     read = functools.partial(encoder.Encoder, threads=1)
