@@ -15,7 +15,7 @@ import msgspec
 
 from aivillage.models.library.manifest import Format
 from aivillage.protocols.errors import RequestError
-from aivillage.protocols.ports import ComparedModule, ModelModule, Module
+from aivillage.protocols.ports import ComparedModule, ModelModule, Module, PaidByPartsModule
 
 ENTRY_POINT_GROUP: Final = "aivillage.modules"
 THIRD_PARTY_MAX: Final = 64
@@ -161,6 +161,12 @@ def of_models(operation: str) -> ModelModule:
 def operation_of(kind: Format) -> str:
     """What a model of that format is for, first of all."""
     return next(entry.operation for entry in BUILT_IN.values() if kind in entry.formats)
+
+
+def paid_by_parts(operation: str) -> PaidByPartsModule | None:
+    """Our module of that name, if each of its parts is paid as it comes."""
+    module = built_in(operation)
+    return module if isinstance(module, PaidByPartsModule) else None
 
 
 def compared(operation: str) -> ComparedModule | None:

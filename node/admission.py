@@ -21,6 +21,7 @@ from aivillage.node.fair_queue import WEIGHT_MAX, Ask
 from aivillage.node.gate import Gate
 from aivillage.node.inputs import Inputs
 from aivillage.node.links import Link
+from aivillage.node.part_meter import at_once
 from aivillage.node.places import Places
 from aivillage.node.pricelist import PriceList, listed
 from aivillage.node.resident import kind_of
@@ -105,7 +106,8 @@ class Admission:
         terms = self._terms(operation, link.peer)
         self._gate.require_today(link.peer)
         if not is_paid_as_it_goes(request.operation):
-            self._allowances.require_deliverable(link.peer, price(terms, usage))
+            ahead = at_once(request.operation, request.request, usage)
+            self._allowances.require_deliverable(link.peer, price(terms, ahead))
             self._gate.require_today(link.peer, price(listed(operation), usage))
         ask = self._ask(link.peer, operation, terms, usage, seconds)
         queue = self._places.queue

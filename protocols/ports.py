@@ -424,6 +424,27 @@ class ModelModule(Module, Protocol):
 
 
 @runtime_checkable
+class PaidByPartsModule(Protocol):
+    """A module each of whose parts is some items of its result, and is paid as it comes."""
+
+    def count_part(self, request: Any, part: bytes, first: int) -> int:
+        """How many items `part` has, at least one; those before it are `first`.
+
+        Raises:
+            RequestError: it can be no part of a result that would pass its check.
+        """
+        ...
+
+    def usage_of(self, request: Any, count: int) -> Usage:
+        """Of the first `count` items."""
+        ...
+
+    def dearest_item(self, request: Any) -> Usage:
+        """What has to be deliverable ahead of its pay: of the largest item alone."""
+        ...
+
+
+@runtime_checkable
 class ComparedModule(Protocol):
     """A module whose results are lists of items that any two honest machines agree about."""
 

@@ -34,7 +34,9 @@ TEXTS_BYTES_MAX: Final = 1 << 18
 VECTORS_BYTES_MAX: Final = 1 << 19
 """A request with half of the vectors, and all of them, fit a frame each."""
 PART_TEXTS: Final = 16
-"""So many are lost at most with a machine; each part is stored and hashed."""
+PART_MICRO_CREDITS: Final = 10_000
+"""A part is of no more texts, and of one at least where that alone costs more. It is lost with its
+machine, and delivered ahead of its pay: half of what a village lends by default."""
 BYTES_PER_QUAD: Final = 4
 """As a prompt: texts are priced by quads of their bytes, so whoever pays needs no tokenizer."""
 
@@ -81,9 +83,6 @@ class Encoded(msgspec.Struct, frozen=True, array_like=True):
     cut: tuple[int, ...]
 
 
-NOTHING: Final = Encoded((), ())
-
-
 class Read(NamedTuple):
     """What was computed of a text or a pair. `is_cut`: the model could not read all of it."""
 
@@ -118,32 +117,56 @@ def origin_fault(model: str, weights_sha256: str) -> str:
     return ""
 
 
-def had_before(context: Context, total: int, is_one: Callable[[bytes], bool]) -> Encoded:
-    """What other machines gave already, in order; nothing where any of it can be no such thing.
+def read_part(part: bytes, first: int, total: int, value_fault: Callable[[bytes], str]) -> Encoded:
+    """A part whose first value is the one at `first`, of `total` in all.
 
-    What a liar gave is nothing to go on from, and no reason to fail.
+    Raises:
+        RequestError: it is none, or no result with it would pass its check.
     """
-    try:
-        parts = [unpack(Encoded, body) for body in context.delivered]
-    except RequestError:
-        return NOTHING
-    values = tuple(value for part in parts for value in part.values)
-    cut = tuple(place for part in parts for place in part.cut)
-    is_sound = len(values) <= total and not cut_fault(cut, len(values)) and all(map(is_one, values))
-    return Encoded(values, cut) if is_sound else NOTHING
+    found = unpack(Encoded, part)
+    end = first + len(found.values)
+    if not first < end <= total:
+        raise RequestError(f"a part of {len(found.values)} where {total - first} are left")
+    places = [place - first for place in found.cut]
+    fault = cut_fault(places, len(found.values)) or next(
+        filter(None, map(value_fault, found.values)), ""
+    )
+    if fault:
+        raise RequestError(f"a part is wrong: {fault}")
+    return found
 
 
-def encode(
-    had: Encoded, texts: Sequence[str], read: Callable[[str], Read], context: Context
+def had_before(context: Context, total: int, value_fault: Callable[[bytes], str]) -> Encoded:
+    """What other machines gave already, in order.
+
+    Raises:
+        RequestError: it can be no such thing, or is of another model.
+    """
+    values: list[bytes] = []
+    cut: list[int] = []
+    for body in context.delivered:
+        part = read_part(body, len(values), total, value_fault)
+        values += part.values
+        cut += part.cut
+    return Encoded(tuple(values), tuple(cut))
+
+
+def parts_of(
+    had: Encoded,
+    texts: Sequence[str],
+    costs: Sequence[int],
+    read: Callable[[str], Read],
+    context: Context,
 ) -> Generator[Event, None, Encoded]:
     """Parts of what `texts` give beyond what was had; ends early where it is cancelled.
 
-    Its generator returns all values and cuts.
+    `costs` are their default prices. The generator returns all values and cuts.
     """
     values, cut = [*had.values], [*had.cut]
     while len(values) < len(texts) and not context.cancelled():
         first = len(values)
-        reads = [read(text) for text in texts[first : first + PART_TEXTS]]
+        end = _end_of_part(costs, first)
+        reads = [read(text) for text in texts[first:end]]
         part = Encoded(
             values=tuple(one.value for one in reads),
             cut=tuple(place for place, one in enumerate(reads, first) if one.is_cut),
@@ -153,6 +176,15 @@ def encode(
         yield PartEvent(body=msgspec.msgpack.encode(part))
         yield ProgressEvent(done=len(values), total=len(texts))
     return Encoded(tuple(values), tuple(cut))
+
+
+def _end_of_part(costs: Sequence[int], first: int) -> int:
+    """One after the last text of the part that begins at `first`."""
+    end, cost = first + 1, costs[first]
+    while end < min(len(costs), first + PART_TEXTS) and cost + costs[end] <= PART_MICRO_CREDITS:
+        cost += costs[end]
+        end += 1
+    return end
 
 
 class Embed:
@@ -183,8 +215,22 @@ class Embed:
 
     def meter(self, request: EmbedRequest, result: EmbedResult) -> Usage:
         """Of the texts that have a vector; never looks into one."""
-        done = request.text[: len(result.vectors)]
-        return {"text_quads": sum(quads(len(text.encode())) for text in done)}
+        return self.usage_of(request, len(result.vectors))
+
+    def usage_of(self, request: EmbedRequest, count: int) -> Usage:
+        return {"text_quads": sum(quads(len(text.encode())) for text in request.text[:count])}
+
+    def dearest_item(self, request: EmbedRequest) -> Usage:
+        return {"text_quads": max(quads(len(text.encode())) for text in request.text)}
+
+    def count_part(self, request: EmbedRequest, part: bytes, first: int) -> int:
+        known = catalogue.MODELS.get(request.model)
+
+        def value_fault(value: bytes) -> str:
+            width = known.width if known else len(value) // vectors.FLOAT_BYTES
+            return vectors.fault(value, width)
+
+        return len(read_part(part, first, len(request.text), value_fault).values)
 
     def run(self, request: EmbedRequest, context: Context) -> Iterator[Event]:
         total = len(request.text)
@@ -199,8 +245,10 @@ class Embed:
                 code="TOO_LARGE",
                 next_step="send fewer texts in one job, or a map of several",
             )
-        had = had_before(context, total, lambda value: not vectors.fault(value, width))
-        all_of_it = yield from encode(had, request.text, encoder.vector, context)
+        had = had_before(context, total, lambda value: vectors.fault(value, width))
+        price = token_price(catalogue.known(request.model).active_parameters)
+        costs = [price * quads(len(text.encode())) for text in request.text]
+        all_of_it = yield from parts_of(had, request.text, costs, encoder.vector, context)
         if len(all_of_it.values) < total:
             return
         result = EmbedResult(

@@ -24,11 +24,12 @@ from aivillage.models.inference.embed import (
     Read,
     Text,
     cut_fault,
-    encode,
     guess_seconds,
     had_before,
     origin_fault,
+    parts_of,
     quads,
+    read_part,
     require_bytes,
 )
 from aivillage.protocols.codec import unpack
@@ -111,13 +112,21 @@ class Rerank:
     def estimate(self, request: RerankRequest, machine: Machine) -> tuple[Usage, Seconds]:
         """Exactly this much; the time is a guess."""
         del machine
-        count = _pair_quads(request, len(request.document))
+        count = sum(_pair_sizes(request))
         return {"pair_quads": count}, guess_seconds(count)
 
     def meter(self, request: RerankRequest, result: RerankResult) -> Usage:
         """Query and document together, for each: whoever pays need not know what read them."""
-        count = min(len(result.ranking), len(request.document))
-        return {"pair_quads": _pair_quads(request, count)}
+        return self.usage_of(request, len(result.ranking))
+
+    def usage_of(self, request: RerankRequest, count: int) -> Usage:
+        return {"pair_quads": sum(_pair_sizes(request)[:count])}
+
+    def dearest_item(self, request: RerankRequest) -> Usage:
+        return {"pair_quads": max(_pair_sizes(request))}
+
+    def count_part(self, request: RerankRequest, part: bytes, first: int) -> int:
+        return len(read_part(part, first, len(request.document), _score_fault).values)
 
     def run(self, request: RerankRequest, context: Context) -> Iterator[Event]:
         total = len(request.document)
@@ -133,8 +142,10 @@ class Rerank:
             found = encoder.vector(document)
             return Read(vectors.packed([vectors.dot(asked, found.value)]), found.is_cut)
 
-        had = had_before(context, total, _is_score)
-        all_of_it = yield from encode(had, request.document, read, context)
+        had = had_before(context, total, _score_fault)
+        price = token_price(catalogue.known(request.model).active_parameters)
+        costs = [price * size for size in _pair_sizes(request)]
+        all_of_it = yield from parts_of(had, request.document, costs, read, context)
         if len(all_of_it.values) < total:
             return
         result = RerankResult(
@@ -168,7 +179,7 @@ class Rerank:
         """As many as `part` has, where they stand in the result unchanged."""
         values = unpack(Encoded, part).values
         scores = _by_index(result)
-        if not all(map(_is_score, values)):
+        if any(map(_score_fault, values)):
             return 0
         said = [scores.get(place) for place in range(first, first + len(values))]
         return len(values) if said == [vectors.numbers(value)[0] for value in values] else 0
@@ -182,15 +193,17 @@ def ranked(scores: tuple[bytes, ...]) -> tuple[Ranked, ...]:
     return tuple(sorted(found, key=lambda one: (-one.score, one.index)))
 
 
-def _is_score(value: bytes) -> bool:
-    return (
-        len(value) == vectors.FLOAT_BYTES and abs(vectors.numbers(value)[0]) <= 1 + SCORE_MISS_MAX
-    )
+def _score_fault(value: bytes) -> str:
+    """Why it can be no score; empty: it can."""
+    if len(value) != vectors.FLOAT_BYTES:
+        return "a score of another size"
+    return "" if abs(vectors.numbers(value)[0]) <= 1 + SCORE_MISS_MAX else "a score is none"
 
 
-def _pair_quads(request: RerankRequest, count: int) -> int:
+def _pair_sizes(request: RerankRequest) -> list[int]:
+    """In quads, of each document with the query."""
     query_bytes = len(request.query.encode())
-    return sum(quads(query_bytes + len(text.encode())) for text in request.document[:count])
+    return [quads(query_bytes + len(text.encode())) for text in request.document]
 
 
 def _by_index(result: RerankResult) -> dict[int, float]:

@@ -12,7 +12,7 @@ from aivillage.models.inference.embed import EmbedRequest, EmbedResult, Encoded
 from aivillage.models.inference.rerank import Ranked, RerankRequest, RerankResult
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import RequestError
-from aivillage.protocols.ports import ComparedModule, Machine
+from aivillage.protocols.ports import ComparedModule, Machine, PaidByPartsModule
 from aivillage.protocols.pricing import Terms, price
 
 WIDTH = 384
@@ -239,28 +239,64 @@ class Had:
         self.delivered = bodies
 
 
-def is_unit(value):
-    return not vectors.fault(value, WIDTH)
+def fault(value):
+    return vectors.fault(value, WIDTH)
+
+
+FOUR = EmbedRequest(text=("a", "bcdef", "c", "d"))
 
 
 def test_what_was_delivered_is_gone_on_from():
     bodies = [pack(Encoded((unit(1), unit(2)), (1,))), pack(Encoded((unit(3),), (2,)))]
-    found = embed.had_before(Had(*bodies), 4, is_unit)
+    found = embed.had_before(Had(*bodies), 4, fault)
     assert found == Encoded((unit(1), unit(2), unit(3)), (1, 2))
+    assert embed.MODULE.count_part(FOUR, bodies[0], 0) == 2
+    assert embed.MODULE.count_part(FOUR, bodies[1], 2) == 1
+    assert embed.MODULE.usage_of(FOUR, 2) == {"text_quads": 1 + 2}
+    assert embed.MODULE.dearest_item(FOUR) == {"text_quads": 2}
 
 
 @pytest.mark.parametrize(
     "body",
     [
         b"garbage",
+        pack(Encoded((), ())),
         pack(Encoded((unit(1, 12),), ())),
         pack(Encoded((bytes(4 * WIDTH),), ())),
         pack(Encoded((unit(1),), (7,))),
         pack(Encoded(tuple(map(unit, range(5))), ())),
     ],
+    ids=["garbage", "nothing", "dimension", "no length", "cut", "too many"],
 )
-def test_what_a_liar_delivered_is_nothing_to_go_on_from(body):
-    assert embed.had_before(Had(body), 4, is_unit) == embed.NOTHING
+def test_a_part_that_is_none_is_neither_taken_nor_gone_on_from(body):
+    with pytest.raises(RequestError):
+        embed.MODULE.count_part(FOUR, body, 0)
+    with pytest.raises(RequestError):
+        embed.had_before(Had(body), 4, fault)
+
+
+def test_scores_come_in_parts_too():
+    request = RerankRequest(query="abc", document=("a", "bcdef"))
+    part = pack(Encoded((vectors.packed([0.5]),), ()))
+    assert rerank.MODULE.count_part(request, part, 1) == 1
+    assert rerank.MODULE.dearest_item(request) == {"pair_quads": 2}
+    assert rerank.MODULE.usage_of(request, 1) == {"pair_quads": 1}
+    for wrong in (vectors.packed([1.1]), vectors.packed([math.nan]), vectors.packed([0.1, 0.1])):
+        with pytest.raises(RequestError):
+            rerank.MODULE.count_part(request, pack(Encoded((wrong,), ())), 0)
+    with pytest.raises(RequestError):
+        rerank.MODULE.count_part(request, part, 2)
+
+
+def test_a_part_costs_no_more_than_may_be_lent_unless_one_text_does():
+    costs = [4_000, 4_000, 4_000, 30_000, *([1] * 40)]
+    ends, at = [], 0
+    while at < len(costs):
+        at = embed._end_of_part(costs, at)
+        ends.append(at)
+    assert ends == [2, 3, 4, 20, 36, 44]
+    assert embed._end_of_part([5_000, 5_000], 0) == 2
+    assert embed._end_of_part([5_000, 5_001], 0) == 1
 
 
 # ------------------------------------------------------------------ the table
@@ -273,5 +309,7 @@ def test_operations_of_models_say_which_and_compare_their_results():
     assert registry.formats("mesh.noop") == () == registry.formats("text.unknown")
     for name in ("inference.embed", "inference.rerank"):
         assert isinstance(registry.compared(name), ComparedModule)
+        assert isinstance(registry.paid_by_parts(name), PaidByPartsModule)
     assert registry.compared("inference.generate") is None
+    assert registry.paid_by_parts("mesh.noop") is None
     assert registry.compared("mesh.noop") is None
