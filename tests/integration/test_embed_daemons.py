@@ -25,7 +25,11 @@ FLAGS = ("--set", "heartbeat_seconds=0.5", "--set", "module_workers=1")
 ONLY_BUYS = ("--set", "serve=false", "--set", "verify_percent_max=0")
 PRICE = 22
 SENTENCE = "the hen and the fox went to the market one fine morning. "
-TEXTS = [f"{n}: {SENTENCE * 8}".strip() for n in range(96)]
+TEXTS = [f"{n}: {SENTENCE * 8}".strip() for n in range(48)]
+PART = 3
+"""Texts: what 10,000 micro-credits buy."""
+EXPOSURE = 20_000
+"""What a seller may claim that its buyer had not stored, in micro-credits."""
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +89,10 @@ def test_a_batch_goes_on_at_another_peer_when_its_seller_is_killed(village, want
     ann, bob, cat = village
     before = _spent(cat)
     path = str(_texts(cat))
-    command = cat.spawn("submit", "--json", "inference.embed", "--text-file", path)
-    wait_for(lambda: len(_parts(cat)) >= 2, 40, f"parts came\n{cat.log_end()}")
+    command = cat.spawn(
+        "submit", "--json", "--max-price", "1", "inference.embed", "--text-file", path
+    )
+    wait_for(lambda: len(_parts(cat)) >= 2, 60, lambda: f"parts came\n{cat.log_end()}")
     first = next(node for node in (ann, bob) if node.peer == _parts(cat)[0][0])
     other = bob if first is ann else ann
     first.kill()
@@ -95,13 +101,20 @@ def test_a_batch_goes_on_at_another_peer_when_its_seller_is_killed(village, want
     found = json.loads(out)
     assert found["result"]["vectors"] == wanted, "bit for bit what one seller gives undisturbed"
     parts = _parts(cat)
-    assert [count for _, count in parts] == [16] * 6
+    assert [count for _, count in parts] == [PART] * (len(TEXTS) // PART)
     assert {seller for seller, _ in parts[:2]} == {first.peer}
     assert parts[-1][0] == other.peer, "it went on, and did not begin anew"
-    assert found["receipt"]["price_micro_credits"] == PRICE * _quads(*TEXTS)
+    price = PRICE * _quads(*TEXTS)
+    assert found["receipt"]["price_micro_credits"] == price, "each text once"
+    by_first = PART * sum(seller == first.peer for seller, _ in parts)
+    attempts = cat.read("jobs", "show", found["job"])["attempts"]
+    paid = {attempt["seller"]: attempt["price_micro_credits"] for attempt in attempts}
+    assert paid[first.peer] == PRICE * _quads(*TEXTS[:by_first])
+    assert paid[other.peer] == PRICE * _quads(*TEXTS[by_first:])
     first.restart()
     settled(village, 30)
-    assert _spent(cat) - before == PRICE * _quads(*TEXTS), "paid once, for all of it"
+    # What the first one had sent and the buyer had not stored is claimed, within what it lends.
+    assert price <= _spent(cat) - before <= price + EXPOSURE
 
 
 def test_a_map_of_embeddings_survives_one_of_its_machines(village, wanted):
@@ -111,10 +124,12 @@ def test_a_map_of_embeddings_survives_one_of_its_machines(village, wanted):
     path = cat.data_dir / "lines.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     sold = bob.ask("events")["counts"].get("sale_ended", 0)
-    command = cat.spawn("map", "inference.embed", "--input", str(path), "--json")
+    command = cat.spawn(
+        "map", "inference.embed", "--input", str(path), "--max-price", "1", "--json"
+    )
     wait_for(
         lambda: bob.ask("events")["counts"].get("sale_ended", 0) >= sold + 2,
-        60, f"bob did some\n{cat.log_end()}",
+        60, lambda: f"bob did some\n{cat.log_end()}",
     )  # fmt: skip
     wait_for(lambda: bob.ask("status")["sales_running"] >= 1, 10, "bob works on others")
     bob.kill()
@@ -128,8 +143,7 @@ def test_a_map_of_embeddings_survives_one_of_its_machines(village, wanted):
     assert sum(line["micro_credits"] for line in found["lines"]) == found["micro_credits"] == owed
     bob.restart()
     settled(village, 30)
-    # What bob had done and could not tell any more is claimed by bob: one task at a time.
-    assert owed <= _spent(cat) - before <= owed + 2 * PRICE * _quads(*lines[0]["text"])
+    assert owed <= _spent(cat) - before <= owed + EXPOSURE
 
 
 def test_documents_come_back_best_first_and_paid(village):
