@@ -15,7 +15,8 @@ import msgspec
 
 from aivillage.models.library.manifest import Format
 from aivillage.protocols.errors import RequestError
-from aivillage.protocols.ports import ComparedModule, ModelModule, Module, PaidByPartsModule
+from aivillage.protocols.model_ports import ComparedModule, ModelModule, PaidByPartsModule
+from aivillage.protocols.ports import Module
 
 ENTRY_POINT_GROUP: Final = "aivillage.modules"
 THIRD_PARTY_MAX: Final = 64

@@ -14,7 +14,8 @@ from aivillage.node.jobs import JobRow
 from aivillage.node.verifier import Answer, Finding, Rule, Share, compare
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import RequestError
-from aivillage.protocols.ports import ComparedModule, Module
+from aivillage.protocols.model_ports import ComparedModule
+from aivillage.protocols.ports import Module
 from aivillage.protocols.types import AttemptId, PeerId
 
 

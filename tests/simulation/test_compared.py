@@ -17,6 +17,7 @@ from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.messages import Submit
 from tests.simulation.mesh import open_mesh, settled
 from tests.simulation.scripted import vector_of
+from tests.simulation.test_explain import explained
 
 OPERATION = "inference.embed"
 TEXTS = tuple(f"text {n}" for n in range(6))
@@ -141,6 +142,32 @@ async def test_who_changes_what_another_had_made_is_accused_itself(tmp_path):
         assert (one.script.made, liar.script.made) == (3, 3)
         assert of(buyer, liar).failed == 1
         assert of(buyer, one).failed == 0
+
+
+async def test_each_part_is_paid_once_to_whoever_made_it(tmp_path, capsys):
+    async with village(tmp_path, "one", "two", dearer=True) as (_, buyer, one, two):
+        one.script.die_after = 2
+        running = await bought(buyer)
+        assert said(running) == right()
+        assert (one.script.made, two.script.made) == (2, 4)
+        half = PRICE * 2 // 6
+        await settled(buyer, one, half)
+        await settled(buyer, two, 2 * (PRICE - half))
+        assert running.pursuit.receipt().price_micro_credits == half + 2 * (PRICE - half)
+        code, found = await explained(buyer, running.pursuit.row.id, capsys)
+        assert (code, found["ok"]) == (0, True)
+        sums = [attempt["sum_micro_credits"] for attempt in found["attempts"]]
+        assert sums == [half, 2 * (PRICE - half)]
+
+
+async def test_a_part_of_the_wrong_form_is_refused_as_it_comes(tmp_path):
+    async with village(tmp_path, "liar", "two", dearer=True) as (_, buyer, liar, two):
+        liar.script.vector = lambda n, v: vectors.packed([1.5, *vectors.numbers(v)[1:]])
+        running = await bought(buyer)
+        assert said(running) == right()
+        assert two.script.made == 6, "nothing of it was gone on from"
+        await settled(buyer, liar, 0)
+        await settled(buyer, two, 2 * PRICE)
 
 
 async def test_a_job_that_asks_for_it_is_checked_before_it_is_paid(tmp_path):

@@ -12,7 +12,8 @@ from aivillage.models.inference.embed import EmbedRequest, EmbedResult, Encoded
 from aivillage.models.inference.rerank import Ranked, RerankRequest, RerankResult
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import RequestError
-from aivillage.protocols.ports import ComparedModule, Machine, PaidByPartsModule
+from aivillage.protocols.model_ports import ComparedModule, PaidByPartsModule
+from aivillage.protocols.ports import Machine
 from aivillage.protocols.pricing import Terms, price
 
 WIDTH = 384
