@@ -13,7 +13,6 @@ from typing import Annotated, Final, NamedTuple
 import msgspec
 
 from aivillage.models.inference import catalogue, vectors
-from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import RequestError
 from aivillage.protocols.ports import (
     Context,
@@ -90,6 +89,14 @@ class Read(NamedTuple):
     is_cut: bool
 
 
+def decoded(part: bytes) -> Encoded:
+    """Raises: RequestError: it is no part of such a result."""
+    try:
+        return msgspec.msgpack.decode(part, type=Encoded)
+    except msgspec.DecodeError as error:
+        raise RequestError(f"that is no part of a result: {error}") from None
+
+
 def require_bytes(texts: Sequence[str], more: int = 0) -> None:
     """Raises: ValueError: a text has too many bytes, or all of them and `more` have."""
     sizes = [len(text.encode()) for text in texts]
@@ -123,7 +130,7 @@ def read_part(part: bytes, first: int, total: int, value_fault: Callable[[bytes]
     Raises:
         RequestError: it is none, or no result with it would pass its check.
     """
-    found = unpack(Encoded, part)
+    found = decoded(part)
     end = first + len(found.values)
     if not first < end <= total:
         raise RequestError(f"a part of {len(found.values)} where {total - first} are left")
@@ -278,7 +285,7 @@ class Embed:
 
     def items_of(self, result: EmbedResult, part: bytes, first: int) -> int:
         """As many as `part` has, where they stand in the result unchanged."""
-        values = unpack(Encoded, part).values
+        values = decoded(part).values
         return len(values) if result.vectors[first : first + len(values)] == values else 0
 
 

@@ -18,12 +18,12 @@ from aivillage.models.inference.embed import (
     TEXT_BYTES_MAX,
     TEXTS_MAX,
     Digest,
-    Encoded,
     Kernel,
     ModelName,
     Read,
     Text,
     cut_fault,
+    decoded,
     guess_seconds,
     had_before,
     origin_fault,
@@ -32,7 +32,6 @@ from aivillage.models.inference.embed import (
     read_part,
     require_bytes,
 )
-from aivillage.protocols.codec import unpack
 from aivillage.protocols.ports import (
     Context,
     Event,
@@ -177,7 +176,7 @@ class Rerank:
 
     def items_of(self, result: RerankResult, part: bytes, first: int) -> int:
         """As many as `part` has, where they stand in the result unchanged."""
-        values = unpack(Encoded, part).values
+        values = decoded(part).values
         scores = _by_index(result)
         if any(map(_score_fault, values)):
             return 0
