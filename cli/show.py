@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from aivillage.models.inference.vectors import numbers
+
 _UNSHOWN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -36,6 +38,19 @@ def json_line(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def with_numbers(result: Any) -> Any:
+    """A result whose vectors, if it has any, are lists of numbers; each says its float32."""
+    if not isinstance(result, dict) or not isinstance(result.get("vectors"), (list, tuple)):
+        return result
+    told = [
+        [float(f"{number:.9g}") for number in numbers(vector)]
+        if isinstance(vector, bytes) and len(vector) % 4 == 0
+        else vector
+        for vector in result["vectors"]
+    ]
+    return result | {"vectors": told}
 
 
 def table(

@@ -13,7 +13,9 @@ from typing import Final, Literal, cast
 
 import msgspec
 
+from aivillage.models.library.manifest import Format
 from aivillage.protocols.errors import RequestError
+from aivillage.protocols.model_ports import ComparedModule, ModelModule, PaidByPartsModule
 from aivillage.protocols.ports import Module
 
 ENTRY_POINT_GROUP: Final = "aivillage.modules"
@@ -37,6 +39,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """`check` is as pure and cheap as `meter`: it reads nothing but its two arguments, once."""
     takes_inputs: bool = False
     """A call of it is a session that is fed while it lasts, and paid as it goes; no job alone."""
+    formats: tuple[Format, ...] = ()
+    """Of the models that do it, each at its own price; its module is a `ModelModule`."""
 
 
 BUILT_IN: Final = {
@@ -47,6 +51,19 @@ BUILT_IN: Final = {
             target="aivillage.models.inference.generate:MODULE",
             source="Llama, arXiv 2302.13971; SmolLM2, arXiv 2502.02737",
             has_engine=True,
+            formats=("gguf", "safetensors", "remote"),
+        ),
+        Entry(
+            operation="inference.embed",
+            target="aivillage.models.inference.embed:MODULE",
+            source="Sentence-BERT, arXiv 1908.10084; MiniLM, arXiv 2002.10957",
+            formats=("encoder",),
+        ),
+        Entry(
+            operation="inference.rerank",
+            target="aivillage.models.inference.rerank:MODULE",
+            source="Passage re-ranking with BERT, arXiv 1901.04085",
+            formats=("encoder", "ranker"),
         ),
         Entry(
             operation="inference.stage",
@@ -129,6 +146,34 @@ def takes_inputs(operation: str) -> bool:
     """Whether a call of `operation` is a session that is fed while it lasts."""
     known = BUILT_IN.get(operation)
     return known is not None and known.takes_inputs
+
+
+def formats(operation: str) -> tuple[Format, ...]:
+    """Of the models that do `operation`; none: it needs no model."""
+    known = BUILT_IN.get(operation)
+    return known.formats if known else ()
+
+
+def of_models(operation: str) -> ModelModule:
+    """Our module of an operation that models do."""
+    return cast("ModelModule", load(BUILT_IN[operation].target))
+
+
+def operation_of(kind: Format) -> str:
+    """What a model of that format is for, first of all."""
+    return next(entry.operation for entry in BUILT_IN.values() if kind in entry.formats)
+
+
+def paid_by_parts(operation: str) -> PaidByPartsModule | None:
+    """Our module of that name, if each of its parts is paid as it comes."""
+    module = built_in(operation)
+    return module if isinstance(module, PaidByPartsModule) else None
+
+
+def compared(operation: str) -> ComparedModule | None:
+    """Our module of that name, if two of its results can be held against each other."""
+    module = built_in(operation)
+    return module if isinstance(module, ComparedModule) else None
 
 
 def is_served_by_engine(operation: str) -> bool:

@@ -21,9 +21,10 @@ from aivillage.node.fair_queue import WEIGHT_MAX, Ask
 from aivillage.node.gate import Gate
 from aivillage.node.inputs import Inputs
 from aivillage.node.links import Link
+from aivillage.node.part_meter import at_once
 from aivillage.node.places import Places
 from aivillage.node.pricelist import PriceList, listed
-from aivillage.node.resident import kind_of_model
+from aivillage.node.resident import kind_of
 from aivillage.node.sale import Sale, deadline_seconds
 from aivillage.node.session_sales import is_paid_as_it_goes
 from aivillage.node.steps import StepWriter
@@ -72,7 +73,7 @@ class Admission:
             return []
         known = [info for info in self.known_operations() if info.enabled]
         offered = [info for info in known if self._gate.offers(info.name)]
-        return [x for x in offered if x.models or not registry.is_served_by_engine(x.name)]
+        return [x for x in offered if x.models or not registry.formats(x.name)]
 
     def known_operations(self) -> list[OperationInfo]:
         """Everything installed here, at the owner's prices, switched on or not."""
@@ -105,7 +106,8 @@ class Admission:
         terms = self._terms(operation, link.peer)
         self._gate.require_today(link.peer)
         if not is_paid_as_it_goes(request.operation):
-            self._allowances.require_deliverable(link.peer, price(terms, usage))
+            ahead = at_once(request.operation, request.request, usage)
+            self._allowances.require_deliverable(link.peer, price(terms, ahead))
             self._gate.require_today(link.peer, price(listed(operation), usage))
         ask = self._ask(link.peer, operation, terms, usage, seconds)
         queue = self._places.queue
@@ -123,11 +125,10 @@ class Admission:
     ) -> Ask:
         """A call of so much at most, as the queue sees it."""
         cost = max(1, price(listed(operation), usage))
-        model = operation.models[0].name if operation.models else ""
         return Ask(
             number=self._places.number(),
             peer=peer,
-            kind=kind_of_model(model),
+            kind=kind_of(operation),
             cost=cost,
             weight=self._weight(peer, price(terms, usage), cost),
             guess_seconds=seconds,

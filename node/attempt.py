@@ -27,6 +27,7 @@ from aivillage.node.jobs import Jobs
 from aivillage.node.link import as_error
 from aivillage.node.market import Choice
 from aivillage.node.module_runs import EVENT_BYTES_MIN, RUN_BYTES_MAX
+from aivillage.node.part_meter import PartMeter
 from aivillage.node.verifier import Share
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
@@ -135,6 +136,7 @@ class Attempt:
         self._part_bytes_left = RUN_BYTES_MAX
         self._ended = False
         self._inbox: trio.MemoryReceiveChannel[Frame] | None = None
+        self._parts: PartMeter | None = None
         self._unstored = 0
         self._all_stored = trio.Event()
         self._scope = trio.CancelScope()
@@ -187,6 +189,7 @@ class Attempt:
             self.seller, self.attempt, call.quote_hash, call.ceiling_micro_credits,
             soon=not registry.is_served_by_engine(call.operation),
         )  # fmt: skip
+        self._parts = PartMeter(call.operation, call.request, call.delivered)
         if registry.is_served_by_engine(call.operation):
             self._logprobs = unpack(GenerateRequest, call.request).logprobs
         link.send(call)
@@ -303,13 +306,27 @@ class Attempt:
             if self._part_bytes_left < 0:
                 raise PeerError("more parts than any run may send", code="BAD_REQUEST")
             self._fold(frame.body, frame.hash8)
+            usage = self._counted(frame.body)
             self.output.bodies.append(frame.body)
-            self._keep(frame.body, self.amount)
+            self._keep(frame.body, price_of_rest(self.choice.quote.terms, usage, self.done))
             self._say(frame)
         else:
             raise PeerError(f"{type(frame).__name__} in a call", code="BAD_REQUEST")
 
     # ------------------------------------------------------------------ accepting
+    def _counted(self, part: bytes) -> Usage:
+        """Of all parts, where they are paid as they come.
+
+        Raises:
+            PeerError: it is no part of what was asked for.
+        """
+        assert self._parts is not None, "made before the call went out"
+        try:
+            self._parts.take(part)
+        except RequestError as error:
+            raise PeerError(error.message, code="BAD_REQUEST") from error
+        return self._parts.usage
+
     def _take(self, item: StepItem) -> None:
         output = self.output
         if item.first != len(output.ids):

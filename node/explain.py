@@ -18,6 +18,7 @@ from aivillage.models.inference import stages
 from aivillage.models.inference.generate import BYTES_PER_QUAD, Piece
 from aivillage.models.mesh.fetch import UNIT
 from aivillage.node.jobs import AttemptRow, JobRow
+from aivillage.node.part_meter import PartMeter
 from aivillage.node.pricelist import quote_hash, read_quote
 from aivillage.node.records import work_of
 from aivillage.protocols.codec import unpack
@@ -224,14 +225,29 @@ def _usage(kept: Kept, row: AttemptRow) -> Usage:
         return {UNIT: len(kept.bodies.get(row.id, ()))}
     if row.outcome == "done":
         return _metered(job) if kept.metered is None else kept.metered
+    bodies = kept.bodies.get(row.id, ())
+    if registry.paid_by_parts(job.operation) is not None and (bodies or not row.price):
+        return _parts(kept, row)
     if not registry.is_served_by_engine(job.operation):
         if row.price:
             raise _CannotError("what it delivered is not here any more")
-        return {}  # the parts of a module are paid with its result
-    bodies = kept.bodies.get(row.id, ())
+        return {}  # the parts of other modules are paid with their result
     if row.price and not bodies:
         raise _CannotError("what it delivered was thrown away, so it cannot be counted again")
     return _pieces(bodies, _done(row)) if bodies else {}
+
+
+def _parts(kept: Kept, row: AttemptRow) -> Usage:
+    """Of all parts that were there when the attempt ended, its own the last of them."""
+    found: list[bytes] = []
+    try:
+        for attempt, bodies in kept.bodies.items():
+            found += bodies
+            if attempt == row.id:
+                return PartMeter(kept.job.operation, kept.job.request, found).usage
+    except AivillageError as error:
+        raise _CannotError(f"a stored part cannot be read: {error.message}") from None
+    return {}
 
 
 def needs_a_worker(job: JobRow) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from aivillage.models.inference.generate import MODULE
+from aivillage.models import registry
 from aivillage.node.pricelist import PriceList
 from aivillage.node.shelf import listed_with
 from aivillage.node.warmth import Warm
@@ -26,12 +26,13 @@ class ModelsDesk:
 
     async def on_models(self, _args: dict[str, Any]) -> list[dict[str, Any]]:
         """Every model that is here: price of a token, loaded or not, and why it is not offered."""
-        shelf, info = self._workers.shelf, self._workers.describe(MODULE.name)
+        shelf = self._workers.shelf
         warm = {model.name: model for model in self._workers.warm()}
         sold = {model.name for model in shelf.sold()}
         found = []
         for model in shelf.all():
             why = shelf.why_not(model)
+            info = self._workers.describe(registry.operation_of(model.format))
             terms = self._prices.terms(listed_with(info, [model]))
             found.append(
                 {

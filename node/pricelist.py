@@ -11,8 +11,8 @@ from typing import Final
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from aivillage.models import registry
 from aivillage.models.inference.catalogue import DEFAULT
-from aivillage.models.inference.generate import prices_of
 from aivillage.node.identity import peer_of
 from aivillage.protocols.envelope import seal, unseal
 from aivillage.protocols.errors import PeerError, RefusedError
@@ -124,7 +124,8 @@ def listed_by(quote: Quote, operation: OperationInfo) -> Terms:
     """The default prices of what was quoted, also where its model is not here."""
     if not quote.active_parameters:
         return listed(operation)
-    return Terms(prices_micro_credits=prices_of(quote.active_parameters))
+    module = registry.of_models(operation.name)
+    return Terms(prices_micro_credits=module.prices_of(quote.active_parameters))
 
 
 def read_quote(envelope: bytes, seller: PeerId, operation: str, model: str = "") -> Quote:

@@ -19,6 +19,7 @@ from aivillage.node.choice import Explanation
 from aivillage.node.jobs import JobRow
 from aivillage.node.link import Link
 from aivillage.node.market import Choice, Here, Need
+from aivillage.node.part_meter import PartMeter
 from aivillage.node.pricelist import listed_by
 from aivillage.node.records import work_of
 from aivillage.node.stage_peers import may_be_split
@@ -234,8 +235,10 @@ class Pursuit:
             self.output.read_bytes = 0
 
     def _meter(self, output: Output) -> Usage:
-        """Usage of what the job has so far; a module's parts are priced with its result."""
-        return usage(output.read_bytes, len(output.ids)) if self._is_engine else {}
+        """Usage of what the job has so far; most modules' parts are priced with their result."""
+        if self._is_engine:
+            return usage(output.read_bytes, len(output.ids))
+        return PartMeter(self.row.operation, self.row.request, output.bodies).usage
 
     async def _try(self, choice: Choice, need: Need) -> None:
         """One attempt, to a checked result.

@@ -7,13 +7,12 @@ another, and one that got a new machine begins anew.
 from __future__ import annotations
 
 import time
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import apsw
 import msgspec
 
 from aivillage.models import registry
-from aivillage.models.inference.generate import GenerateRequest
 from aivillage.models.inference.stages import StageRequest
 from aivillage.node.store import Store
 from aivillage.node.store import Work as Writing
@@ -94,8 +93,9 @@ def work_of(operation: str, request: bytes) -> Work:
     Raises:
         RequestError: the request is none of the operation's.
     """
-    if registry.is_served_by_engine(operation):
-        return Work(operation, unpack(GenerateRequest, request).model)
+    if registry.formats(operation):
+        wanted: Any = unpack(registry.of_models(operation).Request, request)
+        return Work(operation, wanted.model)
     if registry.takes_inputs(operation):
         return Work(operation, unpack(StageRequest, request).model)
     return Work(operation)

@@ -12,16 +12,14 @@ import random
 import secrets
 import time
 from collections.abc import Callable
-from itertools import groupby
 from typing import Any, Final
 
-import apsw
 import msgspec
 import trio
 
 from aivillage.models import registry
-from aivillage.models.inference.generate import GenerateRequest, GenerateResult, Piece
-from aivillage.models.inference.logprobs import packed_all
+from aivillage.node import compared
+from aivillage.node.answers import kept_answer, tokens_said
 from aivillage.node.buyer import Buyer
 from aivillage.node.config import Settings
 from aivillage.node.discovery import Candidate
@@ -29,6 +27,7 @@ from aivillage.node.guard import Tasks
 from aivillage.node.jobs import CHECK_OF, JobRow
 from aivillage.node.pursuit import Pursuit
 from aivillage.node.recheck import Again, Rechecked, Rechecks
+from aivillage.node.records import work_of
 from aivillage.node.reputation import Key, Reputation
 from aivillage.node.trade import DoubtfulError, RejectedError, Trade
 from aivillage.node.verifier import (
@@ -37,11 +36,9 @@ from aivillage.node.verifier import (
     Judgement,
     Share,
     Trust,
-    compare,
     judge,
 )
 from aivillage.node.villagers import Villagers
-from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError
 from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 
@@ -111,7 +108,9 @@ class Replicator:
             pursuit.row, pursuit.result, pursuit.spent, is_verified=bool(pursuit.checked),
             maker=pursuit.maker,
         )  # fmt: skip
-        if not registry.is_served_by_engine(pursuit.row.operation) and pursuit.result:
+        operation = pursuit.row.operation
+        is_compared = registry.is_served_by_engine(operation) or compared.is_compared(operation)
+        if not is_compared and pursuit.result:
             sample = msgspec.structs.replace(sample, result=b"")  # not compared, and may be large
         try:
             self._send.send_nowait(sample)
@@ -143,7 +142,7 @@ class Replicator:
         if sample.result is None:
             return
         if sample.maker is None:
-            answer = await self._answer(row, sample.result)
+            answer = await kept_answer(self._trade.jobs, row, sample.result)
         else:
             answer = Answer(token_ids=(), shares=(sample.maker,), result=sample.result)
         keys = _keys(row, answer, [share.seller for share in answer.shares])
@@ -183,48 +182,8 @@ class Replicator:
         Raises:
             Unchecked: nobody can do it again now.
         """
-        answer = await self._answer(row, result)
+        answer = await kept_answer(self._trade.jobs, row, result)
         return await _Check(self, row, 2 * row.ceiling, 0).of(answer)
-
-    async def _answer(self, row: JobRow, result: bytes) -> Answer:
-        """An answer of a job on the mesh, and who made which part of it."""
-        sql = (
-            "SELECT attempt.id, seller, kernel, identical, quote, body FROM delivered"
-            " JOIN attempt ON attempt.id = delivered.attempt WHERE delivered.job = ? ORDER BY seq"
-        )
-
-        def work(db: apsw.Connection) -> list[Any]:
-            found = db.execute(sql, (row.id,)).fetchall()
-            last = "SELECT id, seller, '', '', quote, x'' FROM attempt WHERE job=? AND outcome=?"
-            return found or db.execute(last, (row.id, "done")).fetchall()
-
-        rows = await self._trade.jobs.transaction(work)
-        is_engine = registry.is_served_by_engine(row.operation)
-        shares: list[Share] = []
-        marks: list[bytes] = []
-        first = 0
-        for (attempt, seller, kernel, identical, quote), pieces in groupby(rows, lambda r: r[:5]):
-            parts = [unpack(Piece, piece[5]) for piece in pieces if is_engine and piece[5]]
-            count = sum(len(part.token_ids) for part in parts)
-            marks += [part.fingerprint for part in parts if part.fingerprint]
-            shares.append(
-                Share(
-                    attempt=AttemptId(attempt), seller=PeerId(seller), kernel=kernel,
-                    identical=identical, first=first, count=count, quote=quote,
-                )
-            )  # fmt: skip
-            first += count
-        ids, said = _said(result) if is_engine else ((), b"")
-        made = tuple(share for share in shares if share.count or not is_engine)
-        in_format = is_engine and unpack(GenerateRequest, row.request).format is not None
-        return Answer(
-            token_ids=ids,
-            shares=made,
-            result=result,
-            fingerprints=tuple(marks),
-            logprobs=said,
-            in_format=in_format,
-        )
 
     # ------------------------------------------------------------------ doing it again
     async def recheck(self, row: JobRow, answer: Answer, tried: set[PeerId]) -> Rechecked | None:
@@ -233,7 +192,7 @@ class Replicator:
         A node that serves may load it where nobody else of the class is there.
         """
         model = _model_of(row)
-        if not model or not self._settings.serve:
+        if not model or not self._settings.serve or answer.by_result:
             return None
         is_alone = not (answer.kernel and self.others(row, answer.kernel, tried))
         check = _check_row(row, ceiling=0, local=True)
@@ -250,7 +209,7 @@ class Replicator:
         if result is None:
             await self._note_rejected(check)
             return running.error or JobError("it ended without a result"), spent
-        return await self._answer(check, result), spent
+        return await kept_answer(self._trade.jobs, check, result), spent
 
     async def here_again(self, row: JobRow, kernel: str, *, cold: bool) -> Answer | None:
         """By our own engine, for nothing; None where it is of another class, or not loaded.
@@ -260,6 +219,8 @@ class Replicator:
         model = _model_of(row)
         if not model or not self._settings.serve:
             return None
+        if compared.is_compared(row.operation):
+            return await self._module_again(row)
         if not cold and not self._trade.workers.is_loaded(model):
             return None
         if self._own.get(model, kernel) != kernel:
@@ -275,12 +236,25 @@ class Replicator:
         if running.pursuit.result is None:
             raise running.error or JobError("it ended without a result")
         result = running.pursuit.result
-        ids, said = _said(result)
+        ids, said = tokens_said(result)
         share = Share(
             attempt=AttemptId(b""), seller=self._trade.discovery.peer, kernel=kernel,
             identical="guaranteed", first=0, count=len(ids),
         )  # fmt: skip
         return Answer(token_ids=ids, shares=(share,), result=result, logprobs=said)
+
+    async def _module_again(self, row: JobRow) -> Answer | None:
+        """The same for a module whose results are compared; None where its model is not here."""
+        try:
+            self._trade.workers.describe_for(row.operation, row.request)
+        except AivillageError:
+            return None
+        running = await self._again(_check_row(row, ceiling=0, local=True), None)
+        if running.pursuit.result is None:
+            raise running.error or JobError("it ended without a result")
+        me = self._trade.discovery.peer
+        made = (AttemptId(b""), me, "", "", b"", b"")
+        return compared.answer_of(row.operation, [made], running.pursuit.result)
 
     def others(self, row: JobRow, kernel: str, tried: set[PeerId]) -> list[PeerId]:
         """Who is or may be of that class, in an order that nobody foresees."""
@@ -336,10 +310,11 @@ class _Check:
         self._tried |= {share.seller for share in first.shares}
         if looked := await self._by.recheck(self._row, first, self._tried):
             return await self._rechecked(first, looked)
-        if not first.kernel:
+        if not (first.kernel or first.by_result):
             raise Unchecked("its kernel class guarantees nothing")
         second = await self._another(first.kernel)
-        finding, place = compare(first, second)
+        rule = compared.rule_of(self._row)
+        finding, place = await trio.to_thread.run_sync(rule, first, second)
         if finding == "best effort":
             raise Unchecked(ANOTHER_CLASS)
         if finding == "same":
@@ -368,14 +343,15 @@ class _Check:
                 third = await self._another(first.kernel)
             except Unchecked as nobody:
                 self._by.tell("no_third", job=self._row.id, reason=nobody.message)
-            verdict = judge(first, second, third)
+            rule = compared.rule_of(self._row)
+            verdict = await trio.to_thread.run_sync(judge, first, second, third, rule)
         answers = [answer for answer in (first, second, third) if answer is not None]
         if verdict == "nobody":
             return await self._unsettled(first, second, place, answers)
         wrong, right = (first, second) if verdict == "first" else (second, first)
         loser = wrong.maker_of(place).seller
         (key,) = _keys(self._row, wrong, [loser])
-        reason = f"token {place} is not what {_who(right, self._by.me)} computed"
+        reason = f"{_item(wrong)} {place} is not what {_who(right, self._by.me)} computed"
         if third is not None:
             reason += f", and {_who(third, self._by.me)}"
             self._right(right, third)
@@ -389,7 +365,8 @@ class _Check:
         reputation, row = self._by.reputation, self._row
         keys = self._keys(first) + self._keys(second)
         reputation.change(keys, Trust.after_unsettled)
-        reason = f"token {place} differs from {_who(second, self._by.me)}'s; nobody could decide"
+        whose = f"{_who(second, self._by.me)}'s"
+        reason = f"{_item(first)} {place} differs from {whose}; nobody could decide"
         await reputation.keep_evidence("", row.operation, row.id, reason, *answers)
         self._by.tell("disagreement_unsettled", job=row.id, reason=reason)
         return Verified(said=reason)
@@ -469,8 +446,7 @@ def _seen(trust: Trust) -> Trust:
 
 
 def _model_of(row: JobRow) -> str:
-    is_engine = registry.is_served_by_engine(row.operation)
-    return unpack(GenerateRequest, row.request).model if is_engine else ""
+    return work_of(row.operation, row.request).model
 
 
 def _keys(row: JobRow, answer: Answer, sellers: list[PeerId]) -> list[Key]:
@@ -478,6 +454,10 @@ def _keys(row: JobRow, answer: Answer, sellers: list[PeerId]) -> list[Key]:
     kernels = {share.seller: share.kernel for share in answer.shares}
     model = _model_of(row)
     return [Key(s, row.operation, model, kernels[s]) for s in dict.fromkeys(sellers)]
+
+
+def _item(answer: Answer) -> str:
+    return "item" if answer.by_result else "token"
 
 
 def _who(answer: Answer, me: PeerId) -> str:
@@ -497,9 +477,3 @@ async def open_replicator(
     buyer.verify = functools.partial(require_verified, replicator)
     tasks.serve(replicator.run)
     return replicator
-
-
-def _said(result: bytes) -> tuple[tuple[int, ...], bytes]:
-    """The tokens of an answer, and their log-probabilities as they travel."""
-    found = unpack(GenerateResult, result)
-    return found.token_ids, packed_all(found.logprobs)

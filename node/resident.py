@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 import trio
 
+from aivillage.models import registry
 from aivillage.models import worker_messages as say
 from aivillage.models.inference.catalogue import KnownModel
 from aivillage.node.engines import EngineClient, load_engine
@@ -20,6 +21,7 @@ from aivillage.node.shelf import Shelf
 from aivillage.node.warmth import Use, Warm, bytes_with, slots_that_fit, to_unload, worth
 from aivillage.node.worker_process import WorkerProcess
 from aivillage.protocols.errors import ConfigError, RefusedError, RequestError
+from aivillage.protocols.messages import OperationInfo
 from aivillage.protocols.types import Seconds
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,12 @@ MODEL_KIND: Final = "model:"
 def kind_of_model(name: str) -> str:
     """What calls that one model answers share; of no model: nothing beside the node's slots."""
     return MODEL_KIND + name if name else ""
+
+
+def kind_of(operation: OperationInfo) -> str:
+    """The same for a call of `operation`, as one model does it; modules share the node's slots."""
+    is_engine = registry.is_served_by_engine(operation.name)
+    return kind_of_model(operation.models[0].name) if is_engine and operation.models else ""
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):

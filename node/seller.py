@@ -78,7 +78,8 @@ class Seller:
 
     def free_slots(self) -> int:
         """Calls that would begin at once; of models, of the one that has most room."""
-        kinds = {kind_of_model(m.name) for each in self.operations() for m in each.models}
+        engines = [x for x in self.operations() if registry.is_served_by_engine(x.name)]
+        kinds = {kind_of_model(model.name) for each in engines for model in each.models}
         queue = self.places.queue
         most = max(map(queue.free, kinds), default=queue.bounds.places)
         return min(self.places.free_slots(), most)

@@ -13,9 +13,9 @@ from typing import Final
 
 import msgspec
 
+from aivillage.models import registry
 from aivillage.models.inference import catalogue
 from aivillage.models.inference.catalogue import KnownModel
-from aivillage.models.inference.generate import prices_of
 from aivillage.models.library.store import Library
 from aivillage.protocols.errors import AivillageError, RefusedError
 from aivillage.protocols.messages import OperationInfo
@@ -48,15 +48,21 @@ class Shelf:
         self._look()
         return self._models.get(name)
 
-    def sold(self) -> list[KnownModel]:
-        """Those that can be loaded, as far as is known; at most as many as fit a list."""
-        return [model for model in self.all() if self.why_not(model) is None][:MODELS_MAX]
+    def sold(self, operation: str = "") -> list[KnownModel]:
+        """Those that can be loaded, as far as is known; at most as many as fit a list.
 
-    def require(self, name: str) -> KnownModel:
-        """A model that can be loaded here.
+        With `operation` those that do it.
+        """
+        found = [model for model in self.all() if self.why_not(model) is None]
+        kinds = registry.formats(operation)
+        return [model for model in found if not operation or model.format in kinds][:MODELS_MAX]
+
+    def require(self, name: str, operation: str = "") -> KnownModel:
+        """A model that can be loaded here, and does `operation` where that is said.
 
         Raises:
-            RefusedError: NOT_OFFERED, it is not here; OWNER_LIMIT, it is too large.
+            RefusedError: NOT_OFFERED, it is not here, or for something else; OWNER_LIMIT, it is
+                too large.
             AivillageError: it was found damaged when it was last loaded.
         """
         self._look()
@@ -69,6 +75,12 @@ class Shelf:
             )
         if (why := self.why_not(model)) is not None:
             raise why
+        if operation and model.format not in registry.formats(operation):
+            raise RefusedError(
+                f"{name} is no model for {operation}",
+                code="NOT_OFFERED",
+                next_step=f"it does {registry.operation_of(model.format)}",
+            )
         return model
 
     def why_not(self, model: KnownModel) -> AivillageError | None:
@@ -117,7 +129,7 @@ def listed_with(info: OperationInfo, models: list[KnownModel]) -> OperationInfo:
             context_tokens=model.context_tokens,
             licence=model.licence,
             sha256=model.sha256,
-            prices_micro_credits=prices_of(model.active_parameters),
+            prices_micro_credits=registry.of_models(info.name).prices_of(model.active_parameters),
         )
         for model in models
     )

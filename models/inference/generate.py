@@ -179,6 +179,14 @@ class Generate:
         """Of the default model."""
         return prices_of(catalogue.MODELS[catalogue.DEFAULT].active_parameters)
 
+    def prices_of(self, active_parameters: int) -> dict[str, int]:
+        """As `prices_of`."""
+        return prices_of(active_parameters)
+
+    def require_fits(self, request: GenerateRequest, context_tokens: int) -> None:
+        """As `require_fits`."""
+        require_fits(request, context_tokens)
+
     def estimate(self, request: GenerateRequest, machine: Machine) -> tuple[Usage, Seconds]:
         """At most this much, whichever model it is; an answer may end earlier.
 

@@ -31,6 +31,26 @@ def read_config(folder: Path) -> Any:
         RequestError: it wants foreign code, or no causal language model of transformers has it.
         ConfigError: transformers is not installed.
     """
+    raw = plain_config(folder)
+    kind = raw.get("model_type")
+    auto = _auto()
+    if not isinstance(kind, str) or kind not in auto.CONFIG_MAPPING:
+        raise RequestError(f"transformers has no architecture called {kind!r}")
+    try:
+        config = auto.CONFIG_MAPPING[kind].from_dict(raw)
+    except Exception as error:  # whatever a stranger's values make it raise
+        raise RequestError(f"config.json makes no sense: {str(error)[:300]}") from None
+    if type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RequestError(f"{kind!r} is no language model that answers")
+    return config
+
+
+def plain_config(folder: Path) -> dict[str, Any]:
+    """What config.json says, of a model without code of its own and with plain weights.
+
+    Raises:
+        RequestError: it is another one, or cannot be read.
+    """
     raw = read_json(folder / "config.json")
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).exists() and any(
@@ -44,17 +64,7 @@ def read_config(folder: Path) -> Any:
         raise RequestError(
             "its weights are packed, which is not read here", next_step="pull the unpacked model"
         )
-    kind = raw.get("model_type")
-    auto = _auto()
-    if not isinstance(kind, str) or kind not in auto.CONFIG_MAPPING:
-        raise RequestError(f"transformers has no architecture called {kind!r}")
-    try:
-        config = auto.CONFIG_MAPPING[kind].from_dict(raw)
-    except Exception as error:  # whatever a stranger's values make it raise
-        raise RequestError(f"config.json makes no sense: {str(error)[:300]}") from None
-    if type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RequestError(f"{kind!r} is no language model that answers")
-    return config
+    return raw
 
 
 def end_token_ids(folder: Path, config: Any) -> tuple[int, ...]:

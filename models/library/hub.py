@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
-from aivillage.models.library import manifest as manifests
-from aivillage.models.library.sources import Wanted, chosen
+from aivillage.models.library.sources import Wanted, chosen, named
 from aivillage.protocols.errors import AivillageError, JobError, RequestError
 
 ENDPOINT: Final = "https://huggingface.co"
@@ -81,7 +80,7 @@ def _wanted(told: dict[str, Any]) -> Wanted:
     size = large.get("size", told.get("size"))
     sha256 = str(large.get("sha256", ""))
     return Wanted(
-        name=manifests.require_file_name(str(told["rfilename"])),
+        name=named(str(told["rfilename"])),
         place=str(told["rfilename"]),
         size_bytes=size if type(size) is int and size >= 0 else None,
         sha256=sha256 if re.fullmatch(r"[0-9a-f]{64}", sha256) else "",

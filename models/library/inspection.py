@@ -125,6 +125,10 @@ def facts_of(folder: Path) -> Facts:
     if len(weights) == 1 and not list(folder.glob("*.safetensors")):
         return _facts_of_gguf(weights[0])
     if not weights and list(folder.glob("*.safetensors")):
+        from aivillage.models.inference import encoder_files
+
+        if encoder_files.is_encoder(folder):
+            return _facts_of_encoder(folder)
         return _facts_of_safetensors(folder)
     raise RequestError(
         "a model is one .gguf file, or a folder of .safetensors files with their config.json and "
@@ -193,6 +197,26 @@ def _facts_of_safetensors(folder: Path) -> Facts:
         memory_bytes=4 * wanted
         + safetensors_model.key_value_bytes(config) * context
         + 2 * RUNTIME_BYTES,
+    )
+
+
+def _facts_of_encoder(folder: Path) -> Facts:
+    """Headers and tables. Its end token is the one that ends a text."""
+    from aivillage.models.inference import encoder, encoder_files
+
+    shape = encoder_files.read(folder)
+    ids = encoder.tokenizer_of(folder).encode("one look").ids
+    if not ids or max(ids) >= shape.config.vocab_size:
+        raise RequestError("the tokenizer's tables do not fit the model")
+    return Facts(
+        format="ranker" if shape.ranks else "encoder",
+        architecture=shape.config.model_type,
+        parameters=shape.parameters,
+        active_parameters=shape.active_parameters,
+        vocabulary=shape.config.vocab_size,
+        context_tokens=shape.tokens_max,
+        end_token_ids=(ids[-1],),
+        memory_bytes=5 * shape.parameters + RUNTIME_BYTES,
     )
 
 

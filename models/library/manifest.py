@@ -26,6 +26,7 @@ WEIGHTS: Final = (".gguf", ".safetensors")
 TABLES: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "chat_template.jinja", "model.safetensors.index.json",
+    "modules.json", "sentence_bert_config.json", "pooling.json",
 )  # fmt: skip
 """What belongs to a model beside its weights; nothing that is code, and nothing pickled."""
 ENDPOINT_FILE: Final = "endpoint.json"
@@ -33,7 +34,8 @@ ENDPOINT_FILE: Final = "endpoint.json"
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
-Format = Literal["gguf", "safetensors", "remote"]
+Format = Literal["gguf", "safetensors", "remote", "encoder", "ranker"]
+"""The last two are safetensors that give vectors of texts, or scores of pairs of them."""
 
 
 class ModelFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

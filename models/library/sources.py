@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Final, Protocol
@@ -89,6 +89,19 @@ def parse(text: str, fetch_blob: FetchBlob) -> Source:
     return HubSource(rest)
 
 
+POOLING: Final = ("1_Pooling/config.json", "pooling.json")
+"""Where an encoder's repository has it, and where it lies here: a model is one flat folder."""
+
+
+def named(place: str) -> str:
+    """What a file of a source is called here.
+
+    Raises:
+        RequestError: it does not belong to a model.
+    """
+    return POOLING[1] if place == POOLING[0] else manifests.require_file_name(place)
+
+
 def chosen(names: list[str], where: str) -> list[str]:
     """Of the files of a source those that make one model.
 
@@ -98,7 +111,8 @@ def chosen(names: list[str], where: str) -> list[str]:
     flat = [name for name in names if "/" not in name]
     tensors = [name for name in flat if name.endswith(".safetensors")]
     if tensors:
-        return sorted([*tensors, *(set(manifests.TABLES) & set(flat))])
+        pooling = [name for name in names if name == POOLING[0]]
+        return sorted([*tensors, *(set(manifests.TABLES) & set(flat)), *pooling])
     found = fnmatch.filter(flat, "*.gguf")
     if len(found) == 1:
         return found
@@ -123,18 +137,20 @@ class FileSource:
                 self._paths = [path]
             else:
                 names = [p.name for p in path.iterdir() if p.is_file()]
+                names += [POOLING[0]] if (path / POOLING[0]).is_file() else []
                 self._paths = [path / name for name in chosen(names, str(path))]
             stats = [p.stat() for p in self._paths]
         except OSError as error:
             raise RequestError(f"{path} cannot be read: {error.strerror}") from None
         pairs = zip(self._paths, stats, strict=True)
         self.identity = repr([(p.name, s.st_size, s.st_mtime_ns) for p, s in pairs])
+        self._root = path.parent if self._paths == [path] else path
 
     def files(self, draft: Path | None) -> tuple[Wanted, ...]:
         del draft
         return tuple(
             Wanted(
-                name=manifests.require_file_name(path.name),
+                name=named(path.relative_to(self._root).as_posix()),
                 place=str(path),
                 size_bytes=path.stat().st_size,
             )
@@ -200,10 +216,10 @@ class WheelSource:
                 sizes = {info.filename: info.file_size for info in wheel.infolist()}
         except (OSError, zipfile.BadZipFile) as error:
             raise RequestError(f"the wheel of {self.text} cannot be read: {error}") from None
-        flat = {PurePosixPath(name).name: name for name in sizes}
+        flat = _flat(sizes)
         return tuple(
             Wanted(
-                name=manifests.require_file_name(name),
+                name=named(name),
                 place=flat[name],
                 size_bytes=sizes[flat[name]],
             )
@@ -231,6 +247,15 @@ class WheelSource:
                 why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
                 raise JobError(f"pip cannot fetch {self.text}: {why[:300]}")
         return next(folder.glob("*.whl"))
+
+
+def _flat(names: Iterable[str]) -> dict[str, str]:
+    """What each file of a wheel would be called in a folder of its own; but one is below that."""
+    found = {}
+    for name in names:
+        below = name.endswith("/" + POOLING[0])
+        found[POOLING[0] if below else PurePosixPath(name).name] = name
+    return found
 
 
 class PeerSource:

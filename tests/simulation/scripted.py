@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import msgspec
 import trio
 
-from aivillage.models.inference import catalogue
+from aivillage.models.inference import catalogue, vectors
+from aivillage.models.inference.embed import MODULE as EMBED
+from aivillage.models.inference.embed import EmbedRequest, EmbedResult, Encoded
 from aivillage.models.inference.fingerprint import SPAN_TOKENS_MAX, Fingerprint, in_order, packed
 from aivillage.models.inference.generate import (
     BYTES_PER_QUAD,
@@ -73,6 +75,15 @@ def answer(request: GenerateRequest, key: str = "") -> GenerateResult:
     )
 
 
+def vector_of(text: str) -> bytes:
+    """As long as the default model's, and of unit length."""
+    places = catalogue.MODELS[catalogue.EMBEDDER].width
+    seed = int.from_bytes(text.encode()[:8], "big")
+    numbers = [(seed * (n + 1)) % 97 - 48 for n in range(places)]
+    length = sum(n * n for n in numbers) ** 0.5
+    return vectors.packed(n / length for n in numbers)
+
+
 class Fake(NamedTuple):
     """Another answer than the engine's."""
 
@@ -107,6 +118,10 @@ class Script:
     """What it sends for a token's log-probabilities."""
     is_check_cheap: bool = False
     """Its check looks at what the product's looks at, and at no model."""
+    vector: Callable[[int, bytes], bytes] = lambda _place, value: value
+    """What it says for the vector of the text at a place."""
+    embedded: Callable[[EmbedResult], EmbedResult] = lambda result: result
+    """What it says in the end."""
     load_failure: AivillageError | None = None
     check_failures: list[AivillageError] = field(default_factory=list)
     check_gate: trio.Event | None = None
@@ -274,6 +289,8 @@ class ScriptedWorkers(Workers):
         await trio.lowlevel.checkpoint()
         if self.script.check_failures:
             raise self.script.check_failures.pop(0)
+        if operation == "inference.embed":
+            return EMBED.check(unpack(EmbedRequest, request), unpack(EmbedResult, result))
         if operation == "mesh.noop":
             asked, got = unpack(NoopRequest, request), unpack(NoopResult, result)
             same = got == NoopResult(note=asked.note, parts=asked.parts)
@@ -301,10 +318,38 @@ class ScriptedWorkers(Workers):
         self.describe(operation)
         self.script.open_sessions += 1
         try:
-            async with aclosing(self._noop(unpack(NoopRequest, request), len(delivered))) as events:
+            if operation == "inference.embed":
+                work = self._embed(unpack(EmbedRequest, request), delivered)
+            else:
+                work = self._noop(unpack(NoopRequest, request), len(delivered))
+            async with aclosing(work) as events:
                 yield events
         finally:
             self.script.open_sessions -= 1
+
+    async def _embed(
+        self, request: EmbedRequest, delivered: Sequence[bytes]
+    ) -> AsyncGenerator[Event, None]:
+        """A part for each text, goes on from what was delivered, and sends all of it at the end."""
+        parts = [unpack(Encoded, body) for body in delivered]
+        for place in range(len(parts), len(request.text)):
+            if self.script.pause_at == place:
+                self.script.paused.set()
+                await self.script.go.wait()
+            if self.script.die_after == place:
+                raise JobError("the worker died", code="JOB_FAILED")
+            value = self.script.vector(place, vector_of(request.text[place]))
+            self.script.made += 1
+            parts.append(Encoded((value,), ()))
+            yield PartEvent(body=msgspec.msgpack.encode(parts[-1]))
+        result = EmbedResult(
+            model=request.model,
+            weights_sha256=catalogue.known(request.model).sha256,
+            kernel_class=self.script.kernel_class,
+            dimension=len(vector_of("")) // vectors.FLOAT_BYTES,
+            vectors=tuple(value for part in parts for value in part.values),
+        )
+        yield ResultEvent(body=msgspec.msgpack.encode(self.script.embedded(result)))
 
     async def _noop(self, request: NoopRequest, first: int) -> AsyncGenerator[Event, None]:
         for part in range(first, request.parts):
