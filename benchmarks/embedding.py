@@ -183,8 +183,9 @@ print(json.dumps({"seconds": seconds, "vectors": [found[n] for n in range(len(te
 def bare(texts: list[str], more: list[str] | None = None) -> dict[str, Any]:
     """Vectors of both; the processor time is of `texts` alone."""
     done = subprocess.run(
-        [sys.executable, "-c", _BARE], input=json.dumps([texts, more or []]), capture_output=True, text=True,
-        check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", _BARE], input=json.dumps([texts, more or []]),
+        capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"the bare library failed: {done.stderr[-2000:]}")
