@@ -8,7 +8,7 @@ ledger and checks included. The bare library is transformers' BertModel in a chi
 with the same weights, one thread, in padded batches of 32 sorted by length, before and after, as
 sentence-transformers does it. `ndcg10`: of the mesh's vectors, cosine, binary gains, the first
 judged claims among the documents that they need and others; `ndcg10_reference` of the bare
-library's on the very same. In full, `whole_ndcg10` on the whole collection (by the engine itself:
+library's on the very same. In full, `hotpotqa_ndcg10` on all of that sample (by the engine itself:
 the same bits), beside a figure measured before with other code. `worst_distance_e6`: between the
 two's vectors of one text, in millionths. Without the data, it says so and measures nothing.
 """
@@ -34,9 +34,8 @@ from aivillage.models.inference import vectors
 from aivillage.protocols.messages import Answer
 from tests.integration.daemons import Daemon, Yard
 
-MEASURED_NDCG10 = 0.658
-"""Of the same model in 8 bits (ONNX), title and text, 256 tokens, on the claims that SciFact's
-authors call dev; the claims in the test data are those for training."""
+MEASURED_NDCG10 = 0.7841
+"""Of the same model in 8 bits (ONNX), title and text, 256 tokens, on the same HotpotQA sample."""
 BATCH = 32
 JOBS_QUICK, JOBS = 2, 8
 FLAGS = ("--set", "heartbeat_seconds=0.5", "--set", "module_workers=1")
@@ -76,7 +75,7 @@ def measure(claims: Claims, args: argparse.Namespace) -> None:
     claims.add("ndcg10_reference", same)
     claims.add("ndcg10_over_reference", score / same, at_least=0.995)
     if not args.quick:
-        whole(claims, folder)
+        whole(claims, folder.parent / "hotpotqa")
 
 
 # ------------------------------------------------------------------ the data
@@ -194,20 +193,20 @@ def bare(texts: list[str], more: list[str] | None = None) -> dict[str, Any]:
 
 
 def whole(claims: Claims, folder: Path) -> None:
-    """All of the collection, by the engine."""
+    """All of a collection, by the engine."""
     from aivillage.models.inference.encoder import encoder_of
 
     encoder = encoder_of("all-MiniLM-L6-v2")
     documents, queries, judged = collection(folder, 1_000_000)
     began = time.process_time()
     found = [vectors.numbers(encoder.vector(text).value) for text in documents.values()]
-    claims.add("whole_texts_per_cpu_s", len(found) / (time.process_time() - began))
+    claims.add("engine_texts_per_cpu_s", len(found) / (time.process_time() - began))
     asked = {name: vectors.numbers(encoder.vector(text).value) for name, text in queries.items()}
     score = ndcg10(list(documents), found, asked, judged)
-    claims.note("whole_documents", len(found))
-    claims.note("whole_queries", len(queries))
-    claims.note("measured_before_ndcg10", MEASURED_NDCG10)
-    claims.add("whole_ndcg10", score, at_least=MEASURED_NDCG10 - 0.03)
+    claims.note("hotpotqa_documents", len(found))
+    claims.note("hotpotqa_queries", len(queries))
+    claims.note("hotpotqa_ndcg10_before", MEASURED_NDCG10)
+    claims.add("hotpotqa_ndcg10", score, at_least=MEASURED_NDCG10 - 0.005)
 
 
 if __name__ == "__main__":
