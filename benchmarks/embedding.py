@@ -8,7 +8,7 @@ ledger and checks included. The bare library is transformers' BertModel in a chi
 with the same weights, one thread, in padded batches of 32 sorted by length, before and after, as
 sentence-transformers does it. `ndcg10`: of the mesh's vectors, cosine, binary gains, the first
 judged claims among the documents that they need and others; `ndcg10_reference` of the bare
-library's on the very same. In full, `whole_ndcg10` on the whole collection (by the engine itself:
+library's on the very same. In full, `hotpotqa_ndcg10` on all of that sample (by the engine itself:
 the same bits), beside a figure measured before with other code. `worst_distance_e6`: between the
 two's vectors of one text, in millionths. Without the data, it says so and measures nothing.
 """
@@ -31,13 +31,13 @@ from claims import Claims, main
 from yard import books_exact, known
 
 from aivillage.models.inference import vectors
+from aivillage.protocols.messages import Answer
 from tests.integration.daemons import Daemon, Yard
 
-MEASURED_NDCG10 = 0.658
-"""Of the same model in 8 bits (ONNX), title and text, 256 tokens, on the claims that SciFact's
-authors call dev; the claims in the test data are those for training."""
+MEASURED_NDCG10 = 0.7841
+"""Of the same model in 8 bits (ONNX), title and text, 256 tokens, on the same HotpotQA sample."""
 BATCH = 32
-JOBS_QUICK, JOBS = 3, 8
+JOBS_QUICK, JOBS = 2, 8
 FLAGS = ("--set", "heartbeat_seconds=0.5", "--set", "module_workers=1")
 BUYS = (*FLAGS, "--set", "serve=false", "--set", "ceiling_micro_credits=10000000")
 
@@ -55,18 +55,18 @@ def measure(claims: Claims, args: argparse.Namespace) -> None:
         buyer = yard.daemon("buyer").start("--join", seller.ask("invite")["token"], *BUYS)
         known(buyer, [seller], "inference.embed")
         embedded(buyer, texts[:1], [buyer, seller])  # warm
-        before = bare(texts)
+        sides = [bare(texts, list(queries.values()))]
         ours, cpu_seconds = embedded(buyer, texts, [buyer, seller])
-        after = bare(texts)
+        sides += [] if args.quick else [bare(texts)]
         asked, _ = embedded(buyer, list(queries.values()), [buyer, seller])
         claims.add("books_exact", books_exact([buyer, seller]), at_least=1)
-    mesh, library = count / cpu_seconds, 2 * count / (before["seconds"] + after["seconds"])
+    bare_seconds = sum(side["seconds"] for side in sides) / len(sides)
+    mesh, library = count / cpu_seconds, count / bare_seconds
     claims.add("mesh_texts_per_cpu_s", mesh)
     claims.add("bare_texts_per_cpu_s", library)
     claims.add("mesh_over_bare", mesh / library, at_least=0.85)
-    theirs = before["vectors"]
+    theirs, theirs_asked = sides[0]["vectors"][:count], sides[0]["vectors"][count:]
     claims.add("worst_distance_e6", 1e6 * max(map(math.dist, ours, theirs)), at_most=10)
-    theirs_asked = bare(list(queries.values()))["vectors"]
     score = ndcg10(names, ours, dict(zip(queries, asked, strict=True)), judged)
     same = ndcg10(names, theirs, dict(zip(queries, theirs_asked, strict=True)), judged)
     claims.note("documents", count)
@@ -75,7 +75,7 @@ def measure(claims: Claims, args: argparse.Namespace) -> None:
     claims.add("ndcg10_reference", same)
     claims.add("ndcg10_over_reference", score / same, at_least=0.995)
     if not args.quick:
-        whole(claims, folder)
+        whole(claims, folder.parent / "hotpotqa")
 
 
 # ------------------------------------------------------------------ the data
@@ -130,11 +130,11 @@ def embedded(
     """Vectors, and the processor time of everything that the nodes are."""
     began, found = cpu(nodes), []
     for first in range(0, len(texts), BATCH):
-        job = buyer.submit("inference.embed", text=texts[first : first + BATCH])
-        ended = buyer.job_ended(job, 300)
-        if ended["state"] != "done":
-            raise SystemExit(f"not done: {ended}")
-        found += [list(vectors.numbers(v)) for v in ended["result"]["vectors"]]
+        batch = texts[first : first + BATCH]
+        *_, last = buyer.follow("inference.embed", text=batch)  # asking again and again would cost
+        if not isinstance(last, Answer):
+            raise SystemExit(f"not done: {last}")
+        found += [list(vectors.numbers(v)) for v in last.value["result"]["vectors"]]
     return found, cpu(nodes) - began
 
 
@@ -157,7 +157,7 @@ torch.set_num_threads(1)
 folder = catalogue.weights_path(catalogue.MODELS[catalogue.EMBEDDER])
 model = transformers.BertModel.from_pretrained(folder).eval()
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-texts, found = json.load(sys.stdin), {}
+(texts, more), found = json.load(sys.stdin), {}
 def run(places):
     given = tokenizer([texts[n] for n in places], padding=True, truncation=True, max_length=256,
                       return_tensors="pt")
@@ -172,14 +172,19 @@ order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
 for first in range(0, len(texts), 32):
     run(order[first : first + 32])
 seconds = time.process_time() - began
+texts += more
+for n in range(len(texts) - len(more), len(texts)):
+    run([n])
 print(json.dumps({"seconds": seconds, "vectors": [found[n] for n in range(len(texts))]}))
 """
 
 
-def bare(texts: list[str]) -> dict[str, Any]:
+def bare(texts: list[str], more: list[str] | None = None) -> dict[str, Any]:
+    """Vectors of both; the processor time is of `texts` alone."""
     done = subprocess.run(
-        [sys.executable, "-c", _BARE], input=json.dumps(texts), capture_output=True, text=True,
-        check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", _BARE], input=json.dumps([texts, more or []]),
+        capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"the bare library failed: {done.stderr[-2000:]}")
@@ -188,20 +193,20 @@ def bare(texts: list[str]) -> dict[str, Any]:
 
 
 def whole(claims: Claims, folder: Path) -> None:
-    """All of the collection, by the engine."""
+    """All of a collection, by the engine."""
     from aivillage.models.inference.encoder import encoder_of
 
     encoder = encoder_of("all-MiniLM-L6-v2")
     documents, queries, judged = collection(folder, 1_000_000)
     began = time.process_time()
     found = [vectors.numbers(encoder.vector(text).value) for text in documents.values()]
-    claims.add("whole_texts_per_cpu_s", len(found) / (time.process_time() - began))
+    claims.add("engine_texts_per_cpu_s", len(found) / (time.process_time() - began))
     asked = {name: vectors.numbers(encoder.vector(text).value) for name, text in queries.items()}
     score = ndcg10(list(documents), found, asked, judged)
-    claims.note("whole_documents", len(found))
-    claims.note("whole_queries", len(queries))
-    claims.note("measured_before_ndcg10", MEASURED_NDCG10)
-    claims.add("whole_ndcg10", score, at_least=MEASURED_NDCG10 - 0.03)
+    claims.note("hotpotqa_documents", len(found))
+    claims.note("hotpotqa_queries", len(queries))
+    claims.note("hotpotqa_ndcg10_before", MEASURED_NDCG10)
+    claims.add("hotpotqa_ndcg10", score, at_least=MEASURED_NDCG10 - 0.005)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ except AivillageError as error:
     MISSING = str(error)
 needs_model = pytest.mark.skipif(bool(MISSING), reason=MISSING or "present")
 
+PACKAGED = {m.name for m in catalogue.MODELS.values() if catalogue.is_here(m)}
 PROMPT = "Say hello."
 QUADS = 3
 WIDE = 512
@@ -70,10 +71,10 @@ def test_two_models_are_sold_each_at_its_price_and_neither_outlives_its_files(ya
     ann.start("--set", "models_memory_mb=1300")
     bob = yard.daemon("bob").start("--join", ann.run("invite").out.strip())
     rows = listed(ann)
-    assert set(rows) == {catalogue.DEFAULT, "tiny"}
+    assert set(rows) == {*PACKAGED, "tiny"}
     assert rows["tiny"]["price_micro_credits"] == price
     assert {row["state"] for row in rows.values()} == {"offered"}
-    assert {model["name"] for model in bob.ask("models")} == {catalogue.DEFAULT}
+    assert {model["name"] for model in bob.ask("models")} == PACKAGED
 
     first = buy(bob, "tiny", 8)
     assert first.code == 0, first
@@ -114,7 +115,7 @@ def _what_is_damaged_or_removed_is_not_sold(ann: Daemon, bob: Daemon) -> None:
     assert ann.run("models", "remove", "tiny", "--dry-run").code == 0
     assert "damaged" in why_not(ann, "tiny"), "a dry run removes nothing"
     assert ann.run("models", "remove", "tiny").code == 0
-    assert {model["name"] for model in ann.ask("models")} == {catalogue.DEFAULT}
+    assert {model["name"] for model in ann.ask("models")} == PACKAGED
     assert not (ann.data_dir / "models" / "tiny").exists()
     for _ in range(2):
         again = buy(bob, catalogue.DEFAULT, 2)
@@ -177,7 +178,7 @@ def test_a_pull_that_was_killed_half_way_goes_on_where_it_stopped(yard, tmp_path
         first.communicate()
         hub.let_go.set()
         hub.stop_after, held = None, part.stat().st_size
-        assert listed(ann).keys() <= {catalogue.DEFAULT}
+        assert listed(ann).keys() <= PACKAGED
         (draft,) = ann.read("models", "list")["drafts"]
         assert draft["source"] == f"hf:owner/name@{COMMIT}"
         told = pull(ann, "hf:owner/name", "--name", "halved")
