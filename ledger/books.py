@@ -19,7 +19,7 @@ from aivillage.protocols.types import MicroCredits, PeerId, peer_id, public_key
 from aivillage.protocols.vouchers import GIFT, REFUND, ROUTE, digest, lane_of
 
 APPLICATION_ID: Final = 0x41495642  # "AIVB"
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 NO_ENTRY: Final = bytes(32)
 EVIDENCE_MAX: Final = 16
 """Proofs kept against one payer: the first would do."""

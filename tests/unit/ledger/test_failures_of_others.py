@@ -15,6 +15,7 @@ from aivillage.ledger.compare import compare, view
 from aivillage.ledger.ledger import open_ledger
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.types import AttemptId, peer_id
+from tests.unit.ledger import forging
 from tests.unit.ledger.test_ledger import OUT, QUOTE, until
 
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3)]
@@ -151,24 +152,54 @@ async def test_work_that_only_the_seller_reports_mints_nothing(tmp_path):
         assert owes(books, 0, 1) == owes(books, 1, 0) == 0
 
 
-async def test_who_credits_itself_on_its_own_file_is_believed_by_nobody(tmp_path):
+@pytest.mark.parametrize(("forge", "named"), forging.WAYS, ids=forging.names())
+def test_who_credits_itself_on_its_own_file_is_believed_by_nobody(tmp_path, forge, named):
+    """Every way that its owner has by SQL, without a trigger in the way: the audit names each."""
+    db = forging.seller_book()
+    path = tmp_path / "book.db"
+    path.write_bytes(db.serialize("main"))
+    assert reader.read_audit(path).ok
+    forging.without_triggers(db)
+    forge(db)
+    path.write_bytes(db.serialize("main"))
+    report = reader.read_audit(path)
+    assert not report.ok
+    assert named in report.first_error
+
+
+def corrections():
+    """Those forgeries that need no voucher: the schema alone refuses them."""
+    return [forge for forge, _ in forging.WAYS if forge.__name__ in forging.REFUSED]
+
+
+@pytest.mark.parametrize("forge", corrections())
+def test_a_correction_that_moves_what_it_may_not_is_refused_by_the_database(forge):
+    db = forging.seller_book()
+    before = db.execute("SELECT * FROM bal").fetchall()
+    with pytest.raises(apsw.ConstraintError, match=r"correction|written|given up"), db:
+        forge(db)
+    assert db.execute("SELECT * FROM bal").fetchall() == before
+
+
+async def test_who_leaves_out_its_own_debts_is_shown_them_by_the_other_book(tmp_path):
+    """A book without what it signed is whole in itself; only the peer has the signature."""
     async with village(tmp_path) as books:
         await pay(books, 0, 1, 300)
         await quiet(books)
     db = apsw.Connection(str(tmp_path / "0.db"))
     with pytest.raises(apsw.ConstraintError):
-        db.execute("UPDATE posting SET amount = 1000000 WHERE account = 'peer'")
-    db.execute("UPDATE bal SET amount = 1000000")  # a number beside the entries is easily written
+        db.execute("DELETE FROM voucher_out")
+    forging.without_triggers(db)
+    for table in ("entry", "posting", "voucher_out", "lane_out", "item", "bal", "account"):
+        db.execute(f"DELETE FROM {table}")
+    db.execute("DELETE FROM receipt")
     db.close()
-    report = reader.read_audit(tmp_path / "0.db")
-    assert not report.ok
-    assert report.first_error.startswith("balance of")
-    assert reader.read_audit(tmp_path / "1.db").ok
+    assert reader.read_audit(tmp_path / "0.db").ok
     mine = reader.read(tmp_path / "0.db", view(IDS[1]))
     theirs = reader.read(tmp_path / "1.db", view(IDS[0]))
-    found = compare(theirs, mine)
-    assert not found.agree
-    assert "vouchers give" in found.first
+    for found in (compare(theirs, mine), compare(mine, theirs)):
+        assert not found.agree
+        assert found.differences[0].amount == 300
     assert theirs.balance == 300
 
 
