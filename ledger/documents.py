@@ -15,6 +15,10 @@ from aivillage.protocols.types import Amount, Count, PeerId
 from aivillage.protocols.vouchers import ARREARS, ITEMS_MAX, JOB
 
 VERSION: Final = 1
+VERSION_KEYS: Final = 2
+"""Of a statement in which somebody changed its key: programs that read only 1 say so."""
+SUCCESSIONS_MAX: Final = 64
+"""Changes of one party's key; each costs two signatures' checks. One a month for five years."""
 DOCUMENT_BYTES_MAX: Final = 256 * 2**20
 """Some 380,000 vouchers: half a minute and 1.2 GB of memory to check."""
 SERVICE: Final = (JOB, ARREARS)
@@ -35,11 +39,15 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Unknown fields are refused: what nobody checked must not look as if it were proven."""
 
 
-class Party(_Part, frozen=True, kw_only=True):
-    """The id is a name of the key."""
+class Party(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """The id is a name of the key in force.
+
+    `successions`: the envelopes in which each former key named the next one, the oldest first.
+    """
 
     peer: PeerId
     public_key: Hex32
+    successions: Annotated[tuple[Hex, ...], Meta(max_length=SUCCESSIONS_MAX)] = ()
 
 
 class ShownItem(_Part, frozen=True, kw_only=True, omit_defaults=True):
@@ -153,8 +161,8 @@ def decode_document(encoded: bytes, bytes_max: int = DOCUMENT_BYTES_MAX) -> Docu
     _check_size(len(encoded), bytes_max)
     try:
         head = msgspec.json.decode(encoded, type=_Head)
-        if head.version != VERSION:
-            raise wrong(f"it is of version {head.version}; this program reads {VERSION}")
+        if head.version not in {VERSION, VERSION_KEYS}:
+            raise wrong(f"it is of version {head.version}; this program reads {VERSION_KEYS}")
         document: Document = msgspec.json.decode(encoded, type=Statement | JobStatement)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise wrong(f"it is no statement: {error}") from None

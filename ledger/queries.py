@@ -298,14 +298,17 @@ def _bindings(wanted: Movements, peer: str) -> tuple[Any, ...]:
     return tuple(value for value in values if value is not None)
 
 
+_NAMES: Final = "SELECT peer, peer FROM peer UNION ALL SELECT key_peer, peer FROM peer_key"
+
+
 def find_peer(text: str) -> Query[PeerId]:
-    """The one peer in the book whose id is, or ends with, `text`.
+    """The one peer in the book of whom an id, an earlier or a later one, is or ends with `text`.
 
     Raises:
         RequestError: BAD_REQUEST, there is none, or there are several.
     """
-    rows = yield "SELECT peer FROM peer", ()
-    found = [peer for (peer,) in rows if text and peer.endswith(text)]
+    rows = yield _NAMES, ()
+    found = {peer for name, peer in rows if text and name.endswith(text)}
     if len(found) != 1:
         how = (
             f"{len(found)} peers in the book have ids" if found else "no peer in the book has an id"
@@ -315,4 +318,4 @@ def find_peer(text: str) -> Query[PeerId]:
             code="BAD_REQUEST",
             next_step="`aivillage-node balance --json` lists them in full",
         )
-    return PeerId(found[0])
+    return PeerId(found.pop())

@@ -26,6 +26,10 @@ class Step(NamedTuple):
     proof: bytes
 
     @property
+    def old_key(self) -> bytes:
+        return public_key(self.old)
+
+    @property
     def new_key(self) -> bytes:
         return public_key(self.new)
 
