@@ -10,21 +10,25 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from aivillage.ledger import accusing
 from aivillage.ledger.documents import (
     VERSION,
     VERSION_KEYS,
     Direction,
     Document,
+    Evidence,
     JobProof,
     JobStatement,
     Party,
+    PayerPayee,
+    Proof,
     ShownItem,
     SignedReceipt,
     SignedVoucher,
     Statement,
 )
 from aivillage.ledger.queries import Query, Rows, find_peer
-from aivillage.ledger.statement import PayerPayee, Proof, job_proof, summed, verify_document
+from aivillage.ledger.statement import job_proof, summed, verify_document
 from aivillage.protocols.errors import RequestError
 from aivillage.protocols.types import AttemptId, PeerId, peer_id, public_key
 from aivillage.protocols.vouchers import ID_BYTES, Item, Verify, digest
@@ -94,6 +98,11 @@ class _Pair(NamedTuple):
     @property
     def version(self) -> int:
         return VERSION_KEYS if any(party.successions for party in self.parties) else VERSION
+
+    def alone(self) -> _Pair:
+        """This book's own node on both sides."""
+        own, keys = self.parties[0], self.keys[0]
+        return self._replace(parties=(own, own), keys=(keys, keys))
 
     def payer_and_payee(self, *, mine: bool) -> PayerPayee:
         issuer, peer = self.keys
@@ -193,8 +202,49 @@ def job_statement(
     return Issued(document, verify_document(document, verify))
 
 
+def evidence(text: str, issued_ms: int, verify: Verify) -> Query[list[Issued]]:
+    """What this book holds against `text` (a peer's id, or the end of it), or against everybody.
+
+    Raises:
+        RequestError: BAD_REQUEST, no single peer is named so.
+        StatementError: the book is damaged; an audit says where.
+    """
+    own = yield "SELECT public_key FROM identity", ()
+    mine = {peer_id(key) for (key,) in own}
+    peers = [peer for (peer,) in (yield accusing.ACCUSED, ())]
+    if text and not any(name.endswith(text) for name in mine):
+        peers = [(yield from find_peer(text))]
+    elif text:
+        peers = [peer for peer in peers if peer in mine]
+    found = []
+    for peer in peers:
+        rows = yield accusing.KEPT, (peer,)
+        pair = yield from _known_pair(peer)
+        if peer in mine:
+            pair = pair.alone()
+        if rows:
+            found.append(_accused(pair, rows, issued_ms, verify))
+    return found
+
+
+def _accused(pair: _Pair, rows: Rows, issued_ms: int, verify: Verify) -> Issued:
+    issuer, other = pair.parties
+    document = Evidence(
+        version=pair.version,
+        issuer=issuer,
+        peer=other,
+        issued_ms=issued_ms,
+        proofs=[accusing.as_bodies(row) for row in rows],
+    )
+    return Issued(document, verify_document(document, verify))
+
+
 def _pair(text: str) -> Query[_Pair]:
     peer = yield from find_peer(text)
+    return (yield from _known_pair(peer))
+
+
+def _known_pair(peer: PeerId) -> Query[_Pair]:
     own = yield "SELECT public_key, proof FROM identity ORDER BY n", ()
     later = yield "SELECT key_peer, proof FROM peer_key WHERE peer = ? ORDER BY n", (peer,)
     theirs = [(public_key(peer), None), *((public_key(name), proof) for name, proof in later)]

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
+from aivillage.ledger.accusing import verify_evidence
 from aivillage.ledger.documents import (
     SERVICE,
     SUCCESSIONS_MAX,
@@ -19,10 +20,14 @@ from aivillage.ledger.documents import (
     VERSION_KEYS,
     Direction,
     Document,
+    Evidence,
     JobProof,
     JobStatement,
+    Keys,
     LaneTotal,
     Party,
+    PayerPayee,
+    Proof,
     ShownItem,
     SignedReceipt,
     SignedVoucher,
@@ -46,20 +51,6 @@ from aivillage.protocols.vouchers import (
     voucher_prefixed,
 )
 
-Keys: TypeAlias = tuple[bytes, ...]
-"""All keys that one party ever had, the one in force first."""
-PayerPayee: TypeAlias = tuple[Keys, Keys]
-
-
-class Proof(msgspec.Struct, frozen=True, kw_only=True):
-    """What a verified document proves, in words. `amount`: its net, or the job's price."""
-
-    issuer: PeerId
-    peer: PeerId
-    amount: int
-    proven: str
-    not_proven: str
-
 
 def verify_document(document: Document, verify: Verify) -> Proof:
     """What `document` proves. `verify` must be the real thing.
@@ -68,11 +59,14 @@ def verify_document(document: Document, verify: Verify) -> Proof:
         StatementError: the first thing in it that is wrong.
     """
     issuer, peer = (keys_of(party) for party in (document.issuer, document.peer))
-    if {*issuer} & {*peer}:
+    is_evidence = isinstance(document, Evidence)
+    if {*issuer} & {*peer} and not (is_evidence and document.issuer == document.peer):
         raise wrong("it is about one peer alone")
     changed = len(issuer) + len(peer) > 2
     if changed != (document.version == VERSION_KEYS):
         raise wrong(f"version {document.version} is not the one of a statement with these keys")
+    if isinstance(document, Evidence):
+        return verify_evidence(document, (issuer, peer), verify)
     if isinstance(document, Statement):
         return _verify_pair(document, (issuer, peer), verify)
     return _verify_job(document, (issuer, peer), verify)
