@@ -14,7 +14,7 @@ import msgspec
 from aivillage.ledger.books import entry_hash
 from aivillage.ledger.queries import Query
 from aivillage.ledger.tally import Tally, WrongError
-from aivillage.protocols.vouchers import ID_BYTES, digest
+from aivillage.protocols.vouchers import ID_BYTES, VoucherBody, digest
 
 PAGE: Final = 2000
 _ENTRIES: Final = """
@@ -23,11 +23,6 @@ _ENTRIES: Final = """
       WHEN e.kind IN ('pay', 'recover-pay') THEN (SELECT body FROM voucher_out v
         WHERE v.peer = e.peer AND v.lane = e.lane AND v.n = e.n)
       ELSE (SELECT body FROM voucher_in v
-        WHERE v.peer = e.peer AND v.lane = e.lane AND v.n = e.n) END,
-    CASE WHEN e.lane = x'' THEN 0
-      WHEN e.kind IN ('pay', 'recover-pay') THEN (SELECT cum FROM voucher_out v
-        WHERE v.peer = e.peer AND v.lane = e.lane AND v.n = e.n)
-      ELSE (SELECT cum FROM voucher_in v
         WHERE v.peer = e.peer AND v.lane = e.lane AND v.n = e.n) END
   FROM entry e WHERE e.seq > ? ORDER BY e.seq LIMIT ?
 """
@@ -41,6 +36,7 @@ _FOR: Final = {
     "out": frozenset({"spent", "routed", "gift"}),
     "in": frozenset({"earned", "routed", "gift"}),
 }
+_body: Final = msgspec.msgpack.Decoder(VoucherBody)
 _memo: Final = msgspec.msgpack.Decoder(tuple[int, str, str, str])
 
 Leg = tuple[str, bytes | None, int]
@@ -58,7 +54,6 @@ class _Entry(NamedTuple):
     hash: bytes
     cause: bytes | None
     """Its memo, or the voucher of its place; compaction may have dropped the latter."""
-    cum: int | None
 
 
 def entries(tally: Tally) -> Query[None]:
@@ -149,8 +144,8 @@ def _check_cause(signed: tuple[int, int], entry: _Entry, booked: int, *, is_last
             raise ValueError("the voucher behind it is missing")
         if booked > signed[1]:
             raise ValueError(f"books more than was signed: {booked}, of {signed[1]}")
-    elif is_last and booked != entry.cum:
-        raise ValueError(f"its voucher says {entry.cum} in all, the entries of its lane {booked}")
+    elif is_last and booked != (cum := _body.decode(entry.cause).cum):
+        raise ValueError(f"its voucher says {cum} in all, the entries of its lane {booked}")
 
 
 # ------------------------------------------------------------------ by my own word
