@@ -129,3 +129,27 @@ def test_an_audit_names_who_contradicted_itself(tmp_path, capsys):
     db.execute("VACUUM INTO ?", (str(tmp_path / "ledger.db"),))
     assert cli.main(["audit", "--data-dir", str(tmp_path)]) == 0
     assert f"{BUYER[-8:]} contradicted itself: 1 proof\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("written", "pool"), [("", 0), ("stranger_pool_micro_credits = 700\n", 700)]
+)
+def test_a_balance_without_a_daemon_knows_the_pool_of_the_strangers(
+    tmp_path, capsys, written, pool
+):
+    db = book(B)
+    take(db, forged(1, 20, item(1, 20)))  # of a stranger
+    db.execute("VACUUM INTO ?", (str(tmp_path / "ledger.db"),))
+    (tmp_path / "config.toml").write_text(written)
+    assert cli.main(["balance", "--json", "--data-dir", str(tmp_path)]) == 0
+    (stranger,) = json.loads(capsys.readouterr().out)["peers"]
+    assert (stranger["known"], stranger["line"], stranger["exposure"]) == (False, pool, pool)
+
+
+def test_a_balance_without_a_daemon_goes_by_the_environment_too(tmp_path, capsys, monkeypatch):
+    db = book(B)
+    take(db, forged(1, 20, item(1, 20)))
+    db.execute("VACUUM INTO ?", (str(tmp_path / "ledger.db"),))
+    monkeypatch.setenv("AIVILLAGE_STRANGER_POOL_MICRO_CREDITS", "900")
+    assert cli.main(["balance", "--json", "--data-dir", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["peers"][0]["line"] == 900
