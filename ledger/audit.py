@@ -123,11 +123,6 @@ _SERVICE = """
       WHERE i.mine = 0 AND i.peer = l.peer AND i.lane = l.lane AND i.kind IN (0, 2)) END
   LIMIT 1
 """
-_SERVICE_OUT = """
-  SELECT l.peer, l.lane FROM lane_out l WHERE l.service > (SELECT coalesce(sum(i.amount), 0)
-    FROM item i WHERE i.mine = 1 AND i.peer = l.peer AND i.lane = l.lane AND i.kind IN (0, 2))
-  LIMIT 1
-"""
 _ARREARS = """
   SELECT p.peer FROM peer p WHERE p.arrears > 0 AND p.arrears > (SELECT coalesce(sum(i.amount), 0)
     FROM item i WHERE i.mine = 1 AND i.peer = p.peer AND i.kind = 2) LIMIT 1
@@ -214,8 +209,6 @@ def _counters() -> Query[None]:
         raise WrongError(f"lane {lane.hex()} of {peer}: its items do not add up")
     for (peer,) in (yield _PAID, ()):
         raise WrongError(f"peer {peer}: what counts as paid is not what its lanes say")
-    for peer, lane in (yield _SERVICE_OUT, ()):
-        raise WrongError(f"lane {lane.hex()} of {peer}: more counts as pay than its items say")
     for (peer,) in (yield _ARREARS, ()):
         raise WrongError(f"peer {peer}: more counts as arrears than was signed")
     for (peer,) in (yield _FORGIVEN, ()):

@@ -30,8 +30,8 @@ INSERT INTO boot SELECT * FROM old_boot ORDER BY epoch;
 INSERT INTO peer(peer, known, line, exposure, certified_line, certified_exposure, received_line,
   received_exposure, epoch, reserved, paid, written_off, arrears, allowance_ms, healed_ms)
 SELECT peer, known, line, exposure, CASE known WHEN 1 THEN line END,
-  CASE known WHEN 1 THEN exposure END, received_line, received_exposure, epoch, reserved, paid,
-  written_off, arrears, allowance_ms, healed_ms FROM old_peer;
+  CASE known WHEN 1 THEN exposure END, received_line, received_exposure, epoch,
+  max(reserved, written_off), paid, written_off, arrears, allowance_ms, healed_ms FROM old_peer;
 INSERT INTO posting SELECT * FROM old_posting;
 INSERT INTO entry SELECT * FROM old_entry ORDER BY seq;
 INSERT INTO receipt SELECT * FROM old_receipt;
@@ -54,6 +54,7 @@ _FROM_2: Final = """
 INSERT INTO favour_sum SELECT mine, peer, sum(worth) FROM favour GROUP BY mine, peer;
 UPDATE lane_out AS l SET confirmed = coalesce((SELECT max(v.cum) FROM voucher_out v
   WHERE v.peer = l.peer AND v.lane = l.lane AND v.receipt IS NOT NULL), 0);
+UPDATE peer SET reserved = written_off WHERE reserved < written_off;
 """
 _OWN_KEY: Final = "SELECT public_key FROM identity ORDER BY n DESC LIMIT 1"
 _PROOFS: Final = "SELECT id, payer, first_body FROM evidence"

@@ -278,11 +278,6 @@ def a_transfer_given_up_and_hidden(db):
     db.execute("DELETE FROM route")
 
 
-def a_transfer_that_counts_as_pay(db):
-    _send(db, 5)
-    db.execute("UPDATE route SET state = 'open'; UPDATE lane_out SET service = cum")
-
-
 def a_payment_of_a_cost(db):
     legs = (("writeoff", None, -9), ("unlabelled", None, 9))
     append(db, BUYER, WALLET.lane, 2, "receive", legs)
@@ -370,7 +365,6 @@ WAYS = [
     (a_write_off_of_a_transfer, "entry 6: is no write-off"),
     (a_transfer_given_up_for_nothing, f"transfer {XID.hex()}: 0 are booked as given up, and 5"),
     (a_transfer_given_up_and_hidden, f"entry 6: transfer {XID.hex()}: 5 are booked as given up"),
-    (a_transfer_that_counts_as_pay, "more counts as pay than its items say"),
     (a_payment_of_a_cost, "entry 5: moves writeoff, which no voucher does"),
     (a_payment_taken_back, "entry 5: takes back what was signed"),
     (a_dropped_voucher_that_said_more, "entry 2: books more than was signed: 1000010, of 95"),
