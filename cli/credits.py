@@ -22,7 +22,7 @@ from aivillage.protocols.errors import EXIT_AUDIT, EXIT_OK, RequestError
 from aivillage.protocols.types import as_credits
 
 if TYPE_CHECKING:
-    from aivillage.ledger.queries import HistoryRow
+    from aivillage.ledger.queries import Balance, HistoryRow
 
 _COLUMNS: Final = ("seq", "at", "kind", "peer", "account", "attempt", "amount_micro_credits")
 
@@ -37,14 +37,22 @@ def _ask(args: argparse.Namespace, what: str, read: Callable[[], Any]) -> Any:
 
 
 def balance(args: argparse.Namespace) -> int:
-    from aivillage.ledger import reader
-
-    found = _ask(args, "balance", lambda: reader.read_balance(places(args).ledger))
+    found = _ask(args, "balance", lambda: _read_balance(args))
     if args.json:
         show.as_json(found)
         return 0
     show_balance(found)
     return 0
+
+
+def _read_balance(args: argparse.Namespace) -> Balance:
+    """From the file, with the strangers' pool that a daemon would have here."""
+    from aivillage.ledger import reader
+    from aivillage.node import config
+
+    where = places(args)
+    settings, _ = config.load(where.data_dir, {})
+    return reader.read_balance(where.ledger, settings.stranger_pool_micro_credits)
 
 
 def settle(args: argparse.Namespace) -> int:
@@ -149,9 +157,7 @@ def audit(args: argparse.Namespace) -> int:
 
 def _name_liars(args: argparse.Namespace) -> None:
     """A book can be right about somebody who is not."""
-    from aivillage.ledger import reader
-
-    found = _ask(args, "balance", lambda: reader.read_balance(places(args).ledger))
+    found = _ask(args, "balance", lambda: _read_balance(args))
     for peer in found["peers"]:
         if peer["proofs"]:
             print(f"{show.short(peer['peer'])} {proofs(peer)}")

@@ -375,12 +375,16 @@ def _proof_commands(command: Command) -> None:
     verify = command(
         "verify-statement",
         "aivillage.cli.statement:verify_statement",
-        "check a statement; needs no node. Exit 7 if it is wrong",
+        "check a statement or evidence; needs no node. Exit 7 if it is wrong",
     )
     verify.add_argument("file", help="a statement; - is standard input")
+    evidence = command(
+        "evidence", "aivillage.cli.statement:evidence", "who contradicted itself in writing"
+    )
+    evidence.add_argument("--peer", metavar="ID", default="", help="one payer only (id or its end)")
     export = command("export", "aivillage.cli.export:export", "the book for other programs")
     export.add_argument("--beancount", action="store_true", required=True, help="as its journal")
-    for action in (statement, export):
+    for action in (statement, evidence, export):
         action.add_argument("--output", metavar="FILE", help="write here, not to standard output")
 
 

@@ -1,4 +1,4 @@
-"""statement, verify-statement: what the book proves to others, and what theirs prove to us."""
+"""statement, evidence, verify-statement: what books prove to others, ours and theirs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from aivillage.cli.output import writing
 from aivillage.ledger import issuing, reader
 from aivillage.ledger.documents import (
     DOCUMENT_BYTES_MAX,
+    Evidence,
+    Proof,
     StatementError,
     decode_document,
     encode_document,
 )
 from aivillage.ledger.issuing import Issued
-from aivillage.ledger.statement import Proof, verify_document
+from aivillage.ledger.statement import verify_document
 from aivillage.protocols.envelope import is_signed_by
 from aivillage.protocols.errors import RequestError
 
@@ -63,6 +65,52 @@ def _issued(args: argparse.Namespace) -> Issued:
     attempts = attempts_of(where.jobs, job)
     query = issuing.job_statement(args.peer, job, attempts, now_ms, is_signed_by)
     return reader.read(where.ledger, query)
+
+
+def evidence(args: argparse.Namespace) -> int:
+    """Each proof with both bodies and signatures; the document about one payer can be checked."""
+    if args.output and not args.peer:
+        raise RequestError(
+            "a document is about one payer", code="BAD_REQUEST", next_step="name it with --peer"
+        )
+    now_ms = time.time_ns() // 1_000_000
+    query = issuing.evidence(args.peer, now_ms, is_signed_by)
+    found = reader.read(places(args).ledger, query)
+    if args.peer and args.output:
+        _write_evidence(args, found)
+    elif args.json:
+        documents = [msgspec.to_builtins(document) for document, _ in found]
+        show.as_json(documents[0] if args.peer and documents else documents)
+    else:
+        _show_evidence(found)
+    return 0
+
+
+def _write_evidence(args: argparse.Namespace, found: list[Issued]) -> None:
+    if not found:
+        raise RequestError(
+            f"this book holds nothing against {args.peer!r}",
+            code="BAD_REQUEST",
+            next_step="`aivillage-node evidence` lists what it holds",
+        )
+    ((document, proof),) = found
+    with writing(args.output) as file:
+        file.write(encode_document(document).decode())
+    if args.json:
+        show.as_json({"path": args.output} | msgspec.to_builtins(proof))
+    else:
+        print(f"{args.output}: whoever has it can check it with: {_VERIFY} {args.output}")
+
+
+def _show_evidence(found: list[Issued]) -> None:
+    for document, proof in found:
+        assert isinstance(document, Evidence)
+        print(f"{proof.proven}.")
+        for number, signed in enumerate(document.proofs, 1):
+            print(f"  {number}  {signed.first_body}  signed {signed.first_signature}")
+            print(f"     {signed.second_body}  signed {signed.second_signature}")
+    if not found:
+        show.note("Nobody contradicted itself in writing, as far as this book knows.")
 
 
 def verify_statement(args: argparse.Namespace) -> int:

@@ -1,8 +1,9 @@
 """The audit: recomputes everything that can be recomputed, and names the first thing wrong.
 
-Hash chain, postings, balances, every signature, roots, monotone lanes, items, what counts as
-paid. Reads in pages, so that memory does not grow with the book: what explains an entry is
-looked up beside it. Signatures are a pass of their own, and nine tenths of the time.
+Hash chain, postings, every signature (of keys, vouchers, receipts and proofs), what each entry
+rests on, balances, monotone lanes, items, what counts as paid and as confirmed. docs/security.md
+says which columns are a node's own memory only. Reads in pages, so that memory does not grow with
+the book. `signatures.py` has the passes over what was signed, `walk.py` that over the entries.
 """
 
 from __future__ import annotations
@@ -12,42 +13,13 @@ from typing import Any, Final
 
 import msgspec
 
-from aivillage.ledger.books import entry_hash
+from aivillage.ledger import signatures, walk
 from aivillage.ledger.queries import Query
-from aivillage.ledger.signing import verified_receipt, verified_voucher
-from aivillage.protocols.errors import PeerError
-from aivillage.protocols.types import public_key
-from aivillage.protocols.vouchers import (
-    Item,
-    Receipt,
-    Verify,
-    Voucher,
-    digest,
-)
+from aivillage.ledger.tally import Tally, WrongError
+from aivillage.protocols.vouchers import Item, Verify, digest
 
 _PAGE: Final = 2000
 _items: Final = msgspec.msgpack.Decoder(tuple[Item, ...])
-
-
-_VOUCHERS: Final = {
-    "in": "SELECT rowid, peer, lane, n, cum, body, signature, items FROM voucher_in"
-    " WHERE rowid > ? ORDER BY rowid LIMIT ?",
-    "out": "SELECT rowid, peer, lane, n, cum, body, signature, items FROM voucher_out"
-    " WHERE rowid > ? ORDER BY rowid LIMIT ?",
-}
-_RECEIPTS: Final = "SELECT id, peer, body, signature FROM receipt WHERE id > ? ORDER BY id LIMIT ?"
-_ENTRIES: Final = """
-  SELECT e.seq, e.at_ms, e.kind, e.peer, e.lane, e.n, e.body_hash, e.prev, e.hash,
-    CASE WHEN e.lane = x'' THEN (SELECT body FROM memo WHERE hash = e.body_hash)
-      WHEN e.kind IN ('pay', 'recover-pay') THEN (SELECT body FROM voucher_out v
-        WHERE v.peer = e.peer AND v.lane = e.lane AND v.n = e.n)
-      ELSE (SELECT body FROM voucher_in v
-        WHERE v.peer = e.peer AND v.lane = e.lane AND v.n = e.n) END
-  FROM entry e WHERE e.seq > ? ORDER BY e.seq LIMIT ?
-"""
-_LEGS: Final = """
-  SELECT seq, account, attempt, amount FROM posting WHERE seq BETWEEN ? AND ? ORDER BY seq, leg
-"""
 _LANES: Final = {
     "in": "SELECT peer, lane, n, cum FROM lane_in",
     "out": "SELECT peer, lane, n, cum FROM lane_out",
@@ -64,45 +36,30 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True):
     first_error: str = ""
 
 
-class _WrongError(Exception):
-    """The book contradicts itself here."""
-
-
-class _Tally:
-    """What has been seen so far."""
-
-    def __init__(self) -> None:
-        self.entries = self.vouchers = self.receipts = 0
-        self.prev = bytes(32)
-        self.mine: tuple[bytes, ...] = ()
-        self.theirs: dict[str, tuple[bytes, ...]] = {}
-        self.routed: dict[bytes, int] = {}
-        self.sums: dict[str, int] = {}
-        self.balances: dict[str, int] = {}
-        self.cums: dict[tuple[str, str, bytes], tuple[int, int]] = {}
-
-
 def audit(verify: Verify, passed: Callable[[str], None] = lambda name: None) -> Query[AuditReport]:
     """Checks the whole book. `verify` must be the real thing; `passed` hears of each pass's end."""
-    tally = _Tally()
+    tally = Tally()
     passes: dict[str, Query[None]] = {
-        "keys": _keys(tally),
-        "vouchers in": _vouchers(tally, verify, "in"),
-        "vouchers out": _vouchers(tally, verify, "out"),
-        "receipts": _receipts(tally, verify),
+        "keys": signatures.keys(tally),
+        "vouchers in": signatures.vouchers(tally, verify, "in"),
+        "vouchers out": signatures.vouchers(tally, verify, "out"),
+        "receipts": signatures.receipts(tally, verify),
+        "proofs": signatures.proofs(tally, verify),
         "memos": _memos(),
-        "entries": _entries(tally),
+        "entries": walk.entries(tally),
         "balances": _balances(tally),
         "lanes": _lanes(tally),
         "transfers": _transfers(tally),
+        "items": _signed_items(),
         "counters": _counters(),
+        "confirmed": _confirmed(tally),
     }
     error = ""
     try:
         for name, check in passes.items():
             yield from check
             passed(name)
-    except _WrongError as wrong:
+    except WrongError as wrong:
         error = str(wrong)
     return AuditReport(
         ok=not error,
@@ -113,159 +70,45 @@ def audit(verify: Verify, passed: Callable[[str], None] = lambda name: None) -> 
     )
 
 
-def _keys(tally: _Tally) -> Query[None]:
-    mine = yield "SELECT public_key FROM identity ORDER BY n DESC", ()
-    tally.mine = tuple(key for (key,) in mine)
-    for name, peer in (yield "SELECT key_peer, peer FROM peer_key ORDER BY n", ()):
-        first = tally.theirs.get(peer, (public_key(peer),))
-        tally.theirs[peer] = (public_key(name), *first)
-
-
-def _keys_of(tally: _Tally, peer: str) -> tuple[bytes, ...]:
-    """Raises: ValueError: `peer` is no peer's id."""
-    keys = tally.theirs.get(peer)
-    if keys is None:
-        keys = tally.theirs[peer] = (public_key(peer),)
-    return keys
-
-
-def _vouchers(tally: _Tally, verify: Verify, side: str) -> Query[None]:
-    last = 0
-    while page := (yield _VOUCHERS[side], (last, _PAGE)):
-        last = page[-1][0]
-        for row in page:
-            try:
-                _check_voucher(tally, verify, side, row)
-            except (PeerError, msgspec.DecodeError, ValueError) as error:
-                raise _WrongError(f"{_voucher_name(side, row)}: {error}") from None
-
-
-def _voucher_name(side: str, row: tuple[Any, ...]) -> str:
-    _, peer, lane, n, *_ = row
-    return f"voucher {n} {'from' if side == 'in' else 'to'} {peer} on lane {lane.hex()}"
-
-
-def _check_voucher(tally: _Tally, verify: Verify, side: str, row: tuple[Any, ...]) -> None:
-    """Raises: PeerError, DecodeError, ValueError: what is wrong with it."""
-    _, peer, lane, n, cum, encoded, signature, items = row
-    theirs = _keys_of(tally, peer)
-    payers, payees = (theirs, tally.mine) if side == "in" else (tally.mine, theirs)
-    voucher = Voucher(encoded, signature, _items.decode(items))
-    body = verified_voucher(voucher, payers, payees, verify)
-    if (body.lane, body.n, body.cum) != (lane, n, cum):
-        raise ValueError("its row and its signed body differ")
-    tally.vouchers += 1
-    place = (side, peer, lane)
-    last_n, last_cum = tally.cums.get(place, (0, 0))
-    if (n > last_n and cum < last_cum) or (n < last_n and cum > last_cum):
-        raise ValueError("cum falls as n rises")
-    tally.cums[place] = (max(n, last_n), max(cum, last_cum))
-
-
-def _receipts(tally: _Tally, verify: Verify) -> Query[None]:
-    last = 0
-    while page := (yield _RECEIPTS, (last, _PAGE)):
-        last = page[-1][0]
-        for number, peer, body, signature in page:
-            try:
-                theirs = _keys_of(tally, peer)
-                verified_receipt(Receipt(body, signature), tally.mine, theirs, verify)
-            except (PeerError, ValueError) as error:
-                raise _WrongError(f"receipt {number} of {peer}: {error}") from None
-            tally.receipts += 1
-
-
 def _memos() -> Query[None]:
     for hash_, body in (yield "SELECT hash, body FROM memo", ()):
         if digest(body) != hash_:
-            raise _WrongError(f"memo {hash_.hex()}: its text was changed")
+            raise WrongError(f"memo {hash_.hex()}: its text was changed")
 
 
-def _entries(tally: _Tally) -> Query[None]:
-    """Postings are walked beside their entries: both come in the order of seq."""
-    while page := (yield _ENTRIES, (tally.entries, _PAGE)):
-        postings = yield _LEGS, (page[0][0], page[-1][0])
-        postings.append((0,))  # of no entry: ends the last one's
-        at = 0
-        for seq, *head, prev, stored, cause in page:
-            legs = []
-            while postings[at][0] == seq:
-                legs.append(postings[at][1:])
-                at += 1
-            if seq != tally.entries + 1 or prev != tally.prev:
-                raise _WrongError(f"entry {seq}: does not follow entry {tally.entries}")
-            try:
-                _check_entry(tally, (seq, head, prev, stored), legs, cause)
-            except ValueError as error:
-                raise _WrongError(f"entry {seq}: {error}") from None
-            tally.entries, tally.prev = seq, stored
-
-
-def _check_entry(
-    tally: _Tally, row: tuple[int, list[Any], bytes, bytes], legs: list[Any], cause: bytes | None
-) -> None:
-    """`row`: seq, head, previous hash, hash. Raises: ValueError: what is wrong with it."""
-    seq, head, prev, stored = row
-    peer, total, sums = head[2], 0, tally.sums
-    for account, id_, amount in legs:
-        total += amount
-        sums[account] = sums.get(account, 0) + amount
-        if account == "peer":
-            tally.balances[peer] = tally.balances.get(peer, 0) + amount
-        elif account == "routed" and id_ is not None:
-            tally.routed[id_] = tally.routed.get(id_, 0) + amount
-    if total != 0 or len(legs) < 2:
-        raise ValueError("its postings do not sum to zero")
-    if entry_hash(seq, head, legs, prev) != stored:
-        raise ValueError("its hash does not match its content")
-    if cause is None or digest(cause) != head[5]:
-        _check_dropped(tally, head)
-
-
-def _check_dropped(tally: _Tally, head: list[Any]) -> None:
-    """No memo or voucher of it is there: one that a later of its lane says too may be dropped.
-
-    A liar may then have put another in its place, with news and no money; no money was booked for
-    that, and the lane's last voucher still says the sum.
-    """
-    _, kind, peer, lane, n, _ = head
-    if not lane:
-        raise ValueError("the reason of this correction is missing")
-    side = "out" if kind.endswith("pay") else "in"
-    if n >= tally.cums.get((side, peer, lane), (0, 0))[0]:
-        raise ValueError("the voucher behind it is missing")
-
-
-def _balances(tally: _Tally) -> Query[None]:
+def _balances(tally: Tally) -> Query[None]:
     for account, amount in (yield "SELECT account, amount FROM account", ()):
         if tally.sums.pop(account, 0) != amount:
-            raise _WrongError(f"account {account}: its postings do not add up to {amount}")
+            raise WrongError(f"account {account}: its postings do not add up to {amount}")
     for account, amount in tally.sums.items():
         if amount:
-            raise _WrongError(f"account {account}: is missing")
+            raise WrongError(f"account {account}: is missing")
     rows = yield "SELECT peer, amount FROM bal", ()
     stored: dict[str, int] = dict(rows)
     for peer in sorted(stored.keys() | tally.balances.keys()):
         if stored.get(peer, 0) != tally.balances.get(peer, 0):
-            raise _WrongError(
+            raise WrongError(
                 f"balance of {peer}: {stored.get(peer, 0)} is stored,"
                 f" its entries give {tally.balances.get(peer, 0)}"
             )
-    signed: dict[str, int] = {}
-    for (side, peer, _), (_, cum) in tally.cums.items():
-        signed[peer] = signed.get(peer, 0) + (cum if side == "in" else -cum)
-    for peer, amount in signed.items():
-        if tally.balances.get(peer, 0) != amount:
-            raise _WrongError(f"balance of {peer}: its vouchers give {amount}")
+    # Of every peer, with vouchers or without: a balance is what was signed, and nothing else.
+    for place in sorted(tally.cums.keys() | tally.booked.keys()):
+        signed, booked = tally.cums.get(place, (0, 0))[1], tally.booked.get(place, (0, 0))[1]
+        if signed != booked:
+            side, peer, lane = place
+            raise WrongError(
+                f"balance of {peer}: its vouchers give {signed} on lane {lane.hex()}"
+                f" ({side}), the entries {booked}"
+            )
 
 
-def _lanes(tally: _Tally) -> Query[None]:
+def _lanes(tally: Tally) -> Query[None]:
     for side in ("in", "out"):
         for peer, lane, n, cum in (yield _LANES[side], ()):
             if tally.cums.pop((side, peer, lane), None) != (n, cum):
-                raise _WrongError(f"lane {lane.hex()} of {peer}: differs from its vouchers")
+                raise WrongError(f"lane {lane.hex()} of {peer}: differs from its vouchers")
     for _, peer, lane in tally.cums:
-        raise _WrongError(f"lane {lane.hex()} of {peer}: is missing")
+        raise WrongError(f"lane {lane.hex()} of {peer}: is missing")
 
 
 _ATTR = """
@@ -280,42 +123,108 @@ _SERVICE = """
       WHERE i.mine = 0 AND i.peer = l.peer AND i.lane = l.lane AND i.kind IN (0, 2)) END
   LIMIT 1
 """
+_ARREARS = """
+  SELECT p.peer FROM peer p WHERE p.arrears > 0 AND p.arrears > (SELECT coalesce(sum(i.amount), 0)
+    FROM item i WHERE i.mine = 1 AND i.peer = p.peer AND i.kind = 2) LIMIT 1
+"""
+_FORGIVEN = "SELECT peer FROM peer WHERE written_off > reserved LIMIT 1"
+_UNRECEIPTED = """
+  SELECT v.peer, v.lane, v.n FROM voucher_out v WHERE (v.receipt IS NULL) <> (v.attest IS NULL)
+    OR v.receipt IS NOT NULL AND NOT EXISTS (SELECT 1 FROM receipt r WHERE r.id = v.receipt)
+  LIMIT 1
+"""
+_FAVOURS: Final = (
+    "SELECT mine, peer, sum(worth) FROM favour GROUP BY mine, peer",
+    "SELECT mine, peer, worth FROM favour_sum",
+)
 _PAID = """
   SELECT p.peer FROM peer p WHERE p.paid <> (SELECT coalesce(sum(l.service), 0)
     FROM lane_in l WHERE l.peer = p.peer) LIMIT 1
-"""
-_PROOF = """
-  SELECT i.peer, i.id FROM item i WHERE NOT EXISTS (SELECT 1 FROM voucher_in v
-    WHERE i.mine = 0 AND v.peer = i.peer AND v.lane = i.lane AND v.n = i.last_n
-    UNION ALL SELECT 1 FROM voucher_out v
-    WHERE i.mine = 1 AND v.peer = i.peer AND v.lane = i.lane AND v.n = i.last_n) LIMIT 1
 """
 _TRANSFERS: Final = (
     "SELECT xid, state, amount FROM route",
     "SELECT xid, state, amount FROM transfer",
 )
+_SIGNED_ITEMS: Final = """
+  SELECT i.mine, i.peer, i.kind, i.id, i.amount, i.final, CASE i.mine
+    WHEN 1 THEN (SELECT items FROM voucher_out v
+      WHERE v.peer = i.peer AND v.lane = i.lane AND v.n = i.last_n)
+    ELSE (SELECT items FROM voucher_in v
+      WHERE v.peer = i.peer AND v.lane = i.lane AND v.n = i.last_n) END
+  FROM item i WHERE (i.mine, i.peer, i.kind, i.id) > (?, ?, ?, ?)
+  ORDER BY i.mine, i.peer, i.kind, i.id LIMIT ?
+"""
 _EXPECTED: Final = {"open": 1, "waiting": -1, "returning": -1}
 """What `routed` shows of a transfer's amount; nothing once it went on, came back or closed."""
 
 
-def _transfers(tally: _Tally) -> Query[None]:
+def _transfers(tally: Tally) -> Query[None]:
     """A transfer that ended left nothing in `routed`; one under way left just its amount."""
     expected: dict[bytes, int] = {}
     for select in _TRANSFERS:
+        mine = select is _TRANSFERS[0]
         for xid, state, amount in (yield select, ()):
+            if mine:
+                _check_cost(xid, tally.given_up.pop(xid, (0, 0)), amount * (state == "released"))
             share = _EXPECTED.get(state, 0) * amount
             expected[xid] = expected.get(xid, 0) + share
     for xid, amount in expected.items():
         if tally.routed.get(xid, 0) > amount:
-            raise _WrongError(f"transfer {xid.hex()}: more left than came")
+            raise WrongError(f"transfer {xid.hex()}: more left than came")
+    for xid, given_up in tally.given_up.items():
+        _check_cost(xid, given_up, 0)
+
+
+def _check_cost(xid: bytes, given_up: tuple[int, int], amount: int) -> None:
+    cost, seq = given_up
+    if cost != amount:
+        where = f"entry {seq}: " if seq else ""
+        raise WrongError(
+            f"{where}transfer {xid.hex()}: {cost} are booked as given up, and {amount} are"
+        )
+
+
+def _signed_items() -> Query[None]:
+    """Each item is as its last voucher says it; a payer who says less later gains nothing by it."""
+    after: tuple[Any, ...] = (-1, "", 0, b"")
+    while page := (yield _SIGNED_ITEMS, (*after, _PAGE)):
+        after = page[-1][:4]
+        for mine, peer, kind, id_, amount, final, items in page:
+            named = _items.decode(items) if items else ()
+            said = [item for item in named if (item.kind, item.id) == (kind, id_)]
+            if not said:
+                raise WrongError(
+                    f"item {id_.hex()} of {peer}: the voucher that proves it is missing"
+                )
+            if (said[0].amount, int(said[0].final)) != (amount, final) and (
+                mine or said[0].amount > amount or said[0].final > final
+            ):
+                raise WrongError(f"item {id_.hex()} of {peer}: its voucher says something else")
 
 
 def _counters() -> Query[None]:
-    for peer, item in (yield _PROOF, ()):
-        raise _WrongError(f"item {item.hex()} of {peer}: the voucher that proves it is missing")
     for peer, lane in (yield _SERVICE, ()):
-        raise _WrongError(f"lane {lane.hex()} of {peer}: its items do not add up to its pay")
+        raise WrongError(f"lane {lane.hex()} of {peer}: its items do not add up to its pay")
     for peer, lane in (yield _ATTR, ()):
-        raise _WrongError(f"lane {lane.hex()} of {peer}: its items do not add up")
+        raise WrongError(f"lane {lane.hex()} of {peer}: its items do not add up")
     for (peer,) in (yield _PAID, ()):
-        raise _WrongError(f"peer {peer}: what counts as paid is not what its lanes say")
+        raise WrongError(f"peer {peer}: what counts as paid is not what its lanes say")
+    for (peer,) in (yield _ARREARS, ()):
+        raise WrongError(f"peer {peer}: more counts as arrears than was signed")
+    for (peer,) in (yield _FORGIVEN, ()):
+        raise WrongError(f"peer {peer}: more is forgiven than was ever delivered")
+    found, kept = set((yield _FAVOURS[0], ())), set((yield _FAVOURS[1], ()))
+    for _, peer, _ in sorted(found ^ kept):
+        raise WrongError(f"peer {peer}: its favours do not add up")
+
+
+def _confirmed(tally: Tally) -> Query[None]:
+    """What is in transit is what no receipt in the book covers."""
+    for peer, lane, n in (yield _UNRECEIPTED, ()):
+        raise WrongError(f"voucher {n} to {peer} on lane {lane.hex()}: its receipt is missing")
+    for peer, lane, confirmed in (yield "SELECT peer, lane, confirmed FROM lane_out", ()):
+        found = tally.confirmed.get((peer, lane), 0)
+        if found != confirmed:
+            raise WrongError(
+                f"lane {lane.hex()} of {peer}: {confirmed} count as confirmed, receipts say {found}"
+            )

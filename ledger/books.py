@@ -19,7 +19,7 @@ from aivillage.protocols.types import MicroCredits, PeerId, peer_id, public_key
 from aivillage.protocols.vouchers import GIFT, REFUND, ROUTE, digest, lane_of
 
 APPLICATION_ID: Final = 0x41495642  # "AIVB"
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 NO_ENTRY: Final = bytes(32)
 EVIDENCE_MAX: Final = 16
 """Proofs kept against one payer: the first would do."""
@@ -286,11 +286,12 @@ def correct(
 
 def keep_evidence(
     db: apsw.Connection, payer: PeerId, place: tuple[bytes, int], bodies: tuple[bytes, ...], at: int
-) -> None:
-    """`place`: lane, n. `bodies`: first body, first signature, second body, second signature."""
+) -> bool:
+    """Whether it is news. `place`: lane, n. `bodies`: first body, its signature, and the second."""
     db.execute(
         "INSERT INTO evidence(payer, lane, n, first_body, first_signature, second_body,"
         " second_signature, at_ms) SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8"
         " WHERE (SELECT count(*) FROM evidence WHERE payer = ?1) < ?9 ON CONFLICT DO NOTHING",
         (payer, *place, *bodies, at, EVIDENCE_MAX),
     )
+    return db.changes() > 0

@@ -47,24 +47,27 @@ _LOOKED: Final = """
 """
 _SUPERSEDED: Final = """
   DELETE FROM voucher_{side} AS v WHERE v.rowid > ?2 AND v.rowid <= ?3
-    AND v.n < (SELECT l.n FROM lane_{side} l WHERE l.peer = v.peer AND l.lane = v.lane)
+    AND v.n < (SELECT l.n FROM lane_{side} l WHERE l.peer = v.peer AND l.lane = v.lane {unproven})
     AND NOT EXISTS (SELECT 1 FROM item i
       WHERE i.mine = ?1 AND i.peer = v.peer AND i.lane = v.lane AND i.last_n = v.n)
   RETURNING {receipt}
 """
+# The last that was confirmed stays: what the lane says of receipts can be checked for ever.
+_UNPROVEN: Final = "AND NOT (v.receipt IS NOT NULL AND v.cum = l.confirmed)"
 _UNUSED_RECEIPT: Final = """
   DELETE FROM receipt
   WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM voucher_out WHERE receipt = ?1)
 """
-_SIDES: Final = {"in": (0, "NULL"), "out": (1, "receipt")}
+_SIDES: Final = {"in": (0, "NULL", ""), "out": (1, "receipt", _UNPROVEN)}
 
 
 def compact(db: apsw.Connection, cursor: Cursor, at_ms: int) -> Compacted:
     """One portion; a superseded voucher that comes again is recognised by what it does not say."""
     side, begin = cursor
-    mine, receipt = _SIDES[side]
+    mine, receipt, unproven = _SIDES[side]
     looked, end = one(db, _LOOKED.format(side=side), (begin, LOOKED_AT_ONCE)) or (0, None)
-    dropped = rows(db, _SUPERSEDED.format(side=side, receipt=receipt), (mine, begin, end or begin))
+    sql = _SUPERSEDED.format(side=side, receipt=receipt, unproven=unproven)
+    dropped = rows(db, sql, (mine, begin, end or begin))
     receipts = _drop_receipts(db, {number for (number,) in dropped if number is not None})
     after = Cursor(side, end) if looked == LOOKED_AT_ONCE else None
     intents = 0

@@ -198,16 +198,22 @@ class Ledger:
             self.selling.lose_sales(partner, epoch)
 
     def _on_equivocation(self, proof: Equivocation) -> None:
+        """Kept, and passed on once. Against this node itself: a copy of it signs somewhere."""
         payer, at_ms = peer_id(proof.payer), self.desk.clock.unix_ms()
-        accused = self.desk.pair(payer)
-        if not (accused.known or accused.paid):
+        is_mine = proof.payer in self.desk.keys
+        accused = Pair(peer_id(self.desk.keys[0])) if is_mine else self.desk.pair(payer)
+        if not (is_mine or accused.known or accused.paid):
             return  # keys are free: proofs about strangers would fill the disk
         body = check_equivocation(proof, self.desk.signer.verify)
         first, second = proof.first, proof.second
         bodies = (first.body, first.signature, second.body, second.signature)
+
+        def kept(is_new: bool) -> None:
+            if is_new:
+                self.desk.show((proof.payer,), first, second)
+
         self.desk.submit(
-            lambda db: keep_evidence(db, accused.peer, (body.lane, body.n), bodies, at_ms),
-            lambda _: None,
+            lambda db: keep_evidence(db, accused.peer, (body.lane, body.n), bodies, at_ms), kept
         )
 
     # sync

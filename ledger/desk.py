@@ -7,7 +7,7 @@ executes transactions and calls back once they are durable.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -27,9 +27,19 @@ from aivillage.ledger.books import (
 from aivillage.ledger.payer import Wallet
 from aivillage.ledger.signing import Signer
 from aivillage.ledger.sync import Asked
-from aivillage.protocols.errors import AivillageError, NodeError
+from aivillage.protocols.errors import AivillageError, NodeError, PeerError
 from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, Seconds, peer_id, public_key
-from aivillage.protocols.vouchers import ReceiptRow, SyncReply, SyncRequest
+from aivillage.protocols.vouchers import (
+    Equivocation,
+    ReceiptRow,
+    SignedBody,
+    SyncReply,
+    SyncRequest,
+    VoucherBody,
+    check_equivocation,
+    decode_body,
+    encode,
+)
 
 T = TypeVar("T")
 Done = Callable[[], None]
@@ -285,6 +295,28 @@ class Desk:
         self._names[key_peer] = peer
         partner = self.partner(peer)
         self._keys[peer] = partner.keys = (public_key(key_peer), *partner.keys)
+
+    def show(self, keys: Sequence[bytes], first: SignedBody, second: SignedBody) -> None:
+        """Tells everybody who is here, the accused too, that a payer contradicted itself.
+
+        `keys`: all that the payer ever had. Only what every version takes for a proof is sent: two
+        bodies with one number.
+        """
+        one, other = (decode_body(signed.body, VoucherBody) for signed in (first, second))
+        for key in keys:
+            proof = Equivocation(key, first, second)
+            try:
+                check_equivocation(proof, self.signer.verify)
+            except PeerError:
+                continue  # signed by another of its keys
+            if one.n == other.n:
+                self._tell(encode(self.epoch, proof))
+            return
+
+    def _tell(self, blob: bytes) -> None:
+        for partner in list(self.partners.values()):
+            if partner.link is not None:
+                partner.link.send(blob)
 
     def forget_idle(self) -> None:
         """Whoever is away and idle costs a row of counters from now on."""

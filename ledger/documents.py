@@ -15,6 +15,12 @@ from aivillage.protocols.types import Amount, Count, PeerId
 from aivillage.protocols.vouchers import ARREARS, ITEMS_MAX, JOB
 
 VERSION: Final = 1
+VERSION_KEYS: Final = 2
+"""Of a statement in which somebody changed its key: programs that read only 1 say so."""
+SUCCESSIONS_MAX: Final = 64
+"""Changes of one party's key; each costs two signatures' checks. One a month for five years."""
+PROOFS_MAX: Final = 64
+"""In one document; a book keeps 16 against one payer."""
 DOCUMENT_BYTES_MAX: Final = 256 * 2**20
 """Some 380,000 vouchers: half a minute and 1.2 GB of memory to check."""
 SERVICE: Final = (JOB, ARREARS)
@@ -31,15 +37,34 @@ class StatementError(RequestError):
     exit_code = EXIT_AUDIT
 
 
+Keys: TypeAlias = tuple[bytes, ...]
+"""All keys that one party ever had, the one in force first."""
+PayerPayee: TypeAlias = tuple[Keys, Keys]
+
+
+class Proof(msgspec.Struct, frozen=True, kw_only=True):
+    """What a verified document proves, in words. `amount`: its net, or the job's price."""
+
+    issuer: PeerId
+    peer: PeerId
+    amount: int
+    proven: str
+    not_proven: str
+
+
 class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Unknown fields are refused: what nobody checked must not look as if it were proven."""
 
 
-class Party(_Part, frozen=True, kw_only=True):
-    """The id is a name of the key."""
+class Party(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """The id is a name of the key in force.
+
+    `successions`: the envelopes in which each former key named the next one, the oldest first.
+    """
 
     peer: PeerId
     public_key: Hex32
+    successions: Annotated[tuple[Hex, ...], Meta(max_length=SUCCESSIONS_MAX)] = ()
 
 
 class ShownItem(_Part, frozen=True, kw_only=True, omit_defaults=True):
@@ -125,7 +150,29 @@ class JobStatement(_Part, frozen=True, kw_only=True, tag_field="type", tag="aivi
     proofs: Annotated[list[JobProof], Meta(min_length=1, max_length=len(SERVICE))]
 
 
-Document: TypeAlias = Statement | JobStatement
+class SignedBodies(_Part, frozen=True, kw_only=True):
+    """Two voucher bodies of one payer on one lane that cannot both be honest."""
+
+    first_body: Hex
+    first_signature: Hex
+    second_body: Hex
+    second_signature: Hex
+
+
+class Evidence(_Part, frozen=True, kw_only=True, tag_field="type", tag="aivillage-evidence"):
+    """What `issuer` holds against `peer`: how `peer` contradicted itself in writing.
+
+    The two are the same where a copy of the issuer signed too.
+    """
+
+    version: int
+    issuer: Party
+    peer: Party
+    issued_ms: Count
+    proofs: Annotated[list[SignedBodies], Meta(min_length=1, max_length=PROOFS_MAX)]
+
+
+Document: TypeAlias = Statement | JobStatement | Evidence
 
 
 class _Head(msgspec.Struct):
@@ -153,9 +200,9 @@ def decode_document(encoded: bytes, bytes_max: int = DOCUMENT_BYTES_MAX) -> Docu
     _check_size(len(encoded), bytes_max)
     try:
         head = msgspec.json.decode(encoded, type=_Head)
-        if head.version != VERSION:
-            raise wrong(f"it is of version {head.version}; this program reads {VERSION}")
-        document: Document = msgspec.json.decode(encoded, type=Statement | JobStatement)
+        if head.version not in {VERSION, VERSION_KEYS}:
+            raise wrong(f"it is of version {head.version}; this program reads {VERSION_KEYS}")
+        document: Document = msgspec.json.decode(encoded, type=Statement | JobStatement | Evidence)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise wrong(f"it is no statement: {error}") from None
     return document

@@ -202,9 +202,13 @@ def reserve(
 
 
 def release(db: apsw.Connection, peer: PeerId, delivered: MicroCredits) -> Pair:
-    """Gives back what was reserved and, as the seller of this boot knows, not delivered."""
+    """Gives back what was reserved and, as the seller of this boot knows, not delivered.
+
+    Not what was forgiven: an owner may forgive what was only reserved.
+    """
     db.execute(
-        "UPDATE peer SET reserved = ? WHERE peer = ? AND reserved > ?", (delivered, peer, delivered)
+        "UPDATE peer SET reserved = min(reserved, max(?, written_off)) WHERE peer = ?",
+        (delivered, peer),
     )
     return read_pair(db, peer)
 

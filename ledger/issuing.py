@@ -5,25 +5,30 @@ It is verified before it is handed out, so no statement leaves that a stranger w
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from aivillage.ledger import accusing
 from aivillage.ledger.documents import (
     VERSION,
+    VERSION_KEYS,
     Direction,
     Document,
+    Evidence,
     JobProof,
     JobStatement,
     Party,
+    PayerPayee,
+    Proof,
     ShownItem,
     SignedReceipt,
     SignedVoucher,
     Statement,
 )
 from aivillage.ledger.queries import Query, Rows, find_peer
-from aivillage.ledger.statement import Proof, job_proof, summed, verify_document
+from aivillage.ledger.statement import job_proof, summed, verify_document
 from aivillage.protocols.errors import RequestError
 from aivillage.protocols.types import AttemptId, PeerId, peer_id, public_key
 from aivillage.protocols.vouchers import ID_BYTES, Item, Verify, digest
@@ -82,21 +87,26 @@ class Issued(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """This book's key and the other's."""
+    """This book and the other one's owner: who they are, and all their keys."""
 
-    issuer: bytes
-    peer: bytes
+    name: PeerId
+    """What the book calls the peer: its first id."""
+    parties: tuple[Party, Party]
+    keys: PayerPayee
+    """Of issuer and peer."""
 
     @property
-    def name(self) -> PeerId:
-        return peer_id(self.peer)
+    def version(self) -> int:
+        return VERSION_KEYS if any(party.successions for party in self.parties) else VERSION
 
-    def parties(self) -> tuple[Party, Party]:
-        issuer, peer = (Party(peer=peer_id(key), public_key=key.hex()) for key in self)
-        return issuer, peer
+    def alone(self) -> _Pair:
+        """This book's own node on both sides."""
+        own, keys = self.parties[0], self.keys[0]
+        return self._replace(parties=(own, own), keys=(keys, keys))
 
-    def payer_and_payee(self, *, mine: bool) -> tuple[bytes, bytes]:
-        return (self.issuer, self.peer) if mine else (self.peer, self.issuer)
+    def payer_and_payee(self, *, mine: bool) -> PayerPayee:
+        issuer, peer = self.keys
+        return (issuer, peer) if mine else (peer, issuer)
 
 
 def statement(peer: str, issued_ms: int, verify: Verify) -> Query[Issued]:
@@ -112,9 +122,9 @@ def statement(peer: str, issued_ms: int, verify: Verify) -> Query[Issued]:
     receipts = yield _RECEIPTS, (pair.name,)
     by = _summed(out, receipts, pair.payer_and_payee(mine=True))
     ((since_ms, until_ms),) = yield _TIMES, (pair.name,)
-    issuer, other = pair.parties()
+    issuer, other = pair.parties
     document = Statement(
-        version=VERSION,
+        version=pair.version,
         issuer=issuer,
         peer=other,
         issued_ms=issued_ms,
@@ -132,7 +142,7 @@ def _later(public_key: bytes, prefixed: bytes, signature: bytes) -> bool:
     return True
 
 
-def _summed(vouchers: Rows, receipts: Rows, keys: tuple[bytes, bytes]) -> Direction:
+def _summed(vouchers: Rows, receipts: Rows, keys: PayerPayee) -> Direction:
     """`vouchers`: body, signature, items, number of the receipt."""
     wanted = {row[3] for row in vouchers}
     shown = [SignedReceipt(body=b.hex(), signature=s.hex()) for i, b, s in receipts if i in wanted]
@@ -178,13 +188,13 @@ def job_statement(
         (row,) = yield (_ONE_OUT if mine else _ONE_IN), (pair.name, lane, n)
         receipt = SignedReceipt(body=row[3].hex(), signature=row[4].hex()) if row[3] else None
         proofs.append(job_proof(attempt, _shown(row, only=(kind, attempt)), receipt, keys, _later))
-    issuer, other = pair.parties()
+    issuer, other = pair.parties
     document = JobStatement(
-        version=VERSION,
+        version=pair.version,
         issuer=issuer,
         peer=other,
         issued_ms=issued_ms,
-        payer=peer_id(keys[0]),
+        payer=peer_id(keys[0][0]),
         attempt=attempt.hex(),
         amount=sum(proof.amount for proof in proofs),
         proofs=proofs,
@@ -192,17 +202,62 @@ def job_statement(
     return Issued(document, verify_document(document, verify))
 
 
+def evidence(text: str, issued_ms: int, verify: Verify) -> Query[list[Issued]]:
+    """What this book holds against `text` (a peer's id, or the end of it), or against everybody.
+
+    Raises:
+        RequestError: BAD_REQUEST, no single peer is named so.
+        StatementError: the book is damaged; an audit says where.
+    """
+    own = yield "SELECT public_key FROM identity", ()
+    mine = {peer_id(key) for (key,) in own}
+    peers = [peer for (peer,) in (yield accusing.ACCUSED, ())]
+    if text and not any(name.endswith(text) for name in mine):
+        peers = [(yield from find_peer(text))]
+    elif text:
+        peers = [peer for peer in peers if peer in mine]
+    found = []
+    for peer in peers:
+        rows = yield accusing.KEPT, (peer,)
+        pair = yield from _known_pair(peer)
+        if peer in mine:
+            pair = pair.alone()
+        if rows:
+            found.append(_accused(pair, rows, issued_ms, verify))
+    return found
+
+
+def _accused(pair: _Pair, rows: Rows, issued_ms: int, verify: Verify) -> Issued:
+    issuer, other = pair.parties
+    document = Evidence(
+        version=pair.version,
+        issuer=issuer,
+        peer=other,
+        issued_ms=issued_ms,
+        proofs=[accusing.as_bodies(row) for row in rows],
+    )
+    return Issued(document, verify_document(document, verify))
+
+
 def _pair(text: str) -> Query[_Pair]:
     peer = yield from find_peer(text)
-    own = yield "SELECT public_key FROM identity ORDER BY n DESC", ()
-    later = yield "SELECT 1 FROM peer_key WHERE peer = ?", (peer,)
-    if len(own) > 1 or later:
-        raise RequestError(
-            "one of the two changed its key, and a statement speaks for one key each",
-            code="NOT_ENABLED",
-            next_step="`aivillage-node audit` checks the vouchers under every key",
-        )
-    return _Pair(own[0][0], public_key(peer))
+    return (yield from _known_pair(peer))
+
+
+def _known_pair(peer: PeerId) -> Query[_Pair]:
+    own = yield "SELECT public_key, proof FROM identity ORDER BY n", ()
+    later = yield "SELECT key_peer, proof FROM peer_key WHERE peer = ? ORDER BY n", (peer,)
+    theirs = [(public_key(peer), None), *((public_key(name), proof) for name, proof in later)]
+    parties = _party(own), _party(theirs)
+    issuer, other = (tuple(key for key, _ in reversed(known)) for known in (own, theirs))
+    return _Pair(peer, parties, (issuer, other))
+
+
+def _party(known: Sequence[tuple[Any, ...]]) -> Party:
+    """`known`: its keys, each with the proof by the one before it, the oldest first."""
+    key = known[-1][0]
+    proofs = tuple(proof.hex() for _, proof in known[1:])
+    return Party(peer=peer_id(key), public_key=key.hex(), successions=proofs)
 
 
 def _attempt(peer: PeerId, prefix: str, attempts: Collection[AttemptId]) -> Query[bytes]:

@@ -23,6 +23,7 @@ from aivillage.protocols.vouchers import (
     SERVICE,
     Item,
     ReceiptRow,
+    SignedBody,
     Voucher,
     VoucherBody,
     digest,
@@ -31,11 +32,15 @@ from aivillage.protocols.vouchers import (
 
 
 class Booked(NamedTuple):
-    """`receipt` is None for a voucher that contradicts another. `items`: those that counted."""
+    """`receipt` is None for a voucher that contradicts another. `items`: those that counted.
+
+    `proof`: the two that contradict each other, where that was not known before.
+    """
 
     lane: bytes
     receipt: ReceiptRow | None
     items: tuple[Item, ...] = ()
+    proof: tuple[SignedBody, SignedBody] | None = None
 
 
 class _Lane(NamedTuple):
@@ -88,9 +93,10 @@ def _held_against(
     rival = known or _rival(db, peer, body)
     if rival is None:
         return None
-    proof = (rival[0], rival[1], voucher.body, voucher.signature)
-    keep_evidence(db, peer, (body.lane, body.n), proof, at_ms)
-    return Booked(body.lane, None)
+    proof = (SignedBody(rival[0], rival[1]), SignedBody(voucher.body, voucher.signature))
+    bodies = (*rival[:2], voucher.body, voucher.signature)
+    is_new = keep_evidence(db, peer, (body.lane, body.n), bodies, at_ms)
+    return Booked(body.lane, None, proof=proof if is_new else None)
 
 
 _STORED: Final = "SELECT body, signature, cum FROM voucher_in WHERE peer = ? AND lane = ?"

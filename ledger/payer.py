@@ -21,11 +21,12 @@ from aivillage.ledger.books import (
     keep_evidence,
     key_of,
     one,
+    own_keys,
     post,
     rows,
 )
 from aivillage.ledger.signing import Signer
-from aivillage.protocols.types import AttemptId, MicroCredits, PeerId
+from aivillage.protocols.types import AttemptId, MicroCredits, PeerId, peer_id
 from aivillage.protocols.vouchers import (
     JOB,
     SERVICE,
@@ -179,7 +180,7 @@ def adopt(db: apsw.Connection, peer: PeerId, voucher: Voucher, at_ms: int) -> No
     if known is not None:
         if known[0] != voucher.body:  # two copies of this identity ran at once
             proof = (*known, voucher.body, voucher.signature)
-            keep_evidence(db, peer, (body.lane, body.n), proof, at_ms)
+            keep_evidence(db, peer_id(own_keys(db)[0]), (body.lane, body.n), proof, at_ms)
         return
     ensure_peer(db, peer)
     row = one(db, "SELECT n, cum FROM lane_out WHERE peer = ? AND lane = ?", place[:2]) or (0, 0)

@@ -94,7 +94,7 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
 _ACCOUNTS = "SELECT account, amount FROM account"
 _HELD = "SELECT coalesce(sum(amount), 0) FROM route WHERE xid IN (SELECT xid FROM route_hop)"
 _EVIDENCE = "SELECT payer, count(*) FROM evidence GROUP BY payer"
-_FAVOURED = "SELECT peer, mine, sum(worth) FROM favour GROUP BY mine, peer"
+_FAVOURED = "SELECT peer, mine, worth FROM favour_sum"
 _DOUBTFUL = """
   SELECT e.peer, -sum(p.amount) FROM entry e JOIN posting p USING (seq)
   WHERE e.lane = x'' AND p.account = 'doubtful' GROUP BY e.peer
@@ -186,9 +186,10 @@ class OpenTransfer(msgspec.Struct, frozen=True, kw_only=True):
     peers: list[PeerId]
 
 
+# CROSS JOIN fixes the order: few transfers are open, and all that ever were stay in the book.
 _OPEN = """
-  SELECT r.xid, r.amount, r.started_ms, h.peer FROM route_hop h JOIN route r USING (xid)
-  ORDER BY r.xid, h.peer
+  SELECT r.xid, r.amount, r.started_ms, h.peer FROM route_hop h CROSS JOIN route r USING (xid)
+  ORDER BY h.xid, h.peer
 """
 
 
@@ -214,7 +215,8 @@ class Favour(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _FAVOURS = """
-  SELECT at_ms, mine, peer, attempt, worth FROM favour ORDER BY at_ms DESC, attempt LIMIT ?
+  SELECT at_ms, mine, peer, attempt, worth FROM favour
+  ORDER BY at_ms DESC, attempt DESC LIMIT ?
 """
 
 
@@ -263,7 +265,9 @@ _HISTORY: Final = """
 
 
 def history(limit: int, wanted: Movements = ALL) -> Query[list[HistoryRow]]:
-    """The last `limit` movements, newest first: in the book's order, or by time if times are asked.
+    """The last `limit` movements, newest first: in the book's order, or by time.
+
+    By time where a time is asked for, or a kind of no one peer: both have an index.
 
     Raises:
         RequestError: BAD_REQUEST, no single peer is named so.
@@ -281,8 +285,10 @@ def keys() -> Query[tuple[bytes, ...]]:
 
 
 def movements_sql(wanted: Movements) -> str:
-    """Walks the index of the peer where there is one, else that of the times, newest first."""
-    by_time = not wanted.peer and (wanted.since_ms, wanted.until_ms) != (None, None)
+    """Walks the index of the peer if one is asked for, else of the kind or the times."""
+    by_time = not wanted.peer and (
+        bool(wanted.kind) or (wanted.since_ms, wanted.until_ms) != (None, None)
+    )
     asked = (
         ("AND e.peer = ?", wanted.peer),
         ("AND e.at_ms >= ?", wanted.since_ms is not None),
@@ -298,14 +304,17 @@ def _bindings(wanted: Movements, peer: str) -> tuple[Any, ...]:
     return tuple(value for value in values if value is not None)
 
 
+_NAMES: Final = "SELECT peer, peer FROM peer UNION ALL SELECT key_peer, peer FROM peer_key"
+
+
 def find_peer(text: str) -> Query[PeerId]:
-    """The one peer in the book whose id is, or ends with, `text`.
+    """The one peer in the book of whom an id, an earlier or a later one, is or ends with `text`.
 
     Raises:
         RequestError: BAD_REQUEST, there is none, or there are several.
     """
-    rows = yield "SELECT peer FROM peer", ()
-    found = [peer for (peer,) in rows if text and peer.endswith(text)]
+    rows = yield _NAMES, ()
+    found = {peer for name, peer in rows if text and name.endswith(text)}
     if len(found) != 1:
         how = (
             f"{len(found)} peers in the book have ids" if found else "no peer in the book has an id"
@@ -315,4 +324,4 @@ def find_peer(text: str) -> Query[PeerId]:
             code="BAD_REQUEST",
             next_step="`aivillage-node balance --json` lists them in full",
         )
-    return PeerId(found[0])
+    return PeerId(found.pop())

@@ -82,6 +82,7 @@ CREATE TABLE entry(
 ) STRICT;
 CREATE INDEX entry_peer ON entry(peer, seq);
 CREATE INDEX entry_at ON entry(at_ms);
+CREATE INDEX entry_kind ON entry(kind, at_ms);
 CREATE INDEX entry_correction ON entry(peer) WHERE lane = x'';
 
 CREATE TABLE memo(                                    -- why a correction was made
@@ -220,6 +221,14 @@ CREATE TABLE favour(                                  -- work for nothing, and w
   at_ms INTEGER NOT NULL,
   PRIMARY KEY (mine, peer, attempt)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX favour_at ON favour(at_ms, attempt);
+
+CREATE TABLE favour_sum(                              -- follows the favours
+  mine INTEGER NOT NULL,
+  peer TEXT NOT NULL,
+  worth INTEGER NOT NULL,
+  PRIMARY KEY (mine, peer)
+) STRICT, WITHOUT ROWID;
 
 CREATE TABLE evidence(                                -- two bodies of one payer that contradict
   id INTEGER PRIMARY KEY,
@@ -246,7 +255,12 @@ CREATE TRIGGER identity_kept BEFORE UPDATE ON identity
 BEGIN SELECT RAISE(ABORT, 'a book keeps its keys'); END;
 CREATE TRIGGER identity_stays BEFORE DELETE ON identity
 BEGIN SELECT RAISE(ABORT, 'a book keeps its keys'); END;
+CREATE TRIGGER peer_key_follows BEFORE INSERT ON peer_key
+WHEN NEW.n <> (SELECT coalesce(max(n), 1) + 1 FROM peer_key WHERE peer = NEW.peer)
+BEGIN SELECT RAISE(ABORT, 'a key follows the last one'); END;
 CREATE TRIGGER peer_key_kept BEFORE UPDATE ON peer_key
+BEGIN SELECT RAISE(ABORT, 'a succession is never changed'); END;
+CREATE TRIGGER peer_key_stays BEFORE DELETE ON peer_key
 BEGIN SELECT RAISE(ABORT, 'a succession is never changed'); END;
 
 -- Postings come first; the entry that names them closes the set and must balance.
@@ -260,6 +274,39 @@ CREATE TRIGGER entry_chained BEFORE INSERT ON entry
 WHEN NEW.seq <> (SELECT coalesce(max(seq), 0) + 1 FROM entry)
   OR NEW.prev <> coalesce((SELECT hash FROM entry WHERE seq = NEW.seq - 1), zeroblob(32))
 BEGIN SELECT RAISE(ABORT, 'an entry follows the last one'); END;
+
+-- Only a voucher moves what a peer owes. A correction of mine says how much of that I count on, or
+-- what a transfer cost me: two legs, the cost and what it is for, and a reason.
+CREATE TRIGGER correction_shaped BEFORE INSERT ON entry
+WHEN (NEW.lane = x'') <> (NEW.kind IN ('write-off', 'write-back', 'release'))
+  OR NEW.lane = x'' AND (NEW.n <> 0 OR NOT EXISTS (SELECT 1 FROM memo WHERE hash = NEW.body_hash)
+    OR (SELECT count(*) <> 2 FROM posting WHERE seq = NEW.seq)
+    OR NOT EXISTS (SELECT 1 FROM posting w JOIN posting a ON a.seq = w.seq
+      AND a.attempt IS w.attempt
+      WHERE w.seq = NEW.seq AND w.account = 'writeoff' AND (w.amount < 0) = (NEW.kind = 'write-back')
+        AND (a.account = 'doubtful' AND a.attempt IS NULL AND NEW.kind <> 'release'
+          OR a.account = 'routed' AND length(a.attempt) = 16 AND NEW.kind <> 'write-off')))
+BEGIN SELECT RAISE(ABORT, 'a correction moves a doubt or a transfer against its cost'); END;
+-- No more is written off than is owed, and no more written back than was written off.
+CREATE TRIGGER doubt_bounded BEFORE INSERT ON entry
+WHEN NEW.lane = x'' AND EXISTS (SELECT 1 FROM posting WHERE seq = NEW.seq AND account = 'doubtful')
+  AND (SELECT -sum(amount) FROM posting WHERE seq = NEW.seq AND account = 'doubtful')
+    + (SELECT -coalesce(sum(p.amount), 0) FROM entry e CROSS JOIN posting p ON p.seq = e.seq
+      WHERE e.peer = NEW.peer AND e.lane = x'' AND p.account = 'doubtful')
+    NOT BETWEEN 0 AND CASE NEW.kind WHEN 'write-back' THEN 9007199254740991
+      ELSE max(0, coalesce((SELECT amount FROM bal WHERE peer = NEW.peer), 0)) END
+BEGIN SELECT RAISE(ABORT, 'no more is written off than is owed, nor written back'); END;
+-- A transfer of mine that I gave up cost its amount, once; it comes back only if it was given up.
+CREATE TRIGGER release_bounded BEFORE INSERT ON entry
+WHEN NEW.lane = x'' AND EXISTS (SELECT 1 FROM posting p WHERE p.seq = NEW.seq
+  AND p.account = 'routed' AND NOT EXISTS (SELECT 1 FROM route r JOIN item i ON i.id = r.xid
+    WHERE r.xid = p.attempt AND r.amount = abs(p.amount)
+      AND (r.state = 'released') = (NEW.kind = 'release')
+      AND i.mine = 1 AND i.kind = 1 AND i.peer = NEW.peer AND i.amount >= r.amount
+      AND (SELECT coalesce(sum(o.amount), 0) FROM entry e CROSS JOIN posting o ON o.seq = e.seq
+        WHERE e.peer = NEW.peer AND e.lane = x'' AND o.account = 'writeoff' AND o.attempt = r.xid)
+        = CASE NEW.kind WHEN 'release' THEN 0 ELSE r.amount END))
+BEGIN SELECT RAISE(ABORT, 'no more is given up than was sent, and once'); END;
 CREATE TRIGGER entry_moves_balance AFTER INSERT ON entry
 BEGIN
   INSERT INTO bal(peer, amount, moved_ms)
@@ -297,9 +344,12 @@ BEGIN SELECT RAISE(ABORT, 'lanes are never deleted'); END;
 CREATE TRIGGER voucher_out_kept BEFORE UPDATE OF peer, lane, n, cum, body, signature, items
 ON voucher_out
 BEGIN SELECT RAISE(ABORT, 'signed bytes are never changed'); END;
--- What a later voucher says too may go; the last word on an item, and of a lane, stays.
+-- What a later voucher says too may go; the last word on an item, and of a lane, stays, and the
+-- last that was confirmed.
 CREATE TRIGGER voucher_out_stays BEFORE DELETE ON voucher_out
 WHEN OLD.n = (SELECT n FROM lane_out WHERE peer = OLD.peer AND lane = OLD.lane)
+  OR OLD.receipt IS NOT NULL
+    AND OLD.cum = (SELECT confirmed FROM lane_out WHERE peer = OLD.peer AND lane = OLD.lane)
   OR EXISTS (SELECT 1 FROM item
     WHERE mine = 1 AND peer = OLD.peer AND lane = OLD.lane AND last_n = OLD.n)
 BEGIN SELECT RAISE(ABORT, 'a proof is never deleted'); END;
@@ -321,6 +371,8 @@ CREATE TRIGGER item_stays BEFORE DELETE ON item
 BEGIN SELECT RAISE(ABORT, 'an item is never deleted'); END;
 
 -- An end of a transfer is final; only one that its owner gave up may still come to another.
+CREATE TRIGGER route_begins BEFORE INSERT ON route WHEN NEW.state <> 'open'
+BEGIN SELECT RAISE(ABORT, 'a transfer begins open'); END;
 CREATE TRIGGER route_ends BEFORE UPDATE ON route
 WHEN NEW.xid <> OLD.xid OR NEW.amount <> OLD.amount OR NEW.ring <> OLD.ring
   OR OLD.state IN ('closed', 'refunded') OR (OLD.state = 'released' AND NEW.state = 'open')
@@ -337,3 +389,21 @@ WHEN NEW.xid <> OLD.xid OR NEW.previous <> OLD.previous OR NEW.amount <> OLD.amo
 BEGIN SELECT RAISE(ABORT, 'a transfer goes on, or back, once'); END;
 CREATE TRIGGER transfer_stays BEFORE DELETE ON transfer
 BEGIN SELECT RAISE(ABORT, 'a transfer is never deleted'); END;
+
+CREATE TRIGGER favour_counts AFTER INSERT ON favour
+BEGIN
+  INSERT INTO favour_sum VALUES (NEW.mine, NEW.peer, NEW.worth)
+  ON CONFLICT DO UPDATE SET worth = worth + excluded.worth;
+END;
+CREATE TRIGGER favour_once BEFORE INSERT ON favour
+WHEN EXISTS (SELECT 1 FROM favour
+  WHERE mine = NEW.mine AND peer = NEW.peer AND attempt = NEW.attempt)
+BEGIN SELECT RAISE(IGNORE); END;
+CREATE TRIGGER favour_kept BEFORE UPDATE ON favour
+BEGIN SELECT RAISE(ABORT, 'a favour is never changed'); END;
+CREATE TRIGGER favour_stays BEFORE DELETE ON favour
+BEGIN SELECT RAISE(ABORT, 'a favour is never deleted'); END;
+CREATE TRIGGER evidence_kept BEFORE UPDATE ON evidence
+BEGIN SELECT RAISE(ABORT, 'a proof is never changed'); END;
+CREATE TRIGGER evidence_stays BEFORE DELETE ON evidence
+BEGIN SELECT RAISE(ABORT, 'a proof is never deleted'); END;

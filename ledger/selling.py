@@ -177,6 +177,8 @@ class Selling:
                 if not partner.receipts:
                     partner.receipts_since = self._desk.now()
                 partner.receipts.append((booked.lane, booked.receipt))
+            if booked.proof is not None:
+                self._desk.show(partner.keys, *booked.proof)
             for item in booked.items:
                 _count(partner, item)
             self._routing.booked(partner, booked.items)

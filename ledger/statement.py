@@ -12,19 +12,30 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
+from aivillage.ledger.accusing import verify_evidence
 from aivillage.ledger.documents import (
     SERVICE,
+    SUCCESSIONS_MAX,
+    VERSION,
+    VERSION_KEYS,
     Direction,
     Document,
+    Evidence,
     JobProof,
     JobStatement,
+    Keys,
     LaneTotal,
+    Party,
+    PayerPayee,
+    Proof,
     ShownItem,
     SignedReceipt,
     SignedVoucher,
     Statement,
     wrong,
 )
+from aivillage.ledger.signing import verified_receipt
+from aivillage.protocols import succession
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.types import PeerId, as_credits, peer_id
 from aivillage.protocols.vouchers import (
@@ -35,21 +46,10 @@ from aivillage.protocols.vouchers import (
     Verify,
     VoucherBody,
     bad,
-    check_receipt,
     decode_body,
     digest,
     voucher_prefixed,
 )
-
-
-class Proof(msgspec.Struct, frozen=True, kw_only=True):
-    """What a verified document proves, in words. `amount`: its net, or the job's price."""
-
-    issuer: PeerId
-    peer: PeerId
-    amount: int
-    proven: str
-    not_proven: str
 
 
 def verify_document(document: Document, verify: Verify) -> Proof:
@@ -58,21 +58,49 @@ def verify_document(document: Document, verify: Verify) -> Proof:
     Raises:
         StatementError: the first thing in it that is wrong.
     """
-    for party in (document.issuer, document.peer):
-        if peer_id(bytes.fromhex(party.public_key)) != party.peer:
-            raise wrong(f"{party.peer} is not the id of its key")
-    if document.issuer == document.peer:
+    issuer, peer = (keys_of(party) for party in (document.issuer, document.peer))
+    is_evidence = isinstance(document, Evidence)
+    if {*issuer} & {*peer} and not (is_evidence and document.issuer == document.peer):
         raise wrong("it is about one peer alone")
+    changed = len(issuer) + len(peer) > 2
+    if changed != (document.version == VERSION_KEYS):
+        raise wrong(f"version {document.version} is not the one of a statement with these keys")
+    if isinstance(document, Evidence):
+        return verify_evidence(document, (issuer, peer), verify)
     if isinstance(document, Statement):
-        return _verify_pair(document, verify)
-    return _verify_job(document, verify)
+        return _verify_pair(document, (issuer, peer), verify)
+    return _verify_job(document, (issuer, peer), verify)
+
+
+def keys_of(party: Party) -> Keys:
+    """Its key in force and those before it: each of them named the next, which agreed.
+
+    Raises:
+        StatementError: the id is not that of the key, or a change of key is not proven.
+    """
+    if peer_id(bytes.fromhex(party.public_key)) != party.peer:
+        raise wrong(f"{party.peer} is not the id of its key")
+    if len(party.successions) > SUCCESSIONS_MAX:
+        raise wrong(f"{party.peer} changed its key more than {SUCCESSIONS_MAX} times")
+    found, peer = [bytes.fromhex(party.public_key)], party.peer
+    for envelope in reversed(party.successions):
+        try:
+            step = succession.read(bytes.fromhex(envelope))
+        except PeerError as error:
+            raise wrong(f"a change of the key of {party.peer}: {error.message}") from None
+        if step.new != peer or step.old_key in found:
+            raise wrong(f"a change of key that does not lead to {peer}")
+        found.append(step.old_key)
+        peer = step.old
+    return tuple(found)
 
 
 # ------------------------------------------------------------------ one pair
 
 
-def _verify_pair(document: Statement, verify: Verify) -> Proof:
-    issuer, peer = (bytes.fromhex(p.public_key) for p in (document.issuer, document.peer))
+def _verify_pair(document: Statement, keys: PayerPayee, verify: Verify) -> Proof:
+    """`keys`: of issuer and peer."""
+    issuer, peer = keys
     to, by = document.owed_to_issuer, document.owed_by_issuer
     for stated, payer, payee in ((to, peer, issuer), (by, issuer, peer)):
         _compare(stated, summed(stated.vouchers, stated.receipts, (payer, payee), verify))
@@ -97,7 +125,7 @@ def _compare(stated: Direction, found: Direction) -> None:
 def summed(
     vouchers: Sequence[SignedVoucher],
     receipts: Sequence[SignedReceipt],
-    keys: tuple[bytes, bytes],
+    keys: PayerPayee,
     verify: Verify,
 ) -> Direction:
     """These vouchers and receipts with what they add up to. `keys`: of payer and payee.
@@ -130,7 +158,7 @@ class _Checked(NamedTuple):
     name: str
 
 
-def check_shown(voucher: SignedVoucher, keys: tuple[bytes, bytes], verify: Verify) -> _Checked:
+def check_shown(voucher: SignedVoucher, keys: PayerPayee, verify: Verify) -> _Checked:
     """Raises: StatementError: the payer did not sign this, to this payee, with these items."""
     encoded = bytes.fromhex(voucher.body)
     try:
@@ -139,10 +167,11 @@ def check_shown(voucher: SignedVoucher, keys: tuple[bytes, bytes], verify: Verif
         raise wrong(error.message) from None
     name = f"voucher {body.n} on lane {body.lane.hex()}"
     payer, payee = keys
-    if body.payee != payee:
-        raise wrong(f"{name} is not made out to {peer_id(payee)}")
-    if not verify(payer, voucher_prefixed(encoded), bytes.fromhex(voucher.signature)):
-        raise wrong(f"{name} is not signed by {peer_id(payer)}")
+    if body.payee not in payee:
+        raise wrong(f"{name} is not made out to {peer_id(payee[0])}")
+    signature = bytes.fromhex(voucher.signature)
+    if not any(verify(key, voucher_prefixed(encoded), signature) for key in payer):
+        raise wrong(f"{name} is not signed by {peer_id(payer[0])}")
     if digest(b"".join(_hash_of(item, name) for item in voucher.items)) != body.root:
         raise wrong(f"{name} has other items than were signed")
     return _Checked(body, digest(encoded), name)
@@ -158,7 +187,7 @@ _Lanes: TypeAlias = dict[bytes, dict[int, _Checked]]
 
 
 def _confirmed(
-    by_lane: _Lanes, receipts: Sequence[SignedReceipt], keys: tuple[bytes, bytes], verify: Verify
+    by_lane: _Lanes, receipts: Sequence[SignedReceipt], keys: PayerPayee, verify: Verify
 ) -> set[bytes]:
     """Hashes of the voucher bodies that the payee confirmed."""
     confirmed: set[bytes] = set()
@@ -180,10 +209,10 @@ def _row_fits(row: ReceiptRow, lane: bytes, shown: dict[int, _Checked]) -> bool:
     return voucher is not None
 
 
-def _receipt_body(receipt: SignedReceipt, keys: tuple[bytes, bytes], verify: Verify) -> ReceiptBody:
+def _receipt_body(receipt: SignedReceipt, keys: PayerPayee, verify: Verify) -> ReceiptBody:
     try:
         signed = Receipt(bytes.fromhex(receipt.body), bytes.fromhex(receipt.signature))
-        return check_receipt(signed, *keys, verify)
+        return verified_receipt(signed, *keys, verify)
     except PeerError as error:
         raise wrong(error.message) from None
 
@@ -218,21 +247,32 @@ def _pair_proof(document: Statement) -> Proof:
             f"that nothing was left out: if vouchers of {peer} were, it owes more than this;"
             f" if vouchers of {issuer} itself were, it owes more and the net is too much in its"
             f" favour, and only {peer} can show them. The dates are {issuer}'s word, and what"
-            " was paid outside the mesh is in no voucher"
+            " was paid outside the mesh is in no voucher" + _replaced(document)
         ),
+    )
+
+
+def _replaced(document: Document) -> str:
+    """What successions cannot prove."""
+    if document.version == VERSION:
+        return ""
+    return (
+        "; nor who held a key after it was replaced: what is signed with a former key counts as"
+        " its owner's"
     )
 
 
 # ------------------------------------------------------------------ one attempt
 
 
-def _verify_job(document: JobStatement, verify: Verify) -> Proof:
-    parties = {party.peer: party for party in (document.issuer, document.peer)}
+def _verify_job(document: JobStatement, of_both: PayerPayee, verify: Verify) -> Proof:
+    """`of_both`: the keys of issuer and peer."""
+    parties = dict(zip((document.issuer.peer, document.peer.peer), of_both, strict=True))
     if document.payer not in parties:
         raise wrong(f"its payer {document.payer} is neither of the two")
     payer = parties.pop(document.payer)
-    (payee,) = parties.values()
-    keys = (bytes.fromhex(payer.public_key), bytes.fromhex(payee.public_key))
+    ((payee, of_payee),) = parties.items()
+    keys = (payer, of_payee)
     found = [
         job_proof(bytes.fromhex(document.attempt), proof.voucher, proof.receipt, keys, verify)
         for proof in document.proofs
@@ -244,7 +284,7 @@ def _verify_job(document: JobStatement, verify: Verify) -> Proof:
     amount = sum(proof.amount for proof in found)
     if document.amount != amount:
         raise wrong(f"its amount is {document.amount}, what was signed gives {amount}")
-    return _job_proof_in_words(document, payee.peer)
+    return _job_proof_in_words(document, payee)
 
 
 def _compare_proofs(stated: JobProof, true: JobProof) -> None:
@@ -260,7 +300,7 @@ def job_proof(
     attempt: bytes,
     voucher: SignedVoucher,
     receipt: SignedReceipt | None,
-    keys: tuple[bytes, bytes],
+    keys: PayerPayee,
     verify: Verify,
 ) -> JobProof:
     """What one voucher says of `attempt`. `keys`: of payer and payee.
@@ -302,7 +342,7 @@ def _item(shown: ShownItem, name: str) -> Item:
 
 
 def _row(
-    receipt: SignedReceipt | None, checked: _Checked, keys: tuple[bytes, bytes], verify: Verify
+    receipt: SignedReceipt | None, checked: _Checked, keys: PayerPayee, verify: Verify
 ) -> ReceiptRow | None:
     if receipt is None:
         return None
@@ -335,5 +375,6 @@ def _job_proof_in_words(document: JobStatement, payee: PeerId) -> Proof:
             f"what is owed today: vouchers for other work, either way, are left out. A later"
             f" voucher for the same attempt may have been left out too; it can only raise what"
             f" {payer} signed. What {payee} confirmed is the money, and the output only by its hash"
+            + _replaced(document)
         ),
     )

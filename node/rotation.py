@@ -15,11 +15,12 @@ from aivillage.ledger import books
 from aivillage.ledger.opening import SystemClock, open_file, read_file
 from aivillage.ledger.queries import keys
 from aivillage.ledger.signing import Ed25519Signer
-from aivillage.node import identity, lock, succession, village
+from aivillage.node import identity, lock, village
 from aivillage.node.identity import peer_of
 from aivillage.node.jobs import Jobs, open_jobs
 from aivillage.node.membership import VILLAGE_SETTING
 from aivillage.node.paths import Paths
+from aivillage.protocols import succession
 from aivillage.protocols.types import AMOUNT_MAX, PeerId, peer_id
 
 FOR_EVER: Final = AMOUNT_MAX
@@ -39,9 +40,10 @@ async def rotate(paths: Paths) -> tuple[PeerId, PeerId]:
         db = open_file(paths.ledger, Ed25519Signer(old), clock)
         try:
             new = identity.create(paths.data_dir, identity.NEXT_FILE)
-            proof = succession.make(old, new)
+            at_ms = clock.unix_ms()
+            proof = succession.make(old, new, at_ms)
             with db:
-                books.add_own_key(db, new.public_key().public_bytes_raw(), proof, clock.unix_ms())
+                books.add_own_key(db, new.public_key().public_bytes_raw(), proof, at_ms)
         finally:
             db.close()
         await _finish(paths, old, new)

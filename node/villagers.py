@@ -13,7 +13,7 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.ledger.ledger import NodeBook
-from aivillage.node import succession, village
+from aivillage.node import village
 from aivillage.node.config import Settings
 from aivillage.node.dialling import first_to_answer
 from aivillage.node.discovery import Discovery
@@ -30,7 +30,7 @@ from aivillage.node.membership import Membership
 from aivillage.node.owners import Owners
 from aivillage.node.reachability import Reachability
 from aivillage.node.reasons import Reasons
-from aivillage.protocols import messages
+from aivillage.protocols import messages, succession
 from aivillage.protocols.errors import AivillageError, PeerError, RequestError
 from aivillage.protocols.ports import SomebodyElseError
 from aivillage.protocols.types import AMOUNT_MAX, MicroCredits, PeerId, Seconds

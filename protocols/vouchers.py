@@ -345,15 +345,37 @@ def check_equivocation(proof: Equivocation, verify: Verify) -> VoucherBody:
     Raises:
         PeerError: BAD_REQUEST, they are no proof.
     """
-    pair = (proof.first, proof.second)
-    bodies = [decode_body(signed.body, VoucherBody) for signed in pair]
-    first, second = bodies
-    same = (first.payee, first.lane, first.n) == (second.payee, second.lane, second.n)
-    if not same or first == second:
-        raise bad("has two vouchers that do not contradict each other")
-    if not all(verify(proof.payer, voucher_prefixed(s.body), s.signature) for s in pair):
-        raise bad("has an unsigned proof")
+    first, _ = check_contradiction((proof.payer,), proof.first, proof.second, verify)
     return first
+
+
+def check_contradiction(
+    payers: Sequence[bytes],
+    first: SignedBody,
+    second: SignedBody,
+    verify: Verify,
+    families: Iterable[Sequence[bytes]] = (),
+) -> tuple[VoucherBody, VoucherBody]:
+    """Both bodies, if one payer signed them, with any of its keys, and they contradict each other.
+
+    They do with one number and two bodies, or if the later one says less. A boot has one lane for
+    all payees, so the payee is the same key, or both keys are of one of `families`: each the keys
+    of one node.
+
+    Raises:
+        PeerError: BAD_REQUEST, they are no proof.
+    """
+    one, other = (decode_body(signed.body, VoucherBody) for signed in (first, second))
+    (low_n, low_cum), (high_n, high_cum) = sorted([(one.n, one.cum), (other.n, other.cum)])
+    contradict = one != other if low_n == high_n else low_cum > high_cum
+    payees = {one.payee, other.payee}
+    same = len(payees) == 1 or any(payees <= {*family} for family in families)
+    if one.lane != other.lane or not same or not contradict:
+        raise bad("has two vouchers that do not contradict each other")
+    for signed in (first, second):
+        if not any(verify(k, voucher_prefixed(signed.body), signed.signature) for k in payers):
+            raise bad("has an unsigned proof")
+    return one, other
 
 
 def check_item(id_: bytes, out_hash: bytes) -> None:

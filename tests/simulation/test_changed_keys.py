@@ -6,9 +6,9 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from aivillage.node import rotation, succession, village
+from aivillage.node import rotation, village
 from aivillage.node.identity import KEY_FILE, load
-from aivillage.protocols import messages
+from aivillage.protocols import messages, succession
 from aivillage.protocols.errors import LedgerError, PeerError
 from tests.conftest import make_key, make_peer
 from tests.simulation.mesh import (
@@ -142,7 +142,7 @@ async def test_a_thief_that_names_its_own_successor_later_is_a_stranger(tmp_path
         thief = await mesh.add("thief", serve=False, stranger=True)
         home = village.village_of(seller.peer)
         await thief.desk.villagers.membership.store(home, (papers,))
-        thief.ledger._ledger.desk.proofs = (succession.make(stolen, thief.key),)
+        thief.ledger._ledger.desk.proofs = (succession.make(stolen, thief.key, 1),)
         await mesh.link(thief, seller)
         assert len(seller.events("succession_refused")) == 1
         assert not seller.desk.villagers.is_member(thief.peer)
@@ -156,7 +156,7 @@ async def test_a_link_of_the_old_key_ends_when_the_new_one_comes(tmp_path):
         old = await mesh.add("old", serve=False)
         new = await mesh.add("new", serve=False, stranger=True)
         await mesh.knows(old, seller)
-        new.ledger._ledger.desk.proofs = (succession.make(old.key, new.key),)
+        new.ledger._ledger.desk.proofs = (succession.make(old.key, new.key, 1),)
         papers = old.desk.villagers.membership.certificates
         await new.desk.villagers.membership.store(village.village_of(seller.peer), papers)
         await mesh.link(new, seller)
@@ -246,7 +246,7 @@ async def test_a_strangers_change_of_key_is_not_written_down(tmp_path):
     async with open_mesh(tmp_path) as mesh:
         seller = await mesh.add("seller")
         stranger = await mesh.add("stranger", serve=False, stranger=True)
-        stranger.ledger._ledger.desk.proofs = (succession.make(make_key(99), stranger.key),)
+        stranger.ledger._ledger.desk.proofs = (succession.make(make_key(99), stranger.key, 1),)
         await mesh.link(stranger, seller)
         assert seller.ledger.names_of(stranger.peer) == (stranger.peer,)
 

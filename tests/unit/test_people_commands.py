@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 
-import apsw
 import msgspec
 import pytest
 
 from aivillage.cli import balance as shown
 from aivillage.cli import main as cli
 from aivillage.cli import people
-from aivillage.ledger import books, exposure
+from aivillage.ledger import exposure
 from aivillage.ledger.queries import Balance, PeerBalance
 from aivillage.protocols.errors import EXIT_NO_DAEMON
-from aivillage.protocols.types import public_key
 from tests.conftest import make_peer
+from tests.unit.ledger.test_steps import BUYER, B, book, forged, item, take
 
 P, Q = make_peer(1), make_peer(2)
 COMMANDS = [
@@ -123,11 +122,34 @@ def test_a_peers_line_says_what_one_should_know_of_it(capsys):
 
 
 def test_an_audit_names_who_contradicted_itself(tmp_path, capsys):
-    db = apsw.Connection(str(tmp_path / "ledger.db"))
-    with db:
-        books.prepare(db, public_key(Q), 1)
-        exposure.certify(db, P, 10, 10, 1)
-        books.keep_evidence(db, P, (b"l" * 16, 1), (b"a", b"b", b"c", b"d"), 1)
-    db.close()
+    db = book(B)
+    exposure.certify(db, BUYER, 1_000, 160, 1)
+    for voucher in (forged(1, 20, item(1, 20)), forged(1, 10, item(2, 10))):
+        take(db, voucher)
+    db.execute("VACUUM INTO ?", (str(tmp_path / "ledger.db"),))
     assert cli.main(["audit", "--data-dir", str(tmp_path)]) == 0
-    assert f"{P[-8:]} contradicted itself: 1 proof\n" in capsys.readouterr().out
+    assert f"{BUYER[-8:]} contradicted itself: 1 proof\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("written", "pool"), [("", 0), ("stranger_pool_micro_credits = 700\n", 700)]
+)
+def test_a_balance_without_a_daemon_knows_the_pool_of_the_strangers(
+    tmp_path, capsys, written, pool
+):
+    db = book(B)
+    take(db, forged(1, 20, item(1, 20)))  # of a stranger
+    db.execute("VACUUM INTO ?", (str(tmp_path / "ledger.db"),))
+    (tmp_path / "config.toml").write_text(written)
+    assert cli.main(["balance", "--json", "--data-dir", str(tmp_path)]) == 0
+    (stranger,) = json.loads(capsys.readouterr().out)["peers"]
+    assert (stranger["known"], stranger["line"], stranger["exposure"]) == (False, pool, pool)
+
+
+def test_a_balance_without_a_daemon_goes_by_the_environment_too(tmp_path, capsys, monkeypatch):
+    db = book(B)
+    take(db, forged(1, 20, item(1, 20)))
+    db.execute("VACUUM INTO ?", (str(tmp_path / "ledger.db"),))
+    monkeypatch.setenv("AIVILLAGE_STRANGER_POOL_MICRO_CREDITS", "900")
+    assert cli.main(["balance", "--json", "--data-dir", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["peers"][0]["line"] == 900

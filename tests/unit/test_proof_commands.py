@@ -15,7 +15,7 @@ from aivillage.cli import main, output, times
 from aivillage.node.attempts import attempts_of
 from aivillage.protocols.errors import ConfigError, RequestError
 from tests.unit.ledger.pairs import NAMES, traded
-from tests.unit.ledger.test_steps import BUYER, SELLER
+from tests.unit.ledger.test_steps import BUYER, SELLER, B, book, exposure, forged, item, take
 
 JOB = "c0ffee" + "0" * 26
 
@@ -95,6 +95,39 @@ def test_a_damaged_book_cannot_be_stated(run, node):
     code, out, err = run("statement", "--peer", SELLER)
     assert (code, out) == (7, "")
     assert "aivillage-node audit" in err
+
+
+def test_evidence_shows_both_bodies_and_is_verified_where_there_is_no_node(run, node):
+    code, out, err = run("evidence")
+    assert (code, out, "Nobody contradicted itself" in err) == (0, "", True)
+    seller = book(B)
+    exposure.certify(seller, BUYER, 1_000, 160, 1)
+    for voucher in (forged(1, 20, item(1, 20)), forged(1, 10, item(2, 10))):
+        take(seller, voucher)
+    (node / "ledger.db").unlink()
+    seller.execute("VACUUM INTO ?", (str(node / "ledger.db"),))
+    ((first, second),) = seller.execute("SELECT first_body, second_body FROM evidence").fetchall()
+    code, out, _ = run("evidence")
+    assert (code, f"{BUYER} contradicted itself" in out) == (0, True)
+    assert first.hex() in out
+    assert second.hex() in out
+    code, out, _ = run("evidence", "--peer", BUYER[-6:], "--output", node / "lie.json")
+    assert (code, "verify-statement" in out) == (0, True)
+    code, out, _ = run("verify-statement", node / "lie.json")
+    assert (code, "contradicted itself in writing" in out) == (0, True)
+    code, out, _ = run("evidence", "--peer", BUYER, "--json")
+    assert json.loads(out)["proofs"] == json.loads((node / "lie.json").read_text())["proofs"]
+    assert len(json.loads(run("evidence", "--json")[1])) == 1
+    path = node / "lie.json"
+    path.write_text(path.read_text().replace(first.hex(), second.hex()))
+    code, out, err = run("verify-statement", path)
+    assert (code, out, "do not contradict" in err) == (7, "", True)
+
+
+def test_evidence_in_a_file_is_about_one_payer_who_is_accused(run, node):
+    assert run("evidence", "--output", node / "x.json")[0] == 2
+    assert run("evidence", "--peer", SELLER, "--output", node / "x.json")[0] == 2
+    assert not (node / "x.json").exists()
 
 
 def test_history_as_csv_has_a_header_and_every_voucher(run):

@@ -17,6 +17,7 @@ from aivillage.ledger.queries import run
 from aivillage.protocols.envelope import is_signed_by
 from aivillage.protocols.types import AttemptId
 from aivillage.protocols.vouchers import Receipt, ReceiptBody, digest, receipt_prefixed
+from tests.unit.ledger.pairs import note, receipt_for
 from tests.unit.ledger.test_ledger import BUYER, OUT, QUOTE, SELLER, join, pair, until
 from tests.unit.ledger.test_ledger import A as KEY_A
 from tests.unit.ledger.test_ledger import B as KEY_B
@@ -96,10 +97,13 @@ def test_a_portion_looks_at_no_more_rows_than_it_may(books_of_two, monkeypatch):
 
 def test_a_portion_scans_no_table(books_of_two):
     buyer, _, _ = books_of_two
-    mine, receipt = compaction._SIDES["out"]
+    mine, receipt, unproven = compaction._SIDES["out"]
     queries = (
         (compaction._LOOKED.format(side="out"), (0, 10)),
-        (compaction._SUPERSEDED.format(side="out", receipt=receipt), (mine, 0, 10)),
+        (
+            compaction._SUPERSEDED.format(side="out", receipt=receipt, unproven=unproven),
+            (mine, 0, 10),
+        ),
         (compaction._UNUSED_RECEIPT, (1,)),
     )
     for sql, bindings in queries:
@@ -152,6 +156,19 @@ def test_intents_go_once_a_claim_would_be_too_late(books_of_two):
     with buyer:
         assert compact(buyer, Cursor("out"), late + 1).intents == 1
     assert one(buyer, "SELECT count(*) FROM intent") == (1,)
+
+
+def test_what_was_confirmed_stays_proven_though_a_later_voucher_repeats_it():
+    """Of six vouchers for one attempt four were confirmed; the fourth is kept with its receipt."""
+    buyer = book(A)
+    vouchers = [sign(buyer, item(1, 10 * n)) for n in range(1, 7)]
+    note(buyer, receipt_for(vouchers[:4]))
+    compact_all(buyer)
+    assert buyer.execute("SELECT n FROM voucher_out ORDER BY n").fetchall() == [(4,), (6,)]
+    report = run(buyer, audit(is_signed_by))
+    assert report.ok, report.first_error
+    with pytest.raises(apsw.ConstraintError, match="a proof is never deleted"):
+        buyer.execute("DELETE FROM voucher_out WHERE n = 4")
 
 
 async def test_a_restored_payer_is_healed_by_a_payee_that_compacted(tmp_path):

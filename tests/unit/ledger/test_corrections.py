@@ -6,6 +6,7 @@ import apsw
 import pytest
 
 from aivillage.ledger import books, corrections, exposure
+from aivillage.ledger.audit import audit
 from aivillage.ledger.queries import balance, run
 from aivillage.protocols.errors import ConfigError, RequestError
 from tests.house import ROOT
@@ -88,6 +89,20 @@ def test_the_owner_forgives_a_gap_whole():
         exposure.reserve(node.db, peer.id, 0, 20, 0)
         assert exposure.forgive_gap(node.db, peer.id).written_off == 20
         assert exposure.forgive_gap(node.db, peer.id).written_off == 20
+
+
+def test_what_was_forgiven_though_only_reserved_is_not_given_back():
+    """The owner forgives 160 while 141 are delivered; then the sale goes on, and ends."""
+    village = Village()
+    node, peer, _ = village.nodes
+    with node.db:
+        node.db.execute("UPDATE peer SET reserved = 160 WHERE peer = ?", (peer.id,))
+        exposure.forgive_gap(node.db, peer.id)
+        node.db.execute("UPDATE peer SET reserved = 165 WHERE peer = ?", (peer.id,))
+        assert exposure.release(node.db, peer.id, 141).reserved == 160
+        assert exposure.release(node.db, peer.id, 150).reserved == 160
+    report = run(node.db, audit(node.signer.verify))
+    assert report.ok, report.first_error
 
 
 def test_strangers_are_forgiven_a_day_at_most_whatever_the_clock_says():

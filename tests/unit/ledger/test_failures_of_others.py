@@ -15,6 +15,7 @@ from aivillage.ledger.compare import compare, view
 from aivillage.ledger.ledger import open_ledger
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.types import AttemptId, peer_id
+from tests.unit.ledger import forging, racing
 from tests.unit.ledger.test_ledger import OUT, QUOTE, until
 
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3)]
@@ -74,27 +75,52 @@ async def quiet(books):
     await until(lambda: all(owes(books, a, b) == -owes(books, b, a) for a, b in pairs))
 
 
-async def test_eight_threads_that_each_move_the_last_hundred_move_it_once(tmp_path):
-    """Read, subtract, write in eight threads took 800 from a balance of 100 elsewhere."""
+@pytest.mark.parametrize(
+    ("move", "refusal"),
+    [
+        (racing.start_a_ring, "INSUFFICIENT_CREDITS"),
+        (racing.write_it_off, "BAD_REQUEST"),
+    ],
+)
+def test_eight_threads_that_each_move_the_last_hundred_move_it_once(tmp_path, move, refusal):
+    """Read, subtract, write in eight threads took 800 from a balance of 100 elsewhere.
+
+    Each has a connection of its own on the same file, and none begins before all saw the hundred.
+    """
+    path = tmp_path / "book.db"
+    racing.owed_a_hundred(path)
+    assert racing.all_at_once(path, move) == ["", *[refusal] * (racing.THREADS - 1)]
+    report = reader.read_audit(path)
+    assert report.ok, report.first_error
+    assert report.entries == 2
+
+
+async def test_eight_sales_that_enter_before_any_commit_get_the_last_hundred_once(tmp_path):
+    """The seller's room: all eight ask for it before the first reservation is durable."""
     async with village(tmp_path, line=100, exposure=100) as books:
-        passed = []
+        seller, passed = books[1], []
+        attempts = [AttemptId(bytes([number]) * 16) for number in range(1, 9)]
+        for attempt in attempts:
+            seller.begin_sale(IDS[0], attempt, QUOTE, 100)
+            seller.want_room(IDS[0], 100)
+            assert not seller.deliver(IDS[0], attempt, 100, OUT)  # nothing is durable yet
 
-        def spend(number):
-            attempt = AttemptId(bytes([number]) * 16)
-            seller = books[1]
-            trio.from_thread.run_sync(seller.begin_sale, IDS[0], attempt, QUOTE, 100)
-            trio.from_thread.run_sync(seller.want_room, IDS[0], 100)
-            for _ in range(20):
-                if trio.from_thread.run_sync(seller.deliver, IDS[0], attempt, 100, OUT):
-                    passed.append(number)
-                    return
-                trio.from_thread.run(trio.sleep, 0.01)
+        async def sell(attempt):
+            while not seller.room(IDS[0]) and not passed:
+                await seller.room_changed(IDS[0])
+            if seller.deliver(IDS[0], attempt, 100, OUT):
+                passed.append(attempt)
 
-        async with trio.open_nursery() as nursery:
-            for number in range(8):
-                nursery.start_soon(trio.to_thread.run_sync, spend, number)
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                for attempt in attempts:
+                    nursery.start_soon(sell, attempt)
         assert len(passed) == 1
-        assert books[1].headroom(IDS[0]) == 0
+        assert seller.headroom(IDS[0]) == 0
+        seller.want_room(IDS[0], 100)
+        await trio.sleep(0.2)
+        late = [attempt for attempt in attempts if attempt not in passed]
+        assert not any(seller.deliver(IDS[0], attempt, 100, OUT) for attempt in late)
 
 
 async def test_eight_rings_at_once_spend_what_is_owed_once(tmp_path):
@@ -142,33 +168,65 @@ async def test_work_that_only_the_seller_reports_mints_nothing(tmp_path):
         attempt = AttemptId(os.urandom(16))
         books[1].begin_sale(IDS[0], attempt, QUOTE, 1_000)
         books[1].want_room(IDS[0], 500)
-        await books[1].room_changed(IDS[0])
-        while books[1].deliver(IDS[0], attempt, books[1].room(IDS[0]), OUT):
-            break
+        await until(lambda: books[1].room(IDS[0]) >= 500)
+        assert books[1].deliver(IDS[0], attempt, 500, OUT)
         books[1].end_sale(IDS[0], attempt)
+        view = books[1].view(IDS[0])
+        assert (view.delivered, view.paid) == (500, 0)
         await trio.sleep(0.3)
         assert (await books[1].balance()).earned == 0
         assert owes(books, 0, 1) == owes(books, 1, 0) == 0
+        assert (await books[1].history()) == []
 
 
-async def test_who_credits_itself_on_its_own_file_is_believed_by_nobody(tmp_path):
+@pytest.mark.parametrize(("forge", "named"), forging.WAYS, ids=forging.names())
+def test_who_credits_itself_on_its_own_file_is_believed_by_nobody(tmp_path, forge, named):
+    """Every way that its owner has by SQL, without a trigger in the way: the audit names each."""
+    db = forging.seller_book()
+    path = tmp_path / "book.db"
+    path.write_bytes(db.serialize("main"))
+    assert reader.read_audit(path).ok
+    forging.without_triggers(db)
+    forge(db)
+    path.write_bytes(db.serialize("main"))
+    report = reader.read_audit(path)
+    assert not report.ok
+    assert named in report.first_error
+
+
+def corrections():
+    """Those forgeries that need no voucher: the schema alone refuses them."""
+    return [forge for forge, _ in forging.WAYS if forge.__name__ in forging.REFUSED]
+
+
+@pytest.mark.parametrize("forge", corrections())
+def test_a_correction_that_moves_what_it_may_not_is_refused_by_the_database(forge):
+    db = forging.seller_book()
+    before = db.execute("SELECT * FROM bal").fetchall()
+    with pytest.raises(apsw.ConstraintError, match=r"correction|written|given up"), db:
+        forge(db)
+    assert db.execute("SELECT * FROM bal").fetchall() == before
+
+
+async def test_who_leaves_out_its_own_debts_is_shown_them_by_the_other_book(tmp_path):
+    """A book without what it signed is whole in itself; only the peer has the signature."""
     async with village(tmp_path) as books:
         await pay(books, 0, 1, 300)
         await quiet(books)
     db = apsw.Connection(str(tmp_path / "0.db"))
     with pytest.raises(apsw.ConstraintError):
-        db.execute("UPDATE posting SET amount = 1000000 WHERE account = 'peer'")
-    db.execute("UPDATE bal SET amount = 1000000")  # a number beside the entries is easily written
+        db.execute("DELETE FROM voucher_out")
+    forging.without_triggers(db)
+    for table in ("entry", "posting", "voucher_out", "lane_out", "item", "bal", "account"):
+        db.execute(f"DELETE FROM {table}")
+    db.execute("DELETE FROM receipt")
     db.close()
-    report = reader.read_audit(tmp_path / "0.db")
-    assert not report.ok
-    assert report.first_error.startswith("balance of")
-    assert reader.read_audit(tmp_path / "1.db").ok
+    assert reader.read_audit(tmp_path / "0.db").ok
     mine = reader.read(tmp_path / "0.db", view(IDS[1]))
     theirs = reader.read(tmp_path / "1.db", view(IDS[0]))
-    found = compare(theirs, mine)
-    assert not found.agree
-    assert "vouchers give" in found.first
+    for found in (compare(theirs, mine), compare(mine, theirs)):
+        assert not found.agree
+        assert found.differences[0].amount == 300
     assert theirs.balance == 300
 
 

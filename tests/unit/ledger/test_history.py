@@ -27,7 +27,8 @@ def large():
             books.ensure_peer(db, peer)
         for seq in range(ENTRIES):
             peer = PEERS[3] if seq in rare else PEERS[seq % 3]
-            cause = books.Cause(peer, WALLET.lane, seq + 1, b"", "pay" if seq % 2 else "receive")
+            kind = "recover-pay" if seq in rare else "pay" if seq % 2 else "receive"
+            cause = books.Cause(peer, WALLET.lane, seq + 1, b"", kind)
             legs = [books.Leg("peer", None, 5), books.Leg("earned", NAMES[1], -5)]
             books.post(db, cause, legs, START_MS + seq * STEP_MS)
     return db
@@ -94,6 +95,11 @@ def test_a_clock_that_was_set_back_hides_nothing():
         {"since_ms": START_MS + 50 * STEP_MS, "until_ms": START_MS + 52 * STEP_MS},
         {"peer": PEERS[3], "since_ms": START_MS + 150 * STEP_MS},
         {"peer": PEERS[1], "since_ms": START_MS, "kind": "pay"},
+        {"kind": "pay"},
+        {"kind": "recover-pay"},
+        {"kind": "write-off"},
+        {"kind": "recover-pay", "since_ms": START_MS + 150 * STEP_MS},
+        {"kind": "recover-pay", "until_ms": START_MS + 150 * STEP_MS},
     ],
 )
 def test_a_filter_walks_no_further_than_its_limit(large, wanted):
@@ -114,12 +120,16 @@ def test_the_plan_of_each_filter_names_its_index(large, library):
         (Movements(peer=PEERS[0], since_ms=1), "entry_peer (peer=?)"),
         (Movements(since_ms=1), "entry_at (at_ms>?)"),
         (Movements(since_ms=1, until_ms=2), "entry_at (at_ms>? AND at_ms<?)"),
+        (Movements(kind="pay"), "entry_kind (kind=?)"),
+        (Movements(kind="pay", since_ms=1), "entry_kind (kind=? AND at_ms>?)"),
     ):
-        bindings = [value for value in (wanted.peer, wanted.since_ms, wanted.until_ms) if value]
+        asked = (wanted.peer, wanted.since_ms, wanted.until_ms, wanted.kind)
+        bindings = [value for value in asked if value]
         plan = db.execute(f"EXPLAIN QUERY PLAN {movements_sql(wanted)}", (*bindings, 9))
         told = " ".join(row[3] for row in plan)
         assert index in told
         assert "SCAN" not in told
+        assert "TEMP B-TREE FOR ORDER BY" not in told
         assert "SEARCH p USING PRIMARY KEY (seq=?)" in told
     if db is not large:
         db.close()

@@ -11,6 +11,7 @@ from aivillage.ledger import books
 from aivillage.ledger.ledger import open_ledger
 from aivillage.ledger.opening import SystemClock, open_file
 from aivillage.ledger.signing import Ed25519Signer
+from aivillage.protocols import succession
 from aivillage.protocols.envelope import is_signed_by
 from aivillage.protocols.errors import ConfigError, RequestError
 from aivillage.protocols.types import AttemptId, peer_id
@@ -31,7 +32,7 @@ def name(key):
 def rotate(path, old, new):
     db = open_file(path, Ed25519Signer(old), SystemClock())
     with db:
-        books.add_own_key(db, public(new), b"proof", 1)
+        books.add_own_key(db, public(new), succession.make(old, new, 1), 1)
     db.close()
 
 
@@ -83,8 +84,8 @@ async def test_vouchers_of_the_old_key_arrive_after_a_change_of_both_keys(tmp_pa
     rotate(b_db, B, B2)
     async with open_ledger(a_db, A2) as a, open_ledger(b_db, B2) as b:
         assert (a.names, b.names) == ((name(A2), name(A)), (name(B2), name(B)))
-        await b.succeed(name(A), name(A2), b"proof")
-        await a.succeed(name(B), name(B2), b"proof")
+        await b.succeed(name(A), name(A2), succession.make(A, A2, 1))
+        await a.succeed(name(B), name(B2), succession.make(B, B2, 1))
         join(a, b)
         await equal(a, b, 900)
         await pay(a, b, 100)
@@ -107,8 +108,8 @@ async def test_what_is_signed_after_a_change_names_the_new_keys(tmp_path):
     rotate(a_db, A, A2)
     rotate(a_db, A2, A3)
     async with open_ledger(a_db, A3) as a, open_ledger(b_db, B) as b:
-        await b.succeed(name(A), name(A2), b"proof")
-        await b.succeed(name(A2), name(A3), b"proof")
+        await b.succeed(name(A), name(A2), succession.make(A, A2, 1))
+        await b.succeed(name(A2), name(A3), succession.make(A2, A3, 1))
         assert b.names_of(name(A2)) == (name(A3), name(A2), name(A))
         join(a, b)
         await pay(a, b, 300)
@@ -129,10 +130,10 @@ async def test_what_is_signed_after_a_change_names_the_new_keys(tmp_path):
 async def test_a_second_successor_of_one_key_is_refused(tmp_path):
     async with open_ledger(tmp_path / "b.db", B) as b:
         await b.set_line(name(A), 10_000, 1_000)
-        await b.succeed(name(A), name(A2), b"proof")
-        await b.succeed(name(A), name(A2), b"proof")  # said again at each link
+        await b.succeed(name(A), name(A2), succession.make(A, A2, 1))
+        await b.succeed(name(A), name(A2), succession.make(A, A2, 1))  # said again at each link
         with pytest.raises(RequestError, match="replaced already"):
-            await b.succeed(name(A), name(A3), b"proof")
+            await b.succeed(name(A), name(A3), succession.make(A, A3, 1))
         assert b.names_of(name(A3)) == (name(A3),)
         assert not b.knows(name(A3))
 
@@ -142,7 +143,7 @@ async def test_a_peer_of_its_own_is_nobodys_successor(tmp_path):
         await b.set_line(name(A), 10_000, 1_000)
         await b.set_line(name(A2), 10_000, 1_000)
         with pytest.raises(RequestError, match="of its own"):
-            await b.succeed(name(A), name(A2), b"proof")
+            await b.succeed(name(A), name(A2), succession.make(A, A2, 1))
 
 
 async def test_many_payments_in_flight_are_resent_byte_for_byte(tmp_path):
@@ -157,6 +158,6 @@ async def test_many_payments_in_flight_are_resent_byte_for_byte(tmp_path):
             await pay(a, b, 100)
     rotate(a_db, A, A2)
     async with open_ledger(a_db, A2) as a, open_ledger(b_db, B) as b:
-        await b.succeed(name(A), name(A2), b"proof")
+        await b.succeed(name(A), name(A2), succession.make(A, A2, 1))
         join(a, b)
         await equal(a, b, 1_000)

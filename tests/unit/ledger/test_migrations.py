@@ -11,8 +11,9 @@ from aivillage.ledger.audit import audit
 from aivillage.ledger.ledger import open_ledger
 from aivillage.ledger.queries import balance, run
 from aivillage.protocols.errors import ConfigError
+from aivillage.protocols.types import peer_id
 from tests.house import ROOT
-from tests.unit.ledger.test_steps import NOW, A, B
+from tests.unit.ledger.test_steps import BUYER, NOW, SELLER, A, B
 
 DATA = ROOT / "tests" / "data"
 NET = {"buyer": -1_920, "seller": 1_920}
@@ -91,3 +92,81 @@ async def test_an_old_book_that_breaks_the_rules_is_refused_and_left_alone(old):
     db = opened(path)
     assert books.one(db, "PRAGMA user_version") == (1,)
     assert len(entries(db)) == 47
+
+
+# ------------------------------------------------------------------ schema 2
+
+
+@pytest.fixture
+def second(tmp_path: Path):
+    """A copy of a book that schema 2 wrote: compacted, with corrections, favours and proofs."""
+
+    def copy(name):
+        path = tmp_path / f"{name}.db"
+        shutil.copy(DATA / f"ledger_v2_{name}.db", path)
+        return opened(path)
+
+    return copy
+
+
+_KEPT = ("entry", "posting", "memo", "voucher_in", "voucher_out", "item", "favour", "bal")
+
+
+@pytest.mark.parametrize("name", ["buyer", "seller"])
+def test_a_book_of_schema_2_keeps_every_row_and_passes_the_audit_of_today(second, name):
+    db = second(name)
+    before = {t: books.rows(db, f"SELECT * FROM {t}") for t in _KEPT}
+    books.prepare(db, KEYS[name].public_key, NOW)
+    assert {t: books.rows(db, f"SELECT * FROM {t}") for t in _KEPT} == before
+    report = run(db, audit(KEYS[name].verify))
+    assert report.ok, report.first_error
+    assert books.rows(db, "SELECT peer, worth FROM favour_sum") == [(THIRD, 18)]
+    assert books.one(db, "PRAGMA integrity_check") == ("ok",)
+    books.prepare(db, KEYS[name].public_key, NOW)  # and it is done once
+
+
+THIRD = peer_id(bytes([7]) * 32)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_migrated_book_has_the_schema_of_a_new_one(second, old, version):
+    db = second("seller") if version == 2 else opened(old("seller"))
+    books.prepare(db, B.public_key, NOW)
+    shape = "SELECT type, name, sql FROM sqlite_schema WHERE sql NOT NULL ORDER BY name"
+    new = apsw.Connection(":memory:")
+    books.prepare(new, B.public_key, NOW)
+    assert books.rows(db, shape) == books.rows(new, shape)
+
+
+def test_what_counts_as_confirmed_is_what_receipts_still_prove(second):
+    """Compaction of schema 2 dropped receipts that nothing can be shown for any more."""
+    db = second("buyer")
+    assert books.rows(db, "SELECT confirmed FROM lane_out") == [(40,)]
+    books.prepare(db, A.public_key, NOW)
+    assert books.rows(db, "SELECT confirmed FROM lane_out") == [(0,)]
+
+
+def test_a_proof_against_a_copy_of_oneself_no_longer_accuses_who_showed_it(second):
+    db = second("buyer")
+    assert books.rows(db, "SELECT payer FROM evidence") == [(SELLER,)]
+    books.prepare(db, A.public_key, NOW)
+    assert books.rows(db, "SELECT payer FROM evidence") == [(BUYER,)]
+
+
+@pytest.mark.parametrize(
+    ("legs", "kind"),
+    [
+        ([("peer", 1_000_000), ("gift", -1_000_000)], "write-back"),
+        ([("doubtful", 1_000), ("writeoff", -1_000)], "write-back"),
+        ([("doubtful", -5), ("writeoff", 6), ("gift", -1)], "write-off"),
+    ],
+)
+def test_a_book_of_schema_2_that_credited_itself_is_refused_and_left_alone(second, legs, kind):
+    db = second("seller")
+    with db:
+        wanted = [books.Leg(account, None, amount) for account, amount in legs]
+        books.correct(db, BUYER, kind, "mine now", wanted, NOW)  # schema 2 let it in
+    with pytest.raises(apsw.ConstraintError, match="is no correction"):
+        books.prepare(db, B.public_key, NOW)
+    assert books.one(db, "PRAGMA user_version") == (2,)
+    assert books.rows(db, "SELECT name FROM sqlite_schema WHERE name = 'favour_sum'") == []

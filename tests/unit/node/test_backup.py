@@ -462,7 +462,7 @@ def test_the_commands_say_what_a_restored_node_does_not_do_yet(node, tmp_path, c
     file, other = tmp_path / "b.tar", tmp_path / "other"
     assert main.main(["backup", str(file), "--data-dir", str(node.data_dir), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["path"], told["peer"], told["ledger_schema"]) == (str(file), SELLER, 2)
+    assert (told["path"], told["peer"], told["ledger_schema"]) == (str(file), SELLER, 3)
     assert main.main(["backup", str(file), "--data-dir", str(node.data_dir)]) == 2
     assert "--force" in capsys.readouterr().err
     assert main.main(["restore", str(file), "--data-dir", str(other)]) == 0

@@ -9,10 +9,11 @@ import trio
 
 from aivillage.ledger import books
 from aivillage.ledger.ledger import open_ledger
-from aivillage.node import identity, lock, rotation, succession, village
+from aivillage.node import identity, lock, rotation, village
 from aivillage.node.identity import peer_of
 from aivillage.node.jobs import open_jobs
 from aivillage.node.paths import Paths
+from aivillage.protocols import succession
 from aivillage.protocols.errors import ConfigError
 
 

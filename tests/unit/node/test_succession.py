@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from aivillage.node import succession
+from aivillage.protocols import succession
 from aivillage.protocols.envelope import seal
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.messages import SUCCESSIONS_MAX
@@ -12,7 +12,7 @@ from tests.conftest import make_key, make_peer
 
 
 def step(old, new):
-    return succession.make(make_key(old), make_key(new))
+    return succession.make(make_key(old), make_key(new), 1)
 
 
 def changed(envelope, signer=None, **changes):

@@ -174,8 +174,10 @@ def test_a_receipt_is_worth_nothing_as_a_voucher():
 
 
 def test_two_vouchers_prove_a_lie_only_if_they_contradict_each_other():
-    assert vouchers.check_equivocation(_proof(_voucher(cum=1)), is_signed_by).cum == 269
-    for no_lie in (_voucher(), _voucher(n=2, cum=1), _voucher(lane=b"l" * 16, cum=1)):
+    for lie in (_voucher(cum=1), _voucher(n=2, cum=268)):  # one number, or a later one with less
+        assert vouchers.check_equivocation(_proof(lie), is_signed_by).cum == 269
+    no_lies = (_voucher(), _voucher(n=2, cum=269), _voucher(lane=b"l" * 16, cum=1))
+    for no_lie in (*no_lies, _voucher(payee=bytes(32), cum=1)):
         with pytest.raises(PeerError, match="do not contradict"):
             vouchers.check_equivocation(_proof(no_lie), is_signed_by)
     with pytest.raises(PeerError, match="unsigned"):

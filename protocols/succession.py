@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aivillage.node.identity import peer_of
 from aivillage.protocols.envelope import is_signed_by, prefix, seal, sign, unseal
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.messages import SUCCESSIONS_MAX
 from aivillage.protocols.papers import Succession
-from aivillage.protocols.types import PeerId, public_key
+from aivillage.protocols.types import PeerId, peer_id, public_key
 
 _DOMAIN: Final = "succession"
 _CONSENT: Final = "succession-consent"
@@ -27,12 +25,19 @@ class Step(NamedTuple):
     new: PeerId
     proof: bytes
 
+    @property
+    def old_key(self) -> bytes:
+        return public_key(self.old)
 
-def make(old: Ed25519PrivateKey, new: Ed25519PrivateKey) -> bytes:
-    """The envelope in which `old` names `new`, now."""
-    bare = Succession(
-        old=peer_of(old), new=peer_of(new), at_unix_ms=int(time.time() * 1000), consent=b""
-    )
+    @property
+    def new_key(self) -> bytes:
+        return public_key(self.new)
+
+
+def make(old: Ed25519PrivateKey, new: Ed25519PrivateKey, at_unix_ms: int) -> bytes:
+    """The envelope in which `old` names `new`."""
+    names = [peer_id(key.public_key().public_bytes_raw()) for key in (old, new)]
+    bare = Succession(old=names[0], new=names[1], at_unix_ms=at_unix_ms, consent=b"")
     consent = sign(new, _consented(bare))
     return seal(old, _DOMAIN, msgspec.structs.replace(bare, consent=consent))
 
