@@ -17,7 +17,7 @@ import trio
 
 from aivillage.models.inference import catalogue, stages
 from aivillage.models.inference.generate import GenerateRequest, GenerateResult, conversation
-from aivillage.models.inference.split import Draws, Round, SplitAnswer
+from aivillage.models.inference.split import Draws, SplitAnswer
 from aivillage.models.inference.stages import StageInput, StageOutput, StageRequest
 from aivillage.models.inference.tokenizer import Prompt
 from aivillage.models.worker_messages import Load
@@ -133,18 +133,14 @@ class DriverSession:
     def __init__(self, request: bytes) -> None:
         words: Any = Words()
         self._answer = SplitAnswer(unpack(GenerateRequest, request), words)
-        self._frame = SessionFrame(1, (), "", 0)
+        self._frame = SessionFrame(1, (), "", 0, body=pack(self._answer.begun()))
 
     def feed(self, body: bytes) -> None:
-        self._frame = self._answer.take(unpack(Draws, body).token_ids)
+        self._frame = self._answer.say(unpack(Draws, body).token_ids)
 
     async def __anext__(self) -> SessionFrame:
         await trio.lowlevel.checkpoint()
-        answer, frame = self._answer, self._frame
-        if frame.finished:
-            return frame
-        body = pack(Round(answer.inputs(), len(answer.prompt.token_ids)))
-        return SessionFrame(1, frame.token_ids, frame.text, frame.read_bytes, body=body)
+        return self._frame
 
 
 class ScriptedParts(Parts):
