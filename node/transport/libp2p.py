@@ -17,7 +17,7 @@ from weakref import WeakSet, WeakValueDictionary
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aivillage.node.transport import circuit, rendezvous
+from aivillage.node.transport import circuit, patches, rendezvous
 from aivillage.node.transport.host import run_host
 from aivillage.node.transport.psk import KEY_STEP, Guard, WrongKeyError
 from aivillage.protocols.errors import PeerError, RequestError
@@ -351,7 +351,7 @@ class Libp2pStream:
         return data
 
     async def _write(self, data: bytes) -> None:
-        async with self._in_order:
+        async with patches.at_once(self._in_order):
             await self._muxed.write(data)
 
     async def _finish(self) -> None:

@@ -10,8 +10,8 @@ import importlib
 import logging
 import struct
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, Final
@@ -33,6 +33,8 @@ PLACES_PER_HOST_MAX: Final = 100
 """Half of all: identities cost nothing, and one machine could be everybody that we know."""
 WINDOW_BYTES_MAX: Final = 1 << 20
 """Receive window once data flows: a LAN's bandwidth times delay, and what one stream may hold."""
+READ_BYTES: Final = 1 << 16
+"""Of a socket at once: one Noise message, or many small ones."""
 CHUNK_BYTES: Final = 65_519 - 12
 """A Yamux frame of this much data is exactly one Noise message; 65,536 would make two."""
 
@@ -168,14 +170,42 @@ def coalesce_window_updates() -> None:
 
 
 def write_frames_cheaply() -> None:
-    """Without it: each frame is parsed again for a debug line and pays one more checkpoint."""
+    """Without it: each frame is parsed again for a debug line, and waits a turn at each lock."""
     yamux_conn = _library("libp2p.stream_muxer.yamux.yamux").Yamux
+    tcp = _library("libp2p.io.trio").TrioTCPStream
+    closed = _library("libp2p.io.exceptions").ConnectionClosedError
 
     async def write_frame(self: Any, data: bytes) -> None:
-        async with self._write_lock:
+        async with at_once(self._write_lock):
             await self.secured_conn.write(data)
 
+    async def write(self: Any, data: bytes) -> None:
+        async with at_once(self.write_lock):
+            try:
+                await self.stream.send_all(data)
+            except trio.BrokenResourceError as error:
+                raise closed(f"the peer reset it: {error}", transport="tcp") from error
+            except trio.ClosedResourceError:  # by us, as the library has it
+                return
+
     yamux_conn._write_frame = write_frame
+    tcp.write = write
+
+
+def read_what_is_there() -> None:
+    """Without it: a frame is read from its socket in two pieces of some bytes, a turn for each."""
+    tcp = _library("libp2p.io.trio").TrioTCPStream
+    original = _original(tcp, "read")
+
+    async def read(self: Any, n: int | None = None) -> bytes:
+        held: bytes = self.__dict__.get("_held", b"")
+        if not held and n != 0:
+            held = await original(self, READ_BYTES)
+        taken = len(held) if n is None else n
+        self._held = held[taken:]
+        return held[:taken]
+
+    tcp.read = read
 
 
 def enforce_flow_control() -> None:
@@ -228,9 +258,23 @@ ALL: Final = (
     wait_for_window_without_a_cap,
     coalesce_window_updates,
     write_frames_cheaply,
+    read_what_is_there,
     enforce_flow_control,
     cap_inbound_streams,
 )
+
+
+@asynccontextmanager
+async def at_once(lock: trio.Lock) -> AsyncIterator[None]:
+    """Holds `lock`; where it is free, without the turn of the scheduler that trio's own takes."""
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
