@@ -13,7 +13,8 @@ of three tokens were there before. `forwarding_gain_S`: what S stages that hand 
 would save at these 50 ms, one way a stage, without guesses; nothing here does that.
 
 The rest is real daemons on loopback, credits on. The workers of three may have 800 MB, so that none
-holds the model, and those of a fourth may; its engine is torch, as that of stages is.
+holds the model, and those of a fourth may; its engine is torch, as that of stages is. No worker
+is nice: else whatever runs on this machine goes before one that woke up, and stages wake up often.
 `split2_over_local`: rounds a second of an answer split over two of them, over tokens a second of
 the fourth's, each asked by the same buyer; rounds, so that no guess flatters it. An answer of the
 one kind follows one of the other, and the median of these pairs counts: a noisy minute hits both.
@@ -72,7 +73,8 @@ from tests.integration.split_processes import (
 )
 
 WAY_SECONDS = 0.05
-LENDS = ("--enable", OPERATION, "--set", "worker_memory_mb=800", "--set", "offer_seconds=2")
+ALIKE = ("--set", "worker_nice=0", "--set", "offer_seconds=2")
+LENDS = (*ALIKE, "--enable", OPERATION, "--set", "worker_memory_mb=800")
 COLD = (*LENDS, "--set", "stage_stand_by=false")
 TOKENS = 32
 REST_SECONDS = 3.0
@@ -261,14 +263,13 @@ class Pair(NamedTuple):
 
 def over_daemons(claims: Claims, yard: Yard, *, quick: bool) -> None:
     ends = time.monotonic() + QUICK_SECONDS
-    buyer = yard.daemon("buyer").start("--set", "serve=false")
+    buyer = yard.daemon("buyer").start(*ALIKE, "--set", "serve=false")
     join = ("--join", buyer.ask("invite", uses=4)["token"])
-    alike = ("--set", "offer_seconds=2", "--set", "engine=torch")
     whole, *lenders = [yard.daemon(name) for name in ("whole", "one", "two", "three")]
     if quick:
         del lenders[2:]
     with ThreadPoolExecutor() as pool:
-        begun = [pool.submit(whole.start, *join, *alike)]
+        begun = [pool.submit(whole.start, *join, *ALIKE, "--set", "engine=torch")]
         begun += [pool.submit(lender.start, *join, *COLD) for lender in lenders]
         for one in begun:
             one.result()
