@@ -81,7 +81,7 @@ REST_SECONDS = 3.0
 PROMPT = "Explain in a few sentences why the sky is blue, and why the evening sky is red."
 REQUEST: dict[str, Any] = {"prompt": PROMPT, "max_tokens": TOKENS}
 TOKENS_QUICK = 12
-SEEDS, PAIRS, PAIRS_MIN = 20, 12, 3
+SEEDS, PAIRS, PAIRS_MIN = 20, 12, 2
 QUICK_SECONDS = 30.0
 """With `--quick`: then no further pair begins, whatever their number so far, but for the least."""
 KEPT = ROOT / "benchmarks" / "results" / "split.json"
