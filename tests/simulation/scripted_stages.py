@@ -128,10 +128,11 @@ class Resident:
 
 
 class DriverSession:
-    """The product's driver with words of ours."""
+    """The product's driver with words of ours; `script.words_gate` holds it up."""
 
-    def __init__(self, request: bytes) -> None:
+    def __init__(self, request: bytes, script: Script) -> None:
         words: Any = Words()
+        self._script = script
         self._answer = SplitAnswer(unpack(GenerateRequest, request), words)
         self._frame = SessionFrame(1, (), "", 0, body=pack(self._answer.begun()))
 
@@ -140,6 +141,8 @@ class DriverSession:
 
     async def __anext__(self) -> SessionFrame:
         await trio.lowlevel.checkpoint()
+        if self._frame.token_ids and self._script.words_gate is not None:
+            await self._script.words_gate.wait()
         return self._frame
 
 
@@ -154,7 +157,7 @@ class ScriptedParts(Parts):
     async def _load(self, load: Load) -> Any:
         await trio.lowlevel.checkpoint()
         if load.part == "driver":
-            return Resident(self.script, INFO, DriverSession)
+            return Resident(self.script, INFO, lambda body: DriverSession(body, self.script))
         first, last = load.layers
         kernel = f"{self.script.kernel_class}/{first}-{last}{self.script.key}"
         return Resident(
@@ -193,15 +196,20 @@ def expected(request: GenerateRequest) -> GenerateResult:
     ids: list[int] = []
     at = 0
     unread = prompt
-    while len(ids) < request.max_tokens:
+    text, finished = "", "length"
+    while len(ids) < request.max_tokens and finished == "length":
         (token,) = whole.output(StageInput(at, tuple(unread), b"", 1)).token_ids
         at += len(unread)
         ids.append(token)
         unread = (token,)
+        text += word(token)
+        for stop in request.stop:
+            if stop in text:
+                text, finished = text[: text.index(stop)], "stop"
     return GenerateResult(
-        text="".join(map(word, ids)),
+        text=text,
         token_ids=tuple(ids),
-        finish_reason="length",
+        finish_reason=finished,
         prompt_bytes=len(prompt),
     )
 
