@@ -33,8 +33,6 @@ PLACES_PER_HOST_MAX: Final = 100
 """Half of all: identities cost nothing, and one machine could be everybody that we know."""
 WINDOW_BYTES_MAX: Final = 1 << 20
 """Receive window once data flows: a LAN's bandwidth times delay, and what one stream may hold."""
-READ_BYTES: Final = 1 << 16
-"""Of a socket at once: one Noise message, or many small ones."""
 CHUNK_BYTES: Final = 65_519 - 12
 """A Yamux frame of this much data is exactly one Noise message; 65,536 would make two."""
 
@@ -192,22 +190,6 @@ def write_frames_cheaply() -> None:
     tcp.write = write
 
 
-def read_what_is_there() -> None:
-    """Without it: a frame is read from its socket in two pieces of some bytes, a turn for each."""
-    tcp = _library("libp2p.io.trio").TrioTCPStream
-    original = _original(tcp, "read")
-
-    async def read(self: Any, n: int | None = None) -> bytes:
-        held: bytes = self.__dict__.get("_held", b"")
-        if not held and n != 0:
-            held = await original(self, READ_BYTES)
-        taken = len(held) if n is None else n
-        self._held = held[taken:]
-        return held[:taken]
-
-    tcp.read = read
-
-
 def enforce_flow_control() -> None:
     """Without it: a peer that ignores the window fills our memory; now it loses the stream.
 
@@ -258,7 +240,6 @@ ALL: Final = (
     wait_for_window_without_a_cap,
     coalesce_window_updates,
     write_frames_cheaply,
-    read_what_is_there,
     enforce_flow_control,
     cap_inbound_streams,
 )

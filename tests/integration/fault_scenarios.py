@@ -268,35 +268,6 @@ async def each_small_read_sends_a_window_update(kind):
 
 
 @fault
-async def a_small_frame_is_read_in_two_pieces(kind):
-    async def echo(stream):
-        while data := await stream.muxed_stream.read(100):
-            await stream.write(data)
-
-    async with hosts(kind) as (client, server):
-        server.set_stream_handler(PROTOCOL, echo)
-        await connect(client, server)
-        stream = await open_stream(client, server)
-        reads = 0
-        tcp = stream.conn.secured_conn.conn.read_writer.read_write_closer
-        while not isinstance(tcp, trio.SocketStream):  # below what wraps it
-            tcp = getattr(tcp, "stream", None) or tcp._raw
-        receive_some = tcp.receive_some
-
-        async def counted(size):
-            nonlocal reads
-            data = await receive_some(size)
-            reads += 1
-            return data
-
-        tcp.receive_some = counted
-        for _ in range(20):
-            await stream.write(b"?")
-            assert await stream.read(100) == b"?"
-        return reads >= 30
-
-
-@fault
 async def a_full_frame_needs_two_noise_messages(kind):
     from libp2p.io.trio import TrioTCPStream
 
