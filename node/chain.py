@@ -99,6 +99,7 @@ class Chain:
 
     def __init__(self, hops: Sequence[Hop]) -> None:
         self.hops = tuple(hops)
+        self._inputs: Sequence[StageInput] = ()
 
     def price_of(self, inputs: Sequence[StageInput]) -> MicroCredits:
         """Of a round, all stages together."""
@@ -112,9 +113,18 @@ class Chain:
         Raises:
             AivillageError: a stage was lost for good.
         """
-        last = len(self.hops) - 1
+        self.begin(inputs)
+        return await self.finish()
+
+    def begin(self, inputs: Sequence[StageInput]) -> None:
+        """Feeds the first stage; `finish` does the rest of the round."""
+        self._inputs = inputs
         for fed in inputs:
-            self.hops[0].feed(_of_draws(fed, 0) if last else fed)
+            self.hops[0].feed(_of_draws(fed, 0) if len(self.hops) > 1 else fed)
+
+    async def finish(self) -> Draws:
+        """What the last stage drew. Raises: AivillageError: a stage was lost for good."""
+        inputs, last = self._inputs, len(self.hops) - 1
         drawn: list[int] = []
         said: list[bytes] = []
         errors: list[AivillageError] = []

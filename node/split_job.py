@@ -15,7 +15,8 @@ import trio
 
 from aivillage.models.inference import catalogue, stages
 from aivillage.models.inference.generate import GenerateRequest, piece_of
-from aivillage.models.inference.split import Round
+from aivillage.models.inference.logprobs import token_size
+from aivillage.models.inference.split import Begun, Draws, Rounds
 from aivillage.models.inference.stages import ROWS_MAX, StageRequest
 from aivillage.node.attempt import Output
 from aivillage.node.chain import STAND_INS_MAX, Chain, Hop, row_bytes
@@ -80,8 +81,8 @@ class SplitJob:
         self.move("seek")
         driver = await self._trade.workers.driver(self._request.model)
         async with driver.open_session(self.row.request) as session:
-            begun = unpack(Round, (await anext(session)).body)
-            self._prompt_tokens = begun.prompt_tokens
+            begun = unpack(Begun, (await anext(session)).body)
+            self._prompt_tokens = len(begun.prompt_ids)
             self._rows = self._prompt_tokens + DRAFT_ROWS_PER_TOKEN * self._request.max_tokens
             chain = await self._open()
             self._hops = chain.hops
@@ -266,18 +267,44 @@ class SplitJob:
         )
 
     # ------------------------------------------------------------------ the answer
-    async def _answer(self, session: EngineSession, chain: Chain, begun: Round) -> bytes:
-        """Round by round until the driver says that it is finished."""
-        inputs = begun.inputs
+    async def _answer(self, session: EngineSession, chain: Chain, begun: Begun) -> bytes:
+        """Round by round until the driver says that it is finished.
+
+        A round begins before the driver has said the one before in words, and comes later by none
+        of its time. Not where words may end the answer: that round would be computed for nothing.
+        """
+        rounds = Rounds(
+            begun.prompt_ids,
+            max_tokens=self._request.max_tokens,
+            end_token_ids=begun.end_token_ids,
+        )
+        goes_on = self._begin(chain, rounds)
         while True:
-            if (after := self.spent + chain.price_of(inputs)) > self.row.ceiling:
-                raise _above(after, self.row.ceiling)
-            session.feed(pack(await chain.round(inputs)))
+            if not goes_on:
+                raise _above(self.spent + chain.price_of(rounds.inputs()), self.row.ceiling)
+            session.feed(pack(self._counted(rounds, await chain.finish())))
+            goes_on = is_ahead = not (self._request.stop or rounds.ended)
+            if is_ahead:
+                goes_on = self._begin(chain, rounds)
             frame = await anext(session)
             self._take(frame)
             if frame.finished:
                 return pack(self.output.result(self._request, frame.finished))
-            inputs = unpack(Round, frame.body).inputs
+            if not is_ahead:
+                goes_on = self._begin(chain, rounds)
+
+    def _begin(self, chain: Chain, rounds: Rounds) -> bool:
+        """Whether the next round is within the ceiling, and so has begun."""
+        inputs = rounds.inputs()
+        is_paid = self.spent + chain.price_of(inputs) <= self.row.ceiling
+        if is_paid:
+            chain.begin(inputs)
+        return is_paid
+
+    def _counted(self, rounds: Rounds, draws: Draws) -> Draws:
+        """Those draws of a round that belong to the answer."""
+        new = rounds.take(draws.token_ids)
+        return Draws(new, draws.logprobs[: len(new) * token_size(self._request.logprobs)])
 
     def _take(self, frame: SessionFrame) -> None:
         self.output.add_piece(piece_of(frame))

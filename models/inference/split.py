@@ -10,7 +10,7 @@ al., arXiv 2211.17192, for draws that are a function of their position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -61,6 +61,79 @@ class PromptLookup:
         return []
 
 
+class Rounds:
+    """What is read next, round by round, as token ids alone say it: whoever feeds knows it too."""
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        end_token_ids: Collection[int],
+        drafts_max: int = DRAFT_TOKENS_MAX,
+    ) -> None:
+        self.token_ids: list[int] = []
+        self.count = 0
+        self.ended = False
+        """Whether no token follows. A stop string may end the answer before: it is text."""
+        self._max_tokens = max_tokens
+        self._end_token_ids = end_token_ids
+        self._unread = list(prompt_ids)
+        self._position = 0
+        self._guesses: list[int] = []
+        self._drafts_max = drafts_max
+        self._drafts = min(DRAFT_TOKENS_MIN, drafts_max)
+        self._lookup = PromptLookup()
+        for token in self._unread:
+            self._lookup.append(token)
+
+    def inputs(self) -> tuple[StageInput, ...]:
+        """What the first stage reads in the next round, in slices; the last one draws."""
+        room = self._max_tokens - len(self.token_ids) - 1
+        decodes = len(self._unread) == 1
+        self._guesses = self._lookup.guess(min(self._drafts, room)) if decodes else []
+        ids = [*self._unread, *self._guesses]
+        slices = [ids[at : at + INPUT_ROWS_MAX] for at in range(0, len(ids), INPUT_ROWS_MAX)]
+        made = tuple(
+            StageInput(self._position + n * INPUT_ROWS_MAX, tuple(part))
+            for n, part in enumerate(slices)
+        )
+        draws = 1 + len(self._guesses)
+        return (*made[:-1], StageInput(made[-1].position, made[-1].token_ids, draws=draws))
+
+    def take(self, drawn: Sequence[int]) -> tuple[int, ...]:
+        """What a round gave: every draw up to the first one that a guess had not foreseen.
+
+        Raises:
+            RequestError: these are not the draws of the round.
+        """
+        if len(drawn) != 1 + len(self._guesses):
+            raise RequestError(f"{len(drawn)} draws where {1 + len(self._guesses)} were due")
+        self.count += 1
+        self._append(drawn[0])
+        right = 0
+        for guess, token in zip(self._guesses, drawn[1:], strict=True):
+            if self.ended or self.token_ids[-1] != guess:
+                break  # what was read of the guess is no part of the answer
+            right += 1
+            self._append(token)
+        self._position += len(self._unread) + right
+        self._unread = [self.token_ids[-1]]
+        self._learn(right)
+        return tuple(self.token_ids[-1 - right :])
+
+    def _learn(self, right: int) -> None:
+        """Guesses more after a round that was guessed whole, and few after one that was not."""
+        if self._guesses:
+            more = 2 * self._drafts + 1 if right == len(self._guesses) else DRAFT_TOKENS_MIN
+            self._drafts = min(more, self._drafts_max)
+
+    def _append(self, token: int) -> None:
+        self.token_ids.append(token)
+        self._lookup.append(token)
+        self.ended = token in self._end_token_ids or len(self.token_ids) == self._max_tokens
+
+
 class SplitAnswer:
     """One answer in the making: `inputs` of a round go through the stages, `take` its draws."""
 
@@ -79,70 +152,57 @@ class SplitAnswer:
             )
         self.finished = ""
         self.token_ids: list[int] = []
-        self.rounds = 0
         self._request = request
         self._end_token_ids = tokens.end_token_ids
         self._stream = TextStream(tokens.token_bytes, request.stop)
-        self._unread = list(self.prompt.token_ids)
-        self._position = 0
-        self._guesses: list[int] = []
-        self._drafts_max = drafts_max
-        self._drafts = min(DRAFT_TOKENS_MIN, drafts_max)
-        self._lookup = PromptLookup()
-        for token in self._unread:
-            self._lookup.append(token)
-
-    def inputs(self) -> tuple[StageInput, ...]:
-        """What the first stage reads in the next round, in slices; the last one draws."""
-        room = self._request.max_tokens - len(self.token_ids) - 1
-        decodes = len(self._unread) == 1
-        self._guesses = self._lookup.guess(min(self._drafts, room)) if decodes else []
-        ids = [*self._unread, *self._guesses]
-        slices = [ids[at : at + INPUT_ROWS_MAX] for at in range(0, len(ids), INPUT_ROWS_MAX)]
-        made = tuple(
-            StageInput(self._position + n * INPUT_ROWS_MAX, tuple(part))
-            for n, part in enumerate(slices)
+        self._rounds = Rounds(
+            self.prompt.token_ids,
+            max_tokens=request.max_tokens,
+            end_token_ids=tokens.end_token_ids,
+            drafts_max=drafts_max,
         )
-        draws = 1 + len(self._guesses)
-        return (*made[:-1], StageInput(made[-1].position, made[-1].token_ids, draws=draws))
+        self.inputs = self._rounds.inputs
+
+    @property
+    def rounds(self) -> int:
+        return self._rounds.count
+
+    def begun(self) -> Begun:
+        """What `Rounds` elsewhere need to go on alone."""
+        return Begun(tuple(self.prompt.token_ids), tuple(sorted(self._end_token_ids)))
 
     def take(self, drawn: Sequence[int], logprobs: bytes = b"") -> SessionFrame:
-        """What a round gave: every draw up to the first one that a guess had not foreseen.
+        """What a round gave, in words.
 
         Raises:
             RequestError: these are not the draws of the round.
         """
-        if len(drawn) != 1 + len(self._guesses):
-            raise RequestError(f"{len(drawn)} draws where {1 + len(self._guesses)} were due")
         require_size(logprobs, len(drawn), self._request.logprobs)
-        self.rounds += 1
-        first = len(self.token_ids)
-        text = self._append(drawn[0])
-        right = 0
-        for guess, token in zip(self._guesses, drawn[1:], strict=True):
-            if self.finished or self.token_ids[-1] != guess:
-                break  # what was read of the guess is no part of the answer
-            right += 1
+        new = self._rounds.take(drawn)
+        return self.say(new, logprobs[: len(new) * token_size(self._request.logprobs)])
+
+    def say(self, token_ids: Sequence[int], logprobs: bytes = b"") -> SessionFrame:
+        """The next tokens of the answer as text, up to where it ends.
+
+        Raises:
+            RequestError: there are none.
+        """
+        if not token_ids:
+            raise RequestError("a round gives a token")
+        require_size(logprobs, len(token_ids), self._request.logprobs)
+        first, text = len(self.token_ids), ""
+        for token in token_ids:
             text += self._append(token)
-        if self.finished:
-            text += self._stream.flush()
-        self._position += len(self._unread) + right
-        self._unread = [self.token_ids[-1]]
-        self._learn(right)
-        read_bytes = self.prompt.content_bytes[-1]
+            if self.finished:
+                text += self._stream.flush()
+                break
         new = tuple(self.token_ids[first:])
         said = logprobs[: len(new) * token_size(self._request.logprobs)]
+        read_bytes = self.prompt.content_bytes[-1]
         return SessionFrame(0, new, text, read_bytes, self.finished, logprobs=said)
-
-    def _learn(self, right: int) -> None:
-        """Guesses more after a round that was guessed whole, and few after one that was not."""
-        if self._guesses:
-            more = 2 * self._drafts + 1 if right == len(self._guesses) else DRAFT_TOKENS_MIN
-            self._drafts = min(more, self._drafts_max)
 
     def _append(self, token: int) -> str:
         self.token_ids.append(token)
-        self._lookup.append(token)
         said = self._stream.push(token)
         if token in self._end_token_ids:
             self.finished = "eos"
@@ -153,11 +213,11 @@ class SplitAnswer:
         return said
 
 
-class Round(msgspec.Struct, frozen=True, array_like=True):
-    """`inputs` for the first stage, and how many tokens the prompt has."""
+class Begun(msgspec.Struct, frozen=True, array_like=True):
+    """What a driver says first: the prompt's tokens, and those that end an answer."""
 
-    inputs: tuple[StageInput, ...]
-    prompt_tokens: int
+    prompt_ids: tuple[U32, ...]
+    end_token_ids: tuple[U32, ...]
 
 
 class Draws(msgspec.Struct, frozen=True, array_like=True):
@@ -166,19 +226,12 @@ class Draws(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SplitDriver:
-    """An engine without a model: sessions that are fed draws, and say what is to be read next."""
+    """An engine without a model: sessions that turn a prompt into tokens, and tokens into words."""
 
-    def __init__(
-        self,
-        model: catalogue.KnownModel,
-        *,
-        slots: int = 1,
-        drafts_max: int = DRAFT_TOKENS_MAX,
-    ) -> None:
+    def __init__(self, model: catalogue.KnownModel, *, slots: int = 1) -> None:
         """Raises: ConfigError: the model's tokenizer is not on this machine."""
         self._slots = slots
         self._tokens = tokenizer.of_model(model)
-        self._drafts_max = drafts_max
         self._model = model
         self._answers: dict[int, SplitAnswer] = {}
         self._frames: list[SessionFrame] = []
@@ -204,24 +257,25 @@ class SplitDriver:
             raise RequestError("a split answer begins anew, and each in a session of its own")
         if len(self._answers) >= self._slots:
             raise RefusedError("every slot of the driver is taken", next_step="try again")
-        self._answers[session] = SplitAnswer(request, self._tokens, drafts_max=self._drafts_max)
-        self._frames.append(self._next(session, SessionFrame(session, (), "", 0)))
+        answer = SplitAnswer(request, self._tokens)
+        self._answers[session] = answer
+        self._frames.append(SessionFrame(session, (), "", 0, body=pack(answer.begun())))
 
     def allow(self, session: int, units: int) -> None:
         """Nothing is computed here that somebody pays."""
 
     def feed(self, session: int, body: bytes) -> None:
-        """Takes the `Draws` of a round. An unknown session is no error."""
+        """Takes the `Draws` of a round that count. An unknown session is no error."""
         answer = self._answers.get(session)
         if answer is None or answer.finished:
             return
         try:
             draws = unpack(Draws, body)
-            frame = answer.take(draws.token_ids, draws.logprobs)
+            frame = answer.say(draws.token_ids, draws.logprobs)
         except RequestError as error:
             frame = SessionFrame(session, (), "", 0, "error", error.message)
             self.cancel(session)
-        self._frames.append(self._next(session, frame))
+        self._frames.append(msgspec.structs.replace(frame, session=session))
 
     def step(self) -> list[SessionFrame]:
         frames, self._frames = self._frames, []
@@ -229,10 +283,3 @@ class SplitDriver:
 
     def cancel(self, session: int) -> None:
         self._answers.pop(session, None)
-
-    def _next(self, session: int, frame: SessionFrame) -> SessionFrame:
-        answer = self._answers.get(session)
-        body = b""
-        if answer is not None and not answer.finished:
-            body = pack(Round(answer.inputs(), len(answer.prompt.token_ids)))
-        return msgspec.structs.replace(frame, session=session, body=body)

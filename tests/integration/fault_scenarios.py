@@ -270,6 +270,26 @@ async def each_small_read_sends_a_window_update(kind):
 
 
 @fault
+async def a_frame_waits_a_turn_at_each_free_lock(kind):
+    class Turns(trio.abc.Instrument):
+        count = 0
+
+        def before_task_step(self, task):
+            self.count += task is mine
+
+    async with hosts(kind) as (client, server):
+        server.set_stream_handler(PROTOCOL, hold)
+        await connect(client, server)
+        stream = await open_stream(client, server)
+        mine, turns = trio.lowlevel.current_task(), Turns()
+        trio.lowlevel.add_instrument(turns)
+        for _ in range(50):
+            await stream.write(b"?")
+        trio.lowlevel.remove_instrument(turns)
+        return turns.count >= 2 * 50
+
+
+@fault
 async def a_full_frame_needs_two_noise_messages(kind):
     from libp2p.io.trio import TrioTCPStream
 

@@ -31,6 +31,7 @@ FAULTS = (
     "streams_are_not_counted",
     "a_connection_leaves_a_task_behind",
     "each_small_read_sends_a_window_update",
+    "a_frame_waits_a_turn_at_each_free_lock",
     "a_full_frame_needs_two_noise_messages",
     "a_dial_waits_a_quarter_second_after_success",
     "known_peers_are_dialled_unasked",

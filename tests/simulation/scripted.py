@@ -125,6 +125,8 @@ class Script:
     load_failure: AivillageError | None = None
     check_failures: list[AivillageError] = field(default_factory=list)
     check_gate: trio.Event | None = None
+    words_gate: trio.Event | None = None
+    """Until it is set, the driver of a split answer says nothing of what was drawn."""
     checking: trio.Event = field(default_factory=trio.Event)
     paused: trio.Event = field(default_factory=trio.Event)
     go: trio.Event = field(default_factory=trio.Event)

@@ -17,7 +17,7 @@ import trio
 
 from aivillage.models.inference import catalogue, stages
 from aivillage.models.inference.generate import GenerateRequest, GenerateResult, conversation
-from aivillage.models.inference.split import Draws, Round, SplitAnswer
+from aivillage.models.inference.split import Draws, SplitAnswer
 from aivillage.models.inference.stages import StageInput, StageOutput, StageRequest
 from aivillage.models.inference.tokenizer import Prompt
 from aivillage.models.worker_messages import Load
@@ -128,23 +128,22 @@ class Resident:
 
 
 class DriverSession:
-    """The product's driver with words of ours."""
+    """The product's driver with words of ours; `script.words_gate` holds it up."""
 
-    def __init__(self, request: bytes) -> None:
+    def __init__(self, request: bytes, script: Script) -> None:
         words: Any = Words()
+        self._script = script
         self._answer = SplitAnswer(unpack(GenerateRequest, request), words)
-        self._frame = SessionFrame(1, (), "", 0)
+        self._frame = SessionFrame(1, (), "", 0, body=pack(self._answer.begun()))
 
     def feed(self, body: bytes) -> None:
-        self._frame = self._answer.take(unpack(Draws, body).token_ids)
+        self._frame = self._answer.say(unpack(Draws, body).token_ids)
 
     async def __anext__(self) -> SessionFrame:
         await trio.lowlevel.checkpoint()
-        answer, frame = self._answer, self._frame
-        if frame.finished:
-            return frame
-        body = pack(Round(answer.inputs(), len(answer.prompt.token_ids)))
-        return SessionFrame(1, frame.token_ids, frame.text, frame.read_bytes, body=body)
+        if self._frame.token_ids and self._script.words_gate is not None:
+            await self._script.words_gate.wait()
+        return self._frame
 
 
 class ScriptedParts(Parts):
@@ -158,7 +157,7 @@ class ScriptedParts(Parts):
     async def _load(self, load: Load) -> Any:
         await trio.lowlevel.checkpoint()
         if load.part == "driver":
-            return Resident(self.script, INFO, DriverSession)
+            return Resident(self.script, INFO, lambda body: DriverSession(body, self.script))
         first, last = load.layers
         kernel = f"{self.script.kernel_class}/{first}-{last}{self.script.key}"
         return Resident(
@@ -197,15 +196,20 @@ def expected(request: GenerateRequest) -> GenerateResult:
     ids: list[int] = []
     at = 0
     unread = prompt
-    while len(ids) < request.max_tokens:
+    text, finished = "", "length"
+    while len(ids) < request.max_tokens and finished == "length":
         (token,) = whole.output(StageInput(at, tuple(unread), b"", 1)).token_ids
         at += len(unread)
         ids.append(token)
         unread = (token,)
+        text += word(token)
+        for stop in request.stop:
+            if stop in text:
+                text, finished = text[: text.index(stop)], "stop"
     return GenerateResult(
-        text="".join(map(word, ids)),
+        text=text,
         token_ids=tuple(ids),
-        finish_reason="length",
+        finish_reason=finished,
         prompt_bytes=len(prompt),
     )
 

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from aivillage.models.inference.generate import GenerateRequest
-from aivillage.models.inference.stages import OPERATION, StageRequest
+from aivillage.models.inference.stages import INPUT_ROWS_MAX, OPERATION, StageRequest
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack
 from aivillage.protocols.errors import RequestError
@@ -79,6 +79,33 @@ async def test_a_split_answer_is_the_whole_models_and_each_stage_is_paid_what_it
         assert sum(amount > 0 for amount in paid(buyer, sellers)) == 2
         await all_settled(buyer, sellers)
         assert not any(seller.script.open_sessions for seller in sellers)
+
+
+async def outcomes(buyer, running):
+    job = await buyer.desk.on_job({"job": running.pursuit.row.id})
+    return [attempt["outcome"] for attempt in job["attempts"]]
+
+
+async def test_a_round_begins_before_the_last_one_is_in_words(tmp_path):
+    async with lenders(tmp_path) as (_mesh, buyer, sellers):
+        buyer.script.words_gate = trio.Event()
+        running = await buyer.submit(PROMPT, tokens=TOKENS)
+        slices = -(-len(PROMPT) // INPUT_ROWS_MAX)
+        await until(lambda: sum(s.script.made for s in sellers) > 2 * slices)
+        assert not running.pursuit.output.ids
+        buyer.script.words_gate.set()
+        assert result_of(await ended(running)) == expected(REQUEST)
+
+
+async def test_no_round_is_computed_that_a_stop_string_or_the_length_makes_needless(tmp_path):
+    stop = expected(REQUEST).text[40:48]
+    request = msgspec.structs.replace(REQUEST, stop=(stop,))
+    async with lenders(tmp_path) as (_mesh, buyer, _sellers):
+        for asked, reason in ((request, "stop"), (REQUEST, "length")):
+            running = await buyer.ask(request=pack(asked))
+            assert result_of(running) == expected(asked)
+            assert result_of(running).finish_reason == reason
+            assert await outcomes(buyer, running) == ["done", "done"]
 
 
 async def test_nothing_is_split_where_one_peer_has_the_whole_model(tmp_path):
