@@ -302,6 +302,14 @@ MUTANTS: dict[str, Mutant] = {
         ("I3", "I14"),
         (2,),
     ),
+    "pool_for_each_stranger": Mutant(
+        lambda: together(
+            patch.object(exposure, "others_share", lambda db, pair: 0),
+            patch.object(desk.Desk, "others_share", lambda self, pair: 0),
+        ),
+        ("I3",),
+        (2,),
+    ),
     "skip_limit": Mutant(
         lambda: edited(exposure, "ceiling", (", line_left)", ", AMOUNT_MAX)")),
         ("I14",),
@@ -371,9 +379,14 @@ MUTANTS: dict[str, Mutant] = {
         scene="a_ring_ends_once",
     ),
     "no_line_check": Mutant(
-        _may_forward("and previous.owed <= previous.line", ""),
+        _may_forward("and _owed_by_owner(db, previous) <= previous.line", ""),
         ("I14",),
         scene="a_peer_owes_no_more_than_its_line",
+    ),
+    "each_device_has_a_line": Mutant(
+        _may_forward("_owed_by_owner(db, previous)", "previous.owed"),
+        ("I14",),
+        scene="devices_of_one_owner_share_its_line_in_transfers",
     ),
     "next_line_ignored": Mutant(
         _may_forward("and amount - after.balance <= after.received_line", ""),

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 
 from aivillage.ledger import sync
-from tests.simulation import edits, kill_mutants, ledger_sim, mutants, scenes
+from tests.simulation import edits, kill_mutants, ledger_sim, liars, mutants, scenes, world
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -13,6 +13,21 @@ def test_every_invariant_holds(seed):
     outcome = ledger_sim.run_seed(seed)
     assert outcome.failure == ""
     assert outcome.vouchers > 0
+
+
+def test_eight_strangers_of_one_liar_together_take_no_more_than_the_pool():
+    """Its names come one after the other and at once; the bound is checked at every step."""
+    seeds = [seed for seed in range(80) if len(liars.sybils(seed)) == 8][:4]
+    outcomes = [ledger_sim.run_seed(seed) for seed in seeds]
+    assert [outcome.failure for outcome in outcomes] == [""] * len(seeds)
+    assert world.POOL / 2 < max(outcome.taken for outcome in outcomes) <= world.POOL
+
+
+def test_sybils_of_every_number_and_lie_are_drawn():
+    drawn = [liars.sybils(seed) for seed in range(300)]
+    assert {len(names) for names in drawn} == {*liars.SYBILS}
+    assert {name for names in drawn for name in names} == {*liars.SYBIL_LIES}
+    assert sum(map(bool, drawn)) > 150
 
 
 def test_a_seed_replays_exactly():

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import apsw
+import msgspec
 
 from aivillage.ledger import books
 from aivillage.ledger.compaction import Cursor, compact
@@ -22,7 +23,7 @@ from aivillage.ledger.desk import Settings
 from aivillage.protocols.errors import AivillageError, PeerError
 from aivillage.protocols.types import AttemptId, PeerId, peer_id
 from aivillage.protocols.vouchers import decode
-from tests.simulation import liars
+from tests.simulation import households, liars
 
 STEP_SECONDS = 0.25
 LINE, EXPOSURE, POOL, CEILING, UNIT_MAX = 600, 60, 20, 40, 10
@@ -177,6 +178,10 @@ class Node:
         books.prepare(self.db, self.signer.public_key, self.clock.unix_ms())
         self.lossless = True
         self.delivered: dict[PeerId, int] = {}
+        self.received: dict[PeerId, int] = {}
+        """What each did for this node, and what it did for each: as it happened."""
+        self.changes: list[tuple[PeerId, PeerId]] = []
+        """Of its key: the former and the next. `id` stays its first name."""
         self.tail: deque[bytes] = deque(maxlen=4)
         self.backups: list[bytes] = []
         self.boots = 0
@@ -210,6 +215,9 @@ class Node:
 
     def _on_error(self, error: AivillageError) -> None:
         raise broken("I0", f"a step of node {self.index} failed: {error}")
+
+    def refuses(self, error: AivillageError) -> None:
+        raise broken("I0", f"node {self.index} refuses what is right: {error}")
 
     def committed(self) -> None:
         rates = self.world.rates
@@ -267,24 +275,40 @@ class World:
         liar_count = self.rng.choice((0, 0, 1, 2)) if self.with_liars else 0
         lies = [self.rng.choice(liars.LIES) for _ in range(liar_count)]
         self.heard: list[bytes] = []
-        self.nodes = [
+        if not self.size:
+            days = households.expiry_days(self.seed)
+            self.settings = msgspec.structs.replace(self.settings, debt_expiry_days=days)
+        self.members = [
             self.node_type(self, index, lies[index] if index < len(lies) else "")
             for index in range(self.size or self.rng.choice((3, 4, 4, 5, 6)))
         ]
+        """Without the sybils: each is drawn as often as any other."""
+        names = liars.sybils(self.seed) if self.with_liars and not self.size else []
+        self.sybils = [
+            self.node_type(self, len(self.members) + n, lie) for n, lie in enumerate(names)
+        ]
+        self.nodes = self.members + self.sybils
         self.work: list[Work] = []
+        self.household: tuple[Node, ...] = ()
+        """Devices of one owner."""
+        self.write_offs = self.rekeys = 0.0
+        self.first_names: dict[PeerId, PeerId] = {}
+        if not self.size:
+            households.draw(self)
         self._set_lines()
 
     def _set_lines(self) -> None:
-        """All know each other, but in some seeds the last nodes are strangers to everybody."""
-        strangers = self.nodes[-1:] if self.chance(0.3) else []
-        if strangers and len(self.nodes) > 4:  # one crook may come under many names
-            strangers = self.nodes[-random.Random(self.seed).randint(1, 3) :]
+        """Members know each other, but in some seeds the last ones are strangers to everybody."""
+        strangers = self.members[-1:] if self.chance(0.3) else []
+        if strangers and len(self.members) > 4:
+            strangers = self.members[-random.Random(self.seed).randint(1, 3) :]
         for node in self.nodes:
-            for peer in self.nodes:
+            for peer in self.members:
                 if peer is node or peer in strangers:
                     continue
                 nothing = lambda *_: None  # noqa: E731
-                node.ledger.certify(peer.id, (LINE, EXPOSURE), None, nothing, nothing)
+                owner = households.owner_of(self, peer)
+                node.ledger.certify(peer.id, (LINE, EXPOSURE), owner, nothing, nothing)
                 node.ledger.set_received(peer.id, (LINE, EXPOSURE), nothing, nothing)
             self.flush(node)
 
@@ -294,6 +318,10 @@ class World:
     # network
 
     def connect(self, a: Node, b: Node) -> None:
+        for node, peer in ((a, b), (b, a)):
+            self.guard(node, lambda node=node, peer=peer: households.tell_changes(node, peer))
+        if not (a.up and b.up):
+            return
         self.link_count += 1
         number = self.link_count
         self.links[a.index, b.index] = number
@@ -389,12 +417,12 @@ class World:
             self.restores += 1
             node.lose(self.rng.choice(node.backups))
         node.start_again()
+        households.change_key(self, node)
         node.boot()
 
     # work
 
-    def begin(self) -> None:
-        buyer, seller = self.rng.sample(self.nodes, 2)
+    def begin(self, buyer: Node, seller: Node) -> None:
         if not (buyer.up and seller.up and self.linked(buyer, seller)):
             return
         attempt = AttemptId(self.rng.randbytes(16))
@@ -426,6 +454,8 @@ class World:
         known = work.attempt in buyer.ledger.desk.partner(work.seller.id).purchases
         if work.over or not known or amount <= work.accepted:
             return
+        done = buyer.received.get(work.seller.id, 0)
+        buyer.received[work.seller.id] = done + amount - work.accepted
         work.accepted = amount
         if buyer.lie != "never_pays":
             mark = out_hash(work.attempt, amount)
@@ -448,7 +478,7 @@ class World:
     def trade(self) -> None:
         for _ in range(2):
             if self.chance(0.5):
-                self.begin()
+                self.begin(*self.rng.sample(self.members, 2))
         for work in self.work:
             both = work.buyer.up and work.seller.up and self.linked(work.buyer, work.seller)
             if both and self.chance(0.5):
@@ -476,6 +506,7 @@ class World:
                 if self.chance(self.rates.partition):
                     self.disconnect(a, b)
                 apart = (a.index, b.index) in self.apart or self.linked(a, b)
+                apart = apart or (a in self.sybils and b in self.sybils)
                 if a.up and b.up and not apart and self.chance(0.3):
                     self.connect(a, b)
 
