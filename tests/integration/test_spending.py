@@ -17,6 +17,7 @@ STEP = EXPOSURE // 4
 FLAGS = (
     "--set", f"village_line_micro_credits={LINE}",
     "--set", f"village_exposure_micro_credits={EXPOSURE}",
+    "--set", "netting_seconds=3600",
     "--set", "heartbeat_seconds=0.5",
 )  # fmt: skip
 
@@ -27,8 +28,8 @@ def yard(tmp_path: pathlib.Path) -> Iterator[Yard]:
         yield yard
 
 
-def village(yard: Yard, *names: str) -> list[Daemon]:
-    daemons = yard.village(*names, flags=FLAGS)
+def village(yard: Yard, *names: str, flags: tuple[str, ...] = FLAGS) -> list[Daemon]:
+    daemons = yard.village(*names, flags=flags)
     yard.know_each_other(*daemons)
     return daemons
 
@@ -94,6 +95,20 @@ def test_a_ring_of_debts_nets_to_zero(yard: Yard) -> None:
     settled([a, b, c], 10)
     assert debts((a, b), (b, c), (c, a)) == [0, 0, 0]
     assert [node.ask("balance")["net"] for node in (a, b, c)] == [0, 0, 0]
+
+
+def test_a_ring_of_debts_nets_by_itself(yard: Yard) -> None:
+    """Nobody asks: beyond a quarter of a line each of the three looks once a second."""
+    a, b, c = village(yard, "ann", "bob", "cat", flags=(*FLAGS, "--set", "netting_seconds=1"))
+    ring = ((a, b), (b, c), (c, a))
+    for debtor, creditor in ring:
+        work(debtor, creditor, 16)
+    wait_for(lambda: max(map(abs, debts(*ring))) <= LINE // 4, 30, "it is netted")
+    settled([a, b, c], 20)
+    assert len({*debts(*ring)}) == 1
+    assert max(map(abs, debts(*ring))) <= LINE // 4
+    assert [node.ask("balance")["net"] for node in (a, b, c)] == [0, 0, 0]
+    assert sum(node.ask("events")["counts"].get("debt_netted", 0) for node in (a, b, c))
 
 
 def test_a_member_killed_among_many_rings_loses_nobody_anything(yard: Yard) -> None:

@@ -23,6 +23,7 @@ STEP = EXPOSURE // 4
 FLAGS = (
     "--set", f"village_line_micro_credits={LINE}",
     "--set", f"village_exposure_micro_credits={EXPOSURE}",
+    "--set", "netting_seconds=3600",
     "--set", "heartbeat_seconds=3",
 )  # fmt: skip
 
