@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LINE, EXPOSURE, UNIT, UNITS = 1 << 40, 4_000, 100, 20
 BLOB, CALL, CHUNK, END = range(4)
 STILL_SECONDS = 1.0
-"""As long as a receipt waits for other traffic: what still ran would have moved the books by then."""
+"""As long as a receipt waits for other traffic: what still ran has moved the books by then."""
 
 
 # ---------------------------------------------------------------- one process

@@ -9,7 +9,7 @@ import random
 from typing import TYPE_CHECKING
 
 from aivillage.ledger import books, corrections
-from aivillage.protocols.types import PeerId, peer_id
+from aivillage.protocols.types import peer_id
 
 if TYPE_CHECKING:
     from tests.simulation.world import Node, World
@@ -63,12 +63,8 @@ def change_key(world: World, node: Node) -> None:
 
 
 def tell_changes(node: Node, peer: Node) -> None:
-    """What a hello says first: `node` hears of the keys that `peer` had; durable, or it is down."""
+    """What a hello says first: `node` hears of the keys that `peer` had, if its disk has room."""
     for former, successor in peer.changes:
-        node.ledger.succeed(former, successor, b"proof", lambda: None, node.refuses)
+        node.ledger.succeed(former, successor, b"proof", lambda: None, node.fails)
     if peer.changes:
         node.world.flush(node)
-
-
-def first_name(world: World, peer: PeerId) -> PeerId:
-    return world.first_names.get(peer, peer)

@@ -91,7 +91,7 @@ def at_rest(world: World) -> bool:
         node.up for node in world.nodes
     ):
         return False
-    if any(node.runner.queue for node in world.nodes) or not rings.at_rest(world):
+    if any(node.runner.waiting for node in world.nodes) or not rings.at_rest(world):
         return False
     pairs = [
         (a, b) for a in world.nodes for b in world.nodes if a is not b and {a, b} & {*world.members}

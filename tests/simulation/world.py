@@ -11,7 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import apsw
 import msgspec
@@ -20,6 +20,7 @@ from aivillage.ledger import books
 from aivillage.ledger.compaction import Cursor, compact
 from aivillage.ledger.core import Ledger
 from aivillage.ledger.desk import Settings
+from aivillage.ledger.store import Store
 from aivillage.protocols.errors import AivillageError, PeerError
 from aivillage.protocols.types import AttemptId, PeerId, peer_id
 from aivillage.protocols.vouchers import decode
@@ -77,6 +78,7 @@ class Rates:
     commit: float
     transfer: float
     compact: float
+    disk_full: float = 0.0
 
     @classmethod
     def draw(cls, rng: random.Random) -> Rates:
@@ -99,49 +101,51 @@ class Rates:
         self.commit = 1.0
 
 
-class Runner:
-    """Group commit in memory, with a place to die before COMMIT and one after it."""
+class Disk:
+    """A node's connection as its writer sees it: at COMMIT a node may die, or find no room."""
 
     def __init__(self, node: Node) -> None:
-        self.node = node
-        self.queue: list[tuple[Callable[..., Any], Callable[..., None], Callable[..., None]]] = []
+        self._node, self._db = node, node.db
 
-    def submit(self, job: Any, done: Any, failed: Any) -> None:
-        self.queue.append((job, done, failed))
+    def execute(self, sql: str, *bindings: Any) -> Any:
+        return self._db.execute(sql, *bindings) if sql != "COMMIT" else self._commit()
+
+    def _commit(self) -> Any:
+        world = self._node.world
+        if world.chance(world.rates.disk_full):
+            raise apsw.FullError("no room")
+        if world.chance(world.rates.crash_before_commit):
+            self._db.execute("ROLLBACK")
+            raise CrashError("before commit")
+        done = self._db.execute("COMMIT")
+        self._node.committed()
+        if world.chance(world.rates.crash_after_commit):
+            raise CrashError("after commit")
+        return done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._db, name)
+
+
+class Runner(Store):
+    """The product's writer, inline: its groups, savepoints and failures, without its thread."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(cast("apsw.Connection", Disk(node)))
+        self.on_fatal = node.fails
+
+    @property
+    def waiting(self) -> bool:
+        return not self._jobs.empty()
 
     def flush(self) -> None:
-        group, self.queue = self.queue, []
-        if not group:
-            return
-        db, node = self.node.db, self.node
-        replies = []
-        db.execute("BEGIN")
-        for job, done, failed in group:
-            replies.append(self.run(job, done, failed))
-        if node.world.chance(node.world.rates.crash_before_commit):
-            db.execute("ROLLBACK")
-            raise CrashError("before commit")
-        db.execute("COMMIT")
-        node.committed()
-        if node.world.chance(node.world.rates.crash_after_commit):
-            raise CrashError("after commit")
+        """What is queued now, as one group; what that leads to is for the next."""
+        if self.waiting:
+            self._run_group(self._take()[0])
+
+    def _hand_back(self, replies: list[Callable[[], None]]) -> None:
         for reply in replies:
             reply()
-
-    def run(self, job: Any, done: Any, failed: Any) -> Callable[[], None]:
-        db = self.node.db
-        db.execute("SAVEPOINT job")
-        try:
-            result = job(db)
-        except AivillageError as error:
-            db.execute("ROLLBACK TO job")
-            db.execute("RELEASE job")
-            refusal = error
-            return lambda: failed(refusal)
-        except Exception as error:
-            raise broken("I0", f"node {self.node.index}: {error!r}") from error
-        db.execute("RELEASE job")
-        return lambda: done(result)
 
 
 @dataclass
@@ -209,15 +213,16 @@ class Node:
             self.db, self.signer, self.world.settings, self.clock,
             self.world.rng.randbytes(8), self.runner,
         )  # fmt: skip
-        self.ledger.desk.on_error = self._on_error
+        self.ledger.desk.on_error = self.fails
         if self.lie == "stops":
             self.ledger.routing.step = lambda: lambda db: []  # type: ignore[method-assign]
 
-    def _on_error(self, error: AivillageError) -> None:
-        raise broken("I0", f"a step of node {self.index} failed: {error}")
+    def fails(self, error: AivillageError) -> None:
+        if error.code != "DISK_FULL":  # which every step may meet, and nothing comes of it
+            raise broken("I0", f"a step of node {self.index} failed: {error}")
 
-    def refuses(self, error: AivillageError) -> None:
-        raise broken("I0", f"node {self.index} refuses what is right: {error}")
+    def knows_key(self, peer: Node) -> bool:
+        return self.ledger.desk.keys_of(peer.id)[0] == peer.signer.public_key
 
     def committed(self) -> None:
         rates = self.world.rates
@@ -265,6 +270,8 @@ class World:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.rates = Rates.draw(self.rng)
+        # Of a sequence of its own: the others' are as they were.
+        self.rates.disk_full = random.Random(f"disk {self.seed}").choice((0.0, 0.0, 0.02, 0.1))
         self.step, self.now = 0, 0.0
         self.links: dict[tuple[int, int], int] = {}
         self.link_count = 0
@@ -320,7 +327,7 @@ class World:
     def connect(self, a: Node, b: Node) -> None:
         for node, peer in ((a, b), (b, a)):
             self.guard(node, lambda node=node, peer=peer: households.tell_changes(node, peer))
-        if not (a.up and b.up):
+        if not (a.up and b.up and a.knows_key(b) and b.knows_key(a)):
             return
         self.link_count += 1
         number = self.link_count
