@@ -218,7 +218,9 @@ class Node:
             self.ledger.routing.step = lambda: lambda db: []  # type: ignore[method-assign]
 
     def fails(self, error: AivillageError) -> None:
-        if error.code != "DISK_FULL":  # which every step may meet, and nothing comes of it
+        # A full disk is met by every step, and nothing comes of it. A liar that lost its tail and
+        # is shown what it signed against itself cannot adopt that: its own loss, nobody else's.
+        if self.honest and error.code != "DISK_FULL":
             raise broken("I0", f"a step of node {self.index} failed: {error}")
 
     def knows_key(self, peer: Node) -> bool:
