@@ -56,7 +56,9 @@ def verified_voucher(
         PeerError: BAD_REQUEST, what is wrong by the keys in force, which come first.
     """
     return _by_any_key(
-        lambda payer, payee: check_voucher(voucher, payer, payee, verify), payers, payees
+        lambda payer, payee: check_voucher(voucher, payer, payee, verify, former=(payers, payees)),
+        payers,
+        payees,
     )
 
 

@@ -24,6 +24,7 @@ from aivillage.ledger.books import (
     read_pair,
     rows,
 )
+from aivillage.ledger.exposure import others_share
 from aivillage.protocols.errors import LedgerError, RequestError
 from aivillage.protocols.types import MicroCredits, PeerId, as_credits
 from aivillage.protocols.vouchers import (
@@ -87,7 +88,7 @@ def start(
     pairs = [read_pair(db, peer) for peer in others]
     for pair in pairs:
         _require_risk(pair, amount)
-    _require_headroom(pairs[0], pairs[-1], amount)
+    _require_headroom(db, pairs[0], pairs[-1], amount)
     ring = (own_keys(db)[0], *(key_of(db, peer) for peer in others))
     _open(db, xid, amount, ring, others, at_ms)
     voucher = sign(others[0], Item(ROUTE, xid, b"", amount, bytes(32), True, ring))
@@ -106,17 +107,22 @@ def _require_risk(pair: Pair, amount: MicroCredits) -> None:
         )
 
 
-def _require_headroom(first: Pair, last: Pair, amount: MicroCredits) -> None:
+def _require_headroom(db: apsw.Connection, first: Pair, last: Pair, amount: MicroCredits) -> None:
     if amount - first.balance > first.received_line:
         raise LedgerError(
             f"{first.peer[-8:]} neither owes nor lends you {as_credits(amount)}",
             next_step="choose another first member of the ring",
         )
-    if last.owed + amount > last.line:
+    if _owed_by_owner(db, last) + amount > last.line:
         raise LedgerError(
             f"{last.peer[-8:]} would owe you more than its line",
             next_step="raise its line, or transfer less",
         )
+
+
+def _owed_by_owner(db: apsw.Connection, pair: Pair) -> MicroCredits:
+    """By a known peer and the other devices of its owner: their line is one."""
+    return pair.owed + others_share(db, pair)
 
 
 def _open(
@@ -285,7 +291,7 @@ def _is_worth_it(db: apsw.Connection, transfer: Transfer) -> bool:
     come back at once, nobody who pays is owed more than its owner allowed.
     """
     after = read_pair(db, transfer.next)
-    return after.owed <= after.line + after.exposure
+    return _owed_by_owner(db, after) <= after.line + after.exposure
 
 
 def _take_step(db: apsw.Connection, sign: Sign, transfer: Transfer, step: str) -> list[Sent]:
@@ -317,7 +323,7 @@ def _may_forward(db: apsw.Connection, transfer: Transfer) -> bool:
         and liar is None
         and bool(previous.known and after.known)
         and not (previous.blocked or after.blocked)
-        and previous.owed <= previous.line
+        and _owed_by_owner(db, previous) <= previous.line
         and amount - after.balance <= after.received_line
     )
 

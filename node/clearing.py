@@ -17,7 +17,8 @@ from aivillage.ledger.ledger import NodeBook
 from aivillage.ledger.transfers import STEPS_PER_EXPOSURE
 from aivillage.node.events import Events
 from aivillage.protocols.errors import AivillageError, LedgerError
-from aivillage.protocols.types import MicroCredits, PeerId, as_credits
+from aivillage.protocols.types import MicroCredits, PeerId, Seconds, as_credits
+from aivillage.protocols.vouchers import RING_MAX
 
 RING_SECONDS: Final = 10.0
 """A ring of neighbours that are here closes in a tenth of this; later ones still count."""
@@ -25,7 +26,6 @@ RINGS_MAX: Final = 12
 """Tried for one debt: whoever refuses once does so for a reason that lasts."""
 STEPS_AT_ONCE: Final = 3
 """Of one ring under way; a fourth would be all that we risk there."""
-NETTING_SECONDS: Final = 60.0
 NETTING_PART: Final = 4
 """We net by ourselves what we owe beyond this part of a line: before it stops us."""
 
@@ -41,12 +41,20 @@ class Clearing:
     """Moves debts. One at a time for each creditor: two would count the same room twice."""
 
     def __init__(
-        self, book: NodeBook, hubs: Callable[[], Iterable[PeerId]], events: Events
+        self,
+        book: NodeBook,
+        hubs: Callable[[], Iterable[PeerId]],
+        events: Events,
+        netting_seconds: Seconds = 60.0,
     ) -> None:
-        """`hubs`: peers with whom many have an account, such as the village's treasury."""
+        """`hubs`: peers with whom many have an account, such as the village's treasury.
+
+        `netting_seconds`: between two looks at what could be netted.
+        """
         self._book = book
         self._hubs = hubs
         self._events = events
+        self._netting_seconds = netting_seconds
         self._busy: set[PeerId] = set()
 
     async def clear(self, creditor: PeerId, amount: MicroCredits) -> Cleared:
@@ -154,12 +162,12 @@ class Clearing:
     async def run(self) -> None:
         """Nets by itself what would soon stop us, where somebody owes us as much."""
         while True:
-            await trio.sleep(NETTING_SECONDS)
+            await trio.sleep(self._netting_seconds)
             for view in self._book.views():
                 if view.owed_by_me * NETTING_PART > view.received_line > 0 and view.synced:
-                    await self._net(view.peer, view.owed_by_me)
+                    await self._net(view.peer)
 
-    async def _net(self, creditor: PeerId, amount: MicroCredits) -> None:
+    async def _net(self, creditor: PeerId) -> None:
         """Only what others owe us: each such ring makes two debts smaller."""
         if creditor in self._busy:
             return
@@ -167,12 +175,25 @@ class Clearing:
         moved = 0
         try:
             for ring in self._rings(creditor, only_debtors=True):
-                most = min(amount - moved, self._book.view(ring[0]).owed_to_me)
-                moved += await self._around(ring, most, [])
+                done = 1
+                while done and (most := self._unhurried(ring)):
+                    done = await self._take(ring, self._steps(ring, most), [])
+                    moved += done
         finally:
             self._busy.discard(creditor)
         if moved:
             self._events.emit("debt_netted", peer=creditor, micro_credits=moved)
+
+    def _unhurried(self, ring: tuple[PeerId, ...]) -> MicroCredits:
+        """What to move next of what is left: a part, since the other members may net it too.
+
+        All of them at once with all of it would turn the debts round, and then again. A small rest
+        may go as a whole: turned round, it is not worth a ring.
+        """
+        source, creditor = self._book.view(ring[0]), self._book.view(ring[-1])
+        left = min(source.owed_to_me, creditor.owed_by_me)
+        is_small = left * NETTING_PART * RING_MAX <= creditor.received_line
+        return left if is_small else left // RING_MAX
 
 
 def spendable(view: PartnerView) -> MicroCredits:

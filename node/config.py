@@ -100,6 +100,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(ge=0, le=36_500),
         _doc("a debt that has not moved for so long is written off; 0: never"),
     ] = 0
+    netting_seconds: Annotated[
+        Positive, _doc("between looks whether what others owe me can pay what I owe")
+    ] = 60.0
     verify_percent_max: Annotated[
         int,
         Meta(ge=0, le=1_000),

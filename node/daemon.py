@@ -139,7 +139,7 @@ async def open_node(
         )  # fmt: skip
         herald = Herald(discovery, exchange, seller, detours.addresses, settings.offer_seconds)
         market = Market(links, discovery, ledger, herald.advertise)
-        clearing = Clearing(ledger, villagers.hubs, events)
+        clearing = Clearing(ledger, villagers.hubs, events, settings.netting_seconds)
         market.clear, market.debt_of = clearing.try_clear, ledger.owed_by
         trade = Trade(jobs, ledger, market, discovery, workers, events, Attempts(), seller.places)
         buyer = Buyer(settings=settings, trade=trade, nursery=nursery)

@@ -164,6 +164,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
         return {
             "peer": peer,
             "connected": link is not None,
+            "synced": view.synced,
             "why": self.villagers.why(peer),
             "member": self.villagers.is_member(peer),
             "through": self.detours.circuits.relay_of(peer),

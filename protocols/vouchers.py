@@ -285,8 +285,18 @@ def lane_epoch(lane: bytes) -> int:
     return int.from_bytes(lane[:8], "big")
 
 
-def check_voucher(voucher: Voucher, payer: bytes, payee: bytes, verify: Verify) -> VoucherBody:
+def check_voucher(
+    voucher: Voucher,
+    payer: bytes,
+    payee: bytes,
+    verify: Verify,
+    *,
+    former: tuple[Sequence[bytes], Sequence[bytes]] = ((), ()),
+) -> VoucherBody:
     """The body, if `payer` signed it to `payee` and the items are those that it names.
+
+    `former`: other keys of the payer and of the payee, by which a ring may name them: it was
+    written before they changed.
 
     Raises:
         PeerError: BAD_REQUEST, wrong payee, root, kinds of item or signature.
@@ -295,7 +305,7 @@ def check_voucher(voucher: Voucher, payer: bytes, payee: bytes, verify: Verify) 
     if body.payee != payee:
         raise bad("has a voucher for somebody else")
     for item in voucher.items:
-        _check_route(item, payer, payee)
+        _check_route(item, (payer, *former[0]), (payee, *former[1]))
     if len({(item.kind, item.id) for item in voucher.items}) != len(voucher.items):
         raise bad("has a voucher that names one attempt twice")
     if root_of(voucher.items) != body.root:
@@ -305,7 +315,7 @@ def check_voucher(voucher: Voucher, payer: bytes, payee: bytes, verify: Verify) 
     return body
 
 
-def _check_route(item: Item, payer: bytes, payee: bytes) -> None:
+def _check_route(item: Item, payers: Sequence[bytes], payees: Sequence[bytes]) -> None:
     """A transfer names its ring, in which the payer comes right before the payee; others none."""
     if item.kind != ROUTE:
         if item.route:
@@ -314,7 +324,8 @@ def _check_route(item: Item, payer: bytes, payee: bytes) -> None:
     ring = item.route
     if len(ring) < RING_MIN or len(set(ring)) != len(ring):
         raise bad("has a transfer whose ring is none")
-    if payer not in ring or ring[(ring.index(payer) + 1) % len(ring)] != payee:
+    follows = zip(ring, (*ring[1:], ring[0]), strict=True)
+    if not any(one in payers and other in payees for one, other in follows):
         raise bad("has a transfer that does not come this way")
     if not item.final or not item.amount:
         raise bad("has a transfer that is not whole")

@@ -90,6 +90,8 @@ class Daemon:
         self.port = free_port()
         self.launcher: tuple[str, ...] = ()
         """Words before the command that starts it: where it is to run."""
+        self.module = "aivillage"
+        """What the daemon runs; a test that wants a cheat names its own."""
         self.peer = ""
         self.process: subprocess.Popen[bytes] | None = None
         self.log = data_dir.with_suffix(".log")
@@ -116,6 +118,7 @@ class Daemon:
         """Starts the process, and does not wait for it."""
         assert not self.running(), f"{self.name} runs already"
         command = self._command("start", "--listen", f"{self.host}:{self.port}", *flags)
+        command[2] = self.module
         command = [*self.launcher, *command]
         self.out.write_bytes(b"")
         with self.out.open("wb") as out, self.log.open("ab") as log:
@@ -141,10 +144,13 @@ class Daemon:
         self.flags = tuple(flags)
         began = time.monotonic()
         self.launch(*flags)
-        wait_for(self._is_ready, READY_SECONDS, f"{self.name} is ready\n{self.log_end()}")
+        self.await_ready()
         self.ready_seconds = time.monotonic() - began
-        self.peer = json.loads(self.out.read_text())["peer"]
         return self
+
+    def await_ready(self) -> None:
+        wait_for(self._is_ready, READY_SECONDS, f"{self.name} is ready\n{self.log_end()}")
+        self.peer = json.loads(self.out.read_text())["peer"]
 
     def _is_ready(self) -> bool:
         if not self.running():
@@ -153,11 +159,19 @@ class Daemon:
 
     def restart(self) -> Self:
         """Starts it again with the same flags, except that it joins nothing."""
+        return self.start(*self._flags_again())
+
+    def relaunch(self) -> None:
+        """As `restart`, without waiting: `await_ready` says when it is there."""
+        self.flags = self._flags_again()
+        self.launch(*self.flags)
+
+    def _flags_again(self) -> tuple[str, ...]:
         flags = list(self.flags)
         if "--join" in flags:
             at = flags.index("--join")
             del flags[at : at + 2]
-        return self.start(*flags)
+        return tuple(flags)
 
     def stop(self, seconds: float = 10.0) -> int:
         """SIGTERM; its exit code."""

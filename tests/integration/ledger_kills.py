@@ -40,6 +40,8 @@ OTHER = {"buyer": "seller", "seller": "buyer"}
 ROOT = Path(__file__).resolve().parents[2]
 LINE, EXPOSURE, UNIT, UNITS = 1 << 40, 4_000, 100, 20
 BLOB, CALL, CHUNK, END = range(4)
+STILL_SECONDS = 1.0
+"""As long as a receipt waits for other traffic: what still ran has moved the books by then."""
 
 
 # ---------------------------------------------------------------- one process
@@ -196,6 +198,25 @@ def settled(folder: Path) -> bool:
     return buyer.spent == seller.earned and buyer.in_transit == 0
 
 
+def settle(folder: Path, seconds_max: float) -> float:
+    """Seconds from now, when no more work is begun, until both books agree and go on to.
+
+    What still runs now ends within that time too. Books that agree for a moment while work goes on
+    have not settled: the last change counts, after which nothing moved for `STILL_SECONDS`.
+    """
+    began = time.monotonic()
+    agreed: float | None = None
+    while agreed is None or time.monotonic() - agreed < STILL_SECONDS:
+        if not settled(folder):
+            agreed = None
+        elif agreed is None:
+            agreed = time.monotonic()
+        if agreed is None and time.monotonic() - began > seconds_max:
+            raise RuntimeError(f"waited {seconds_max} s for both books to agree")
+        time.sleep(0.02)
+    return agreed - began
+
+
 def run(kills: int, seed: int, settle_seconds_max: float = 60.0) -> dict[str, Any]:
     """Kills, restarts, waits for quiet, and returns the sums."""
     rng = random.Random(seed)
@@ -212,12 +233,10 @@ def run(kills: int, seed: int, settle_seconds_max: float = 60.0) -> dict[str, An
                 victim.start()
             for side in sides:
                 wait_for(side.ready, 30, f"the {side.name}")
-            time.sleep(1)
+            time.sleep(1)  # of trade after the last kill
             (folder / "stop").touch()
-            time.sleep(1)
-            quiet = time.monotonic()
-            wait_for(lambda: settled(folder), settle_seconds_max, "both books to agree")
-            return summary(folder, kills, quiet - started, time.monotonic() - quiet)
+            loaded = time.monotonic() - started
+            return summary(folder, kills, loaded, settle(folder, settle_seconds_max))
         finally:
             for side in sides:
                 side.kill()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from aivillage.ledger import books, payer
+from aivillage.ledger import books, corrections, payer
 from aivillage.ledger.audit import audit
 from aivillage.ledger.queries import run
 from aivillage.protocols.vouchers import (
@@ -21,7 +21,7 @@ from aivillage.protocols.vouchers import (
     Voucher,
     VoucherBody,
 )
-from tests.simulation import rings
+from tests.simulation import rings, sybils
 from tests.simulation.world import CEILING, EXPOSURE, LINE, POOL, UNIT_MAX, Node, World, broken
 
 
@@ -121,6 +121,21 @@ def _exposure(world: World, node: Node, pairs: list[books.Pair], signed: dict[st
             raise broken("I14", name)
     if strangers > POOL:
         raise broken("I3", f"node {node.index}: strangers have {strangers}")
+    if (taken := sybils.taken_by_strangers(node)) > POOL:
+        raise broken("I3", f"node {node.index}: strangers took {taken} and earned none of it")
+    _one_owner(world, node, pairs, signed)
+
+
+def _one_owner(world: World, node: Node, pairs: list[books.Pair], signed: dict[str, int]) -> None:
+    """I14 of all devices of an owner together: its line is one."""
+    owed = 0
+    for pair in pairs:
+        if pair.owner is not None:
+            unsigned = node.delivered.get(pair.peer, 0) - signed.get(pair.peer, 0)
+            held = rings.held_back(node, pair.peer)
+            owed += max(0, pair.balance - held + max(0, unsigned - pair.written_off))
+    if owed > LINE + EXPOSURE:
+        raise broken("I14", f"node {node.index}: one owner's devices owe {owed}")
 
 
 def _owed_for_work(node: Node, peer: str) -> int:
@@ -222,3 +237,19 @@ def can_work_again(world: World, seller: Node, buyer: Node) -> None:
         world.flush(seller)
         if partner.pair.reserved - partner.delivered < UNIT_MAX:
             raise broken("live", f"node {seller.index} is blocked towards {buyer.index}: {pair}")
+
+
+def after_days(world: World) -> None:
+    """I15: what is given up is owed; and what was owed for too long without a movement is given up.
+
+    To be asked when all has been quiet for longer than debts may last.
+    """
+    for node in world.members:
+        if not node.honest:
+            continue
+        for pair in books.read_pairs(node.db):
+            doubtful = corrections.doubtful(node.db, pair.peer)
+            if not 0 <= doubtful <= max(0, pair.balance):
+                raise broken("I15", f"node {node.index} doubts {doubtful} of {pair}")
+            if world.settings.debt_expiry_days and doubtful < pair.balance:
+                raise broken("I15", f"node {node.index} still counts on {pair}")

@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
-from tests.simulation import invariants, mutants, rings
+from tests.simulation import households, invariants, mutants, rings, sybils
 from tests.simulation.world import BrokenError, Node, World, broken
 
 STEPS = 200
@@ -28,6 +28,9 @@ class Outcome:
     restores: int
     vouchers: int
     transfers: int
+    sybils: int
+    taken: int
+    """The most that strangers had of one honest node, of its pool."""
 
 
 def run_seed(seed: int, mutant: str = "", steps: int = STEPS) -> Outcome:
@@ -39,8 +42,11 @@ def run_seed(seed: int, mutant: str = "", steps: int = STEPS) -> Outcome:
             live(world, steps)
         except BrokenError as error:
             failure = str(error)
+    honest = [node for node in world.nodes if node.honest and node.lossless]
     return Outcome(
-        seed, failure, world.crashes, world.restores, world.vouchers, rings.closed(world)
+        *(seed, failure, world.crashes, world.restores, world.vouchers, rings.closed(world)),
+        sybils=len(world.sybils),
+        taken=max(map(sybils.taken_by_strangers, honest), default=0),
     )
 
 
@@ -49,6 +55,8 @@ def live(world: World, steps: int) -> None:
     for _ in range(steps):
         world.trade()
         rings.trade(world)
+        sybils.trade(world)
+        households.trade(world)
         seen.update({work.attempt: work for work in world.work})
         world.advance()
         invariants.at_every_step(world)
@@ -83,9 +91,11 @@ def at_rest(world: World) -> bool:
         node.up for node in world.nodes
     ):
         return False
-    if any(node.runner.queue for node in world.nodes) or not rings.at_rest(world):
+    if any(node.runner.waiting for node in world.nodes) or not rings.at_rest(world):
         return False
-    pairs = [(a, b) for a in world.nodes for b in world.nodes if a is not b]
+    pairs = [
+        (a, b) for a in world.nodes for b in world.nodes if a is not b and {a, b} & {*world.members}
+    ]
     return all(_pair_at_rest(world, a, b) for a, b in pairs)
 
 
@@ -106,8 +116,9 @@ def heal(world: World) -> None:
         for _ in range(2):
             world.advance()
     invariants.at_every_step(world)
-    for seller in world.nodes:
-        for buyer in world.nodes:
+    invariants.after_days(world)
+    for seller in world.members:
+        for buyer in world.members:
             if seller is not buyer and seller.honest and buyer.honest:
                 invariants.can_work_again(world, seller, buyer)
 
@@ -133,6 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
         "restores": sum(outcome.restores for outcome in outcomes),
         "vouchers": sum(outcome.vouchers for outcome in outcomes),
         "transfers": sum(outcome.transfers for outcome in outcomes),
+        "sybils": sum(outcome.sybils for outcome in outcomes),
+        "taken_most": max(outcome.taken for outcome in outcomes),
         "cpu_seconds": round(time.process_time() - started, 1),
         "commit": commit(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,6 +33,30 @@ LIES = (
     "replays",
     "mutates",
 )
+
+
+SYBILS = (0, 0, 1, 2, 4, 8)
+SYBIL_LIES = (
+    "never_pays",
+    "never_pays",
+    "forgets",
+    "withholds",
+    "claims",
+    "inflates_items",
+    "contradicts",
+    "replays",
+    "mutates",
+)
+"""Who pays is no danger to a pool: what never pays is drawn twice as often."""
+
+
+def sybils(seed: int) -> list[str]:
+    """The lie of each stranger that one liar is.
+
+    Drawn from a sequence of its own, so that worlds without any stay as they were.
+    """
+    rng = random.Random(f"sybils {seed}")
+    return [rng.choice(SYBIL_LIES) for _ in range(rng.choice(SYBILS))]
 
 
 def wants_to_crash(world: World, node: Node) -> bool:

@@ -25,7 +25,7 @@ from aivillage.ledger import (
 )
 from aivillage.protocols.vouchers import GIFT, REFUND, ROUTE, ReceiptRow, digest, lane_of
 from tests.simulation.edits import edited, reworded, together, unguarded
-from tests.simulation.world import Runner
+from tests.simulation.world import BrokenError, Runner
 
 Plant = Callable[[], AbstractContextManager[Any]]
 
@@ -33,10 +33,19 @@ Plant = Callable[[], AbstractContextManager[Any]]
 class EarlyRunner(Runner):
     """Lets results and bytes out before COMMIT."""
 
-    def run(self, job: Any, done: Any, failed: Any) -> Callable[[], None]:
-        result = job(self.node.db)
-        done(result)
+    noticed: BrokenError | None = None
+
+    def _run(self, job: Any) -> Callable[[], None]:
+        try:
+            job.done(job.run(self._db))
+        except BrokenError as error:  # for the check, not for the writer
+            self.noticed = error
         return lambda: None
+
+    def flush(self) -> None:
+        super().flush()
+        if self.noticed is not None:
+            raise self.noticed
 
 
 def _lanes_continued() -> AbstractContextManager[Any]:
@@ -302,6 +311,14 @@ MUTANTS: dict[str, Mutant] = {
         ("I3", "I14"),
         (2,),
     ),
+    "pool_for_each_stranger": Mutant(
+        lambda: together(
+            patch.object(exposure, "others_share", lambda db, pair: 0),
+            patch.object(desk.Desk, "others_share", lambda self, pair: 0),
+        ),
+        ("I3",),
+        (2,),
+    ),
     "skip_limit": Mutant(
         lambda: edited(exposure, "ceiling", (", line_left)", ", AMOUNT_MAX)")),
         ("I14",),
@@ -371,9 +388,14 @@ MUTANTS: dict[str, Mutant] = {
         scene="a_ring_ends_once",
     ),
     "no_line_check": Mutant(
-        _may_forward("and previous.owed <= previous.line", ""),
+        _may_forward("and _owed_by_owner(db, previous) <= previous.line", ""),
         ("I14",),
         scene="a_peer_owes_no_more_than_its_line",
+    ),
+    "each_device_has_a_line": Mutant(
+        _may_forward("_owed_by_owner(db, previous)", "previous.owed"),
+        ("I14",),
+        scene="devices_of_one_owner_share_its_line_in_transfers",
     ),
     "next_line_ignored": Mutant(
         _may_forward("and amount - after.balance <= after.received_line", ""),

@@ -21,14 +21,14 @@ STEP_MAX = EXPOSURE // transfers.STEPS_PER_EXPOSURE
 def trade(world: World) -> None:
     """Some ring starts, some present is given, some owner loses patience."""
     if world.chance(world.rates.transfer):
-        size = world.rng.randint(RING_MIN, min(RING_MAX, len(world.nodes)))
-        starter, *others = world.rng.sample(world.nodes, size)
+        size = world.rng.randint(RING_MIN, min(RING_MAX, len(world.members)))
+        starter, *others = world.rng.sample(world.members, size)
         start(world, starter, others, world.rng.randint(1, STEP_MAX))
     if world.chance(world.rates.transfer / 10):
-        giver, taker = world.rng.sample(world.nodes, 2)
-        world.guard(giver, lambda: _give(world, giver, taker))
+        giver, taker = world.rng.sample(world.members, 2)
+        world.guard(giver, lambda: give(world, giver, taker))
     if world.chance(world.rates.transfer / 20):
-        _release(world, world.rng.choice(world.nodes))
+        _release(world, world.rng.choice(world.members))
 
 
 def start(world: World, starter: Node, others: Sequence[Node], amount: int) -> list[bytes]:
@@ -46,7 +46,7 @@ def _refused(_error: AivillageError) -> None:
     """Not now: nothing was begun."""
 
 
-def _give(world: World, giver: Node, taker: Node) -> None:
+def give(world: World, giver: Node, taker: Node) -> None:
     amount, gift = world.rng.randint(1, 5), world.rng.randbytes(16)
     giver.ledger.buying.give(taker.id, amount, gift, lambda: None, _refused)
 
@@ -89,14 +89,15 @@ def at_risk(node: Node) -> dict[str, int]:
     """By the open rings themselves, whatever the node keeps count of."""
     amounts: dict[str, int] = {}
     for amount, ring in books.rows(node.db, "SELECT amount, ring FROM route WHERE state = 'open'"):
-        for peer in members(ring)[1:]:
+        for peer in members(node.world, ring)[1:]:
             amounts[peer] = amounts.get(peer, 0) + amount
     return amounts
 
 
-def members(ring: bytes) -> tuple[PeerId, ...]:
-    """Of a stored ring, the one who started it first."""
-    return tuple(peer_id(key) for key in msgspec.msgpack.decode(ring))
+def members(world: World, ring: bytes) -> tuple[PeerId, ...]:
+    """Of a stored ring, the one who started it first; each by its first name."""
+    named = (peer_id(key) for key in msgspec.msgpack.decode(ring))
+    return tuple(world.first_names.get(name, name) for name in named)
 
 
 def held_back(node: Node, peer: str) -> int:
@@ -124,7 +125,7 @@ def when_quiet(world: World) -> None:
             if {transfer.previous, transfer.next} <= honest:
                 raise broken("I13", f"node {node.index}: {transfer} is stuck")
         for xid, ring in books.rows(node.db, "SELECT xid, ring FROM route WHERE state = 'open'"):
-            if {*members(ring)} <= honest:
+            if {*members(world, ring)} <= honest:
                 raise broken("I13", f"node {node.index}: ring {xid.hex()} never ended")
         if all(other.lossless for other in world.nodes):
             never_more_out(node)

@@ -12,7 +12,7 @@ from aivillage.ledger import books, payer, transfers
 from aivillage.ledger.exposure import Word
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.vouchers import REFUND, ROUTE, Item, Voucher, decode
-from tests.simulation import invariants, ledger_sim, rings
+from tests.simulation import households, invariants, ledger_sim, rings
 from tests.simulation.world import EXPOSURE, LINE, STEP_SECONDS, Node, World, broken
 
 STEP_MAX = EXPOSURE // transfers.STEPS_PER_EXPOSURE
@@ -280,6 +280,39 @@ def a_peer_owes_no_more_than_its_line() -> None:
     village.end()
 
 
+def devices_of_one_owner_share_its_line_in_transfers() -> None:
+    village = Village(4)
+    phone, laptop, middle, last = village.nodes
+    for device in (phone, laptop):
+        middle.ledger.certify(device.id, (20, 20), "owner", _nothing, _nothing)
+    middle.runner.flush()
+    for device in (phone, laptop, phone, laptop):
+        village.ring(device, middle, last, amount=STEP_MAX)
+        village.rest()
+        owed = village.owes(phone, middle) + village.owes(laptop, middle)
+        if owed > 20:
+            raise broken("I14", f"two devices of one owner owe {owed}")
+    village.end()
+
+
+def a_ring_goes_on_when_a_member_changed_its_key() -> None:
+    """The ring names it by its former key; what it signs on the way is by the next one."""
+    village = Village()
+    starter, middle, last = village.nodes
+    village.part(middle, last)
+    xid = village.ring(starter, middle, last, amount=STEP_MAX)
+    village.wait(2)
+    for node in (middle, last):
+        village.world.crash(node)
+        village.world.rekeys = 1.0
+        households.change_key(village.world, node)
+        village.world.rekeys = 0.0
+        node.boot()
+    village.meet()
+    ended(village, starter, xid, "closed")
+    village.end()
+
+
 def nobody_passes_on_more_than_the_next_lends() -> None:
     """As far as the middle knows: the next would take more."""
     village = Village()
@@ -407,6 +440,8 @@ SCENES: Final[tuple[Callable[[], None], ...]] = (
     a_restored_middle_asks_before_it_passes_on,
     a_refund_is_passed_back,
     a_peer_owes_no_more_than_its_line,
+    devices_of_one_owner_share_its_line_in_transfers,
+    a_ring_goes_on_when_a_member_changed_its_key,
     nobody_passes_on_more_than_the_next_lends,
     nobody_works_beyond_the_line,
     a_proven_liar_has_nothing_passed_on,

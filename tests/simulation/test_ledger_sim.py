@@ -4,8 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 
-from aivillage.ledger import sync
-from tests.simulation import edits, kill_mutants, ledger_sim, mutants, scenes
+from aivillage.ledger import books, sync
+from aivillage.protocols.errors import RequestError
+from tests.simulation import edits, kill_mutants, ledger_sim, liars, mutants, scenes, world
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -13,6 +14,60 @@ def test_every_invariant_holds(seed):
     outcome = ledger_sim.run_seed(seed)
     assert outcome.failure == ""
     assert outcome.vouchers > 0
+
+
+def test_eight_strangers_of_one_liar_together_take_no_more_than_the_pool():
+    """Its names come one after the other and at once; the bound is checked at every step."""
+    seeds = [seed for seed in range(80) if len(liars.sybils(seed)) == 8][:4]
+    outcomes = [ledger_sim.run_seed(seed) for seed in seeds]
+    assert [outcome.failure for outcome in outcomes] == [""] * len(seeds)
+    assert world.POOL / 2 < max(outcome.taken for outcome in outcomes) <= world.POOL
+
+
+def test_a_full_disk_undoes_a_whole_group():
+    """The writer in the simulator is the daemon's: it rolls back, tells everybody, and goes on."""
+    village = scenes.Village(2)
+    a, b = village.nodes
+    told: list[str] = []
+    village.world.rates.disk_full = 1.0
+    for number in range(2):
+        a.ledger.buying.give(
+            b.id, 5, bytes([number]) * 16, pytest.fail, lambda e: told.append(e.code)
+        )
+    a.runner.flush()
+    village.world.rates.disk_full = 0.0
+    assert told == ["DISK_FULL"] * 2
+    assert not a.db.in_transaction
+    assert village.owes(a, b) == 0 == -books.read_pair(a.db, b.id).balance
+    scenes.present(a, b, 5)
+    village.rest()
+    assert village.owes(a, b) == 5
+    village.end()
+
+
+def test_a_refused_step_leaves_nothing():
+    village = scenes.Village(2)
+    a, b = village.nodes
+
+    def half(db):
+        db.execute("UPDATE peer SET line = 1")
+        raise RequestError("not so")
+
+    refused: list[str] = []
+    a.ledger.desk.submit(half, pytest.fail, lambda error: refused.append(error.message))
+    scenes.present(a, b, 5)  # the same group
+    assert refused == ["not so"]
+    assert books.read_pair(a.db, b.id).line == world.LINE
+    village.rest()
+    assert village.owes(a, b) == 5
+    village.end()
+
+
+def test_sybils_of_every_number_and_lie_are_drawn():
+    drawn = [liars.sybils(seed) for seed in range(300)]
+    assert {len(names) for names in drawn} == {*liars.SYBILS}
+    assert {name for names in drawn for name in names} == {*liars.SYBIL_LIES}
+    assert sum(map(bool, drawn)) > 150
 
 
 def test_a_seed_replays_exactly():

@@ -11,18 +11,20 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import apsw
+import msgspec
 
 from aivillage.ledger import books
 from aivillage.ledger.compaction import Cursor, compact
 from aivillage.ledger.core import Ledger
 from aivillage.ledger.desk import Settings
+from aivillage.ledger.store import Store
 from aivillage.protocols.errors import AivillageError, PeerError
 from aivillage.protocols.types import AttemptId, PeerId, peer_id
 from aivillage.protocols.vouchers import decode
-from tests.simulation import liars
+from tests.simulation import households, liars
 
 STEP_SECONDS = 0.25
 LINE, EXPOSURE, POOL, CEILING, UNIT_MAX = 600, 60, 20, 40, 10
@@ -76,6 +78,7 @@ class Rates:
     commit: float
     transfer: float
     compact: float
+    disk_full: float = 0.0
 
     @classmethod
     def draw(cls, rng: random.Random) -> Rates:
@@ -98,49 +101,51 @@ class Rates:
         self.commit = 1.0
 
 
-class Runner:
-    """Group commit in memory, with a place to die before COMMIT and one after it."""
+class Disk:
+    """A node's connection as its writer sees it: at COMMIT a node may die, or find no room."""
 
     def __init__(self, node: Node) -> None:
-        self.node = node
-        self.queue: list[tuple[Callable[..., Any], Callable[..., None], Callable[..., None]]] = []
+        self._node, self._db = node, node.db
 
-    def submit(self, job: Any, done: Any, failed: Any) -> None:
-        self.queue.append((job, done, failed))
+    def execute(self, sql: str, *bindings: Any) -> Any:
+        return self._db.execute(sql, *bindings) if sql != "COMMIT" else self._commit()
+
+    def _commit(self) -> Any:
+        world = self._node.world
+        if world.chance(world.rates.disk_full):
+            raise apsw.FullError("no room")
+        if world.chance(world.rates.crash_before_commit):
+            self._db.execute("ROLLBACK")
+            raise CrashError("before commit")
+        done = self._db.execute("COMMIT")
+        self._node.committed()
+        if world.chance(world.rates.crash_after_commit):
+            raise CrashError("after commit")
+        return done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._db, name)
+
+
+class Runner(Store):
+    """The product's writer, inline: its groups, savepoints and failures, without its thread."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(cast("apsw.Connection", Disk(node)))
+        self.on_fatal = node.fails
+
+    @property
+    def waiting(self) -> bool:
+        return not self._jobs.empty()
 
     def flush(self) -> None:
-        group, self.queue = self.queue, []
-        if not group:
-            return
-        db, node = self.node.db, self.node
-        replies = []
-        db.execute("BEGIN")
-        for job, done, failed in group:
-            replies.append(self.run(job, done, failed))
-        if node.world.chance(node.world.rates.crash_before_commit):
-            db.execute("ROLLBACK")
-            raise CrashError("before commit")
-        db.execute("COMMIT")
-        node.committed()
-        if node.world.chance(node.world.rates.crash_after_commit):
-            raise CrashError("after commit")
+        """What is queued now, as one group; what that leads to is for the next."""
+        if self.waiting:
+            self._run_group(self._take()[0])
+
+    def _hand_back(self, replies: list[Callable[[], None]]) -> None:
         for reply in replies:
             reply()
-
-    def run(self, job: Any, done: Any, failed: Any) -> Callable[[], None]:
-        db = self.node.db
-        db.execute("SAVEPOINT job")
-        try:
-            result = job(db)
-        except AivillageError as error:
-            db.execute("ROLLBACK TO job")
-            db.execute("RELEASE job")
-            refusal = error
-            return lambda: failed(refusal)
-        except Exception as error:
-            raise broken("I0", f"node {self.node.index}: {error!r}") from error
-        db.execute("RELEASE job")
-        return lambda: done(result)
 
 
 @dataclass
@@ -177,6 +182,10 @@ class Node:
         books.prepare(self.db, self.signer.public_key, self.clock.unix_ms())
         self.lossless = True
         self.delivered: dict[PeerId, int] = {}
+        self.received: dict[PeerId, int] = {}
+        """What each did for this node, and what it did for each: as it happened."""
+        self.changes: list[tuple[PeerId, PeerId]] = []
+        """Of its key: the former and the next. `id` stays its first name."""
         self.tail: deque[bytes] = deque(maxlen=4)
         self.backups: list[bytes] = []
         self.boots = 0
@@ -204,12 +213,18 @@ class Node:
             self.db, self.signer, self.world.settings, self.clock,
             self.world.rng.randbytes(8), self.runner,
         )  # fmt: skip
-        self.ledger.desk.on_error = self._on_error
+        self.ledger.desk.on_error = self.fails
         if self.lie == "stops":
             self.ledger.routing.step = lambda: lambda db: []  # type: ignore[method-assign]
 
-    def _on_error(self, error: AivillageError) -> None:
-        raise broken("I0", f"a step of node {self.index} failed: {error}")
+    def fails(self, error: AivillageError) -> None:
+        # A full disk is met by every step, and nothing comes of it. A liar that lost its tail and
+        # is shown what it signed against itself cannot adopt that: its own loss, nobody else's.
+        if self.honest and error.code != "DISK_FULL":
+            raise broken("I0", f"a step of node {self.index} failed: {error}")
+
+    def knows_key(self, peer: Node) -> bool:
+        return self.ledger.desk.keys_of(peer.id)[0] == peer.signer.public_key
 
     def committed(self) -> None:
         rates = self.world.rates
@@ -257,6 +272,8 @@ class World:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.rates = Rates.draw(self.rng)
+        # Of a sequence of its own: the others' are as they were.
+        self.rates.disk_full = random.Random(f"disk {self.seed}").choice((0.0, 0.0, 0.02, 0.1))
         self.step, self.now = 0, 0.0
         self.links: dict[tuple[int, int], int] = {}
         self.link_count = 0
@@ -267,24 +284,40 @@ class World:
         liar_count = self.rng.choice((0, 0, 1, 2)) if self.with_liars else 0
         lies = [self.rng.choice(liars.LIES) for _ in range(liar_count)]
         self.heard: list[bytes] = []
-        self.nodes = [
+        if not self.size:
+            days = households.expiry_days(self.seed)
+            self.settings = msgspec.structs.replace(self.settings, debt_expiry_days=days)
+        self.members = [
             self.node_type(self, index, lies[index] if index < len(lies) else "")
             for index in range(self.size or self.rng.choice((3, 4, 4, 5, 6)))
         ]
+        """Without the sybils: each is drawn as often as any other."""
+        names = liars.sybils(self.seed) if self.with_liars and not self.size else []
+        self.sybils = [
+            self.node_type(self, len(self.members) + n, lie) for n, lie in enumerate(names)
+        ]
+        self.nodes = self.members + self.sybils
         self.work: list[Work] = []
+        self.household: tuple[Node, ...] = ()
+        """Devices of one owner."""
+        self.write_offs = self.rekeys = 0.0
+        self.first_names: dict[PeerId, PeerId] = {}
+        if not self.size:
+            households.draw(self)
         self._set_lines()
 
     def _set_lines(self) -> None:
-        """All know each other, but in some seeds the last nodes are strangers to everybody."""
-        strangers = self.nodes[-1:] if self.chance(0.3) else []
-        if strangers and len(self.nodes) > 4:  # one crook may come under many names
-            strangers = self.nodes[-random.Random(self.seed).randint(1, 3) :]
+        """Members know each other, but in some seeds the last ones are strangers to everybody."""
+        strangers = self.members[-1:] if self.chance(0.3) else []
+        if strangers and len(self.members) > 4:
+            strangers = self.members[-random.Random(self.seed).randint(1, 3) :]
         for node in self.nodes:
-            for peer in self.nodes:
+            for peer in self.members:
                 if peer is node or peer in strangers:
                     continue
                 nothing = lambda *_: None  # noqa: E731
-                node.ledger.certify(peer.id, (LINE, EXPOSURE), None, nothing, nothing)
+                owner = households.owner_of(self, peer)
+                node.ledger.certify(peer.id, (LINE, EXPOSURE), owner, nothing, nothing)
                 node.ledger.set_received(peer.id, (LINE, EXPOSURE), nothing, nothing)
             self.flush(node)
 
@@ -294,6 +327,10 @@ class World:
     # network
 
     def connect(self, a: Node, b: Node) -> None:
+        for node, peer in ((a, b), (b, a)):
+            self.guard(node, lambda node=node, peer=peer: households.tell_changes(node, peer))
+        if not (a.up and b.up and a.knows_key(b) and b.knows_key(a)):
+            return
         self.link_count += 1
         number = self.link_count
         self.links[a.index, b.index] = number
@@ -389,12 +426,12 @@ class World:
             self.restores += 1
             node.lose(self.rng.choice(node.backups))
         node.start_again()
+        households.change_key(self, node)
         node.boot()
 
     # work
 
-    def begin(self) -> None:
-        buyer, seller = self.rng.sample(self.nodes, 2)
+    def begin(self, buyer: Node, seller: Node) -> None:
         if not (buyer.up and seller.up and self.linked(buyer, seller)):
             return
         attempt = AttemptId(self.rng.randbytes(16))
@@ -426,6 +463,8 @@ class World:
         known = work.attempt in buyer.ledger.desk.partner(work.seller.id).purchases
         if work.over or not known or amount <= work.accepted:
             return
+        done = buyer.received.get(work.seller.id, 0)
+        buyer.received[work.seller.id] = done + amount - work.accepted
         work.accepted = amount
         if buyer.lie != "never_pays":
             mark = out_hash(work.attempt, amount)
@@ -448,7 +487,7 @@ class World:
     def trade(self) -> None:
         for _ in range(2):
             if self.chance(0.5):
-                self.begin()
+                self.begin(*self.rng.sample(self.members, 2))
         for work in self.work:
             both = work.buyer.up and work.seller.up and self.linked(work.buyer, work.seller)
             if both and self.chance(0.5):
@@ -476,6 +515,7 @@ class World:
                 if self.chance(self.rates.partition):
                     self.disconnect(a, b)
                 apart = (a.index, b.index) in self.apart or self.linked(a, b)
+                apart = apart or (a in self.sybils and b in self.sybils)
                 if a.up and b.up and not apart and self.chance(0.3):
                     self.connect(a, b)
 

@@ -1,5 +1,7 @@
 """The ledger's blobs: what comes back is what went in, and everything else is refused."""
 
+import contextlib
+
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -13,6 +15,7 @@ from aivillage.protocols.vouchers import (
     BLOB_BYTES_MAX,
     ITEMS_MAX,
     JOB,
+    ROUTE,
     Claim,
     Equivocation,
     Item,
@@ -150,6 +153,19 @@ def test_the_amount_limit_is_exact():
 def test_a_wrong_voucher_is_refused(bad, reason):
     with pytest.raises(PeerError, match=reason):
         check_voucher(bad, PAYER, PAYEE, is_signed_by)
+
+
+def test_a_ring_may_name_its_members_by_former_keys():
+    """They changed after it was written; who comes after whom is checked all the same."""
+    (item,) = items(1, kind=ROUTE)
+    old, older, third = bytes([7]) * 32, bytes([8]) * 32, bytes([9]) * 32
+    for ring, good in (((third, old, older), True), ((older, third, old), True),
+                       ((old, third, older), False), ((older, old, third), False)):  # fmt: skip
+        moved = voucher(parts=(msgspec.structs.replace(item, route=ring),))
+        with contextlib.nullcontext() if good else pytest.raises(PeerError, match="this way"):
+            check_voucher(moved, PAYER, PAYEE, is_signed_by, former=((old,), (older,)))
+        with pytest.raises(PeerError, match="this way"):
+            check_voucher(moved, PAYER, PAYEE, is_signed_by)
 
 
 def test_arrears_are_payments():
