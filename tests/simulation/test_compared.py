@@ -21,6 +21,8 @@ from tests.simulation.test_explain import explained
 
 OPERATION = "inference.embed"
 TEXTS = tuple(f"text {n}" for n in range(6))
+DEARER = 50
+"""Times as dear as the one before: no moment's delay makes up for that."""
 PRICE = 22 * sum(-(-len(text) // 4) for text in TEXTS)
 
 
@@ -30,11 +32,11 @@ def of(buyer, node) -> Trust:
 
 @asynccontextmanager
 async def village(folder, *sellers, dearer=False, **settings):
-    """`dearer`: each costs more than the one before, which so is chosen."""
+    """`dearer`: each costs far more than the one before, which so is chosen."""
     async with open_mesh(folder) as mesh:
         chosen = {"serve": False, "verify_percent_max": 50} | settings
         buyer = await mesh.add("buyer", **chosen)
-        percents = [100 * (1 + n * dearer) for n in range(len(sellers))]
+        percents = [100 * (DEARER**n if dearer else 1) for n in range(len(sellers))]
         nodes = [
             await mesh.add(name, price_percent=percent)
             for name, percent in zip(sellers, percents, strict=True)
@@ -152,12 +154,12 @@ async def test_each_part_is_paid_once_to_whoever_made_it(tmp_path, capsys):
         assert (one.script.made, two.script.made) == (2, 4)
         half = PRICE * 2 // 6
         await settled(buyer, one, half)
-        await settled(buyer, two, 2 * (PRICE - half))
-        assert running.pursuit.receipt().price_micro_credits == half + 2 * (PRICE - half)
+        await settled(buyer, two, DEARER * (PRICE - half))
+        assert running.pursuit.receipt().price_micro_credits == half + DEARER * (PRICE - half)
         code, found = await explained(buyer, running.pursuit.row.id, capsys)
         assert (code, found["ok"]) == (0, True)
         sums = [attempt["sum_micro_credits"] for attempt in found["attempts"]]
-        assert sums == [half, 2 * (PRICE - half)]
+        assert sums == [half, DEARER * (PRICE - half)]
 
 
 async def test_a_part_of_the_wrong_form_is_refused_as_it_comes(tmp_path):
@@ -167,7 +169,7 @@ async def test_a_part_of_the_wrong_form_is_refused_as_it_comes(tmp_path):
         assert said(running) == right()
         assert two.script.made == 6, "nothing of it was gone on from"
         await settled(buyer, liar, 0)
-        await settled(buyer, two, 2 * PRICE)
+        await settled(buyer, two, DEARER * PRICE)
 
 
 async def test_a_job_that_asks_for_it_is_checked_before_it_is_paid(tmp_path):
@@ -177,7 +179,7 @@ async def test_a_job_that_asks_for_it_is_checked_before_it_is_paid(tmp_path):
         assert said(running) == right()
         assert running.pursuit.receipt().checked == "the same at this node"
         await settled(buyer, liar, 0)
-        await settled(buyer, two, 2 * PRICE)
+        await settled(buyer, two, DEARER * PRICE)
 
 
 @pytest.mark.parametrize(
@@ -201,4 +203,4 @@ async def test_a_result_of_the_wrong_form_is_not_paid(tmp_path, lie):
         assert said(await bought(buyer)) == right()
         assert liar.script.made >= 6
         await settled(buyer, liar, 0)
-        await settled(buyer, two, 2 * PRICE)
+        await settled(buyer, two, DEARER * PRICE)
