@@ -12,9 +12,10 @@ from aivillage.ledger.documents import (
     SignedBodies,
     wrong,
 )
+from aivillage.protocols.envelope import Verify
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.types import PeerId, as_credits, peer_id
-from aivillage.protocols.vouchers import SignedBody, Verify, VoucherBody, check_contradiction
+from aivillage.protocols.vouchers import SignedBody, VoucherBody, check_contradiction
 
 KEPT: Final = """
   SELECT first_body, first_signature, second_body, second_signature FROM evidence

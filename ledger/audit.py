@@ -16,7 +16,8 @@ import msgspec
 from aivillage.ledger import signatures, walk
 from aivillage.ledger.queries import Query
 from aivillage.ledger.tally import Tally, WrongError
-from aivillage.protocols.vouchers import Item, Verify, digest
+from aivillage.protocols.envelope import Verify
+from aivillage.protocols.vouchers import Item, digest
 
 _PAGE: Final = 2000
 _items: Final = msgspec.msgpack.Decoder(tuple[Item, ...])
@@ -40,7 +41,7 @@ def audit(verify: Verify, passed: Callable[[str], None] = lambda name: None) -> 
     """Checks the whole book. `verify` must be the real thing; `passed` hears of each pass's end."""
     tally = Tally()
     passes: dict[str, Query[None]] = {
-        "keys": signatures.keys(tally),
+        "keys": signatures.keys(tally, verify),
         "vouchers in": signatures.vouchers(tally, verify, "in"),
         "vouchers out": signatures.vouchers(tally, verify, "out"),
         "receipts": signatures.receipts(tally, verify),

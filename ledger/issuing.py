@@ -29,9 +29,10 @@ from aivillage.ledger.documents import (
 )
 from aivillage.ledger.queries import Query, Rows, find_peer
 from aivillage.ledger.statement import job_proof, summed, verify_document
+from aivillage.protocols.envelope import Verify
 from aivillage.protocols.errors import RequestError
 from aivillage.protocols.types import AttemptId, PeerId, peer_id, public_key
-from aivillage.protocols.vouchers import ID_BYTES, Item, Verify, digest
+from aivillage.protocols.vouchers import ID_BYTES, Item, digest
 
 _items: Final = msgspec.msgpack.Decoder(tuple[msgspec.Raw, ...])
 

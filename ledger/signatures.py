@@ -14,6 +14,7 @@ from aivillage.ledger.signing import verified_receipt, verified_voucher
 from aivillage.ledger.tally import Tally, WrongError
 from aivillage.ledger.walk import PAGE
 from aivillage.protocols import succession
+from aivillage.protocols.envelope import Verify
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.types import peer_id
 from aivillage.protocols.vouchers import (
@@ -21,7 +22,6 @@ from aivillage.protocols.vouchers import (
     Receipt,
     ReceiptBody,
     SignedBody,
-    Verify,
     Voucher,
     VoucherBody,
     check_contradiction,
@@ -46,7 +46,7 @@ _PROOFS: Final = """
 """
 
 
-def keys(tally: Tally) -> Query[None]:
+def keys(tally: Tally, verify: Verify) -> Query[None]:
     """Each key but the first was named by the one before it, and agreed.
 
     Raises:
@@ -55,20 +55,22 @@ def keys(tally: Tally) -> Query[None]:
     former = ""
     for n, key, proof in (yield "SELECT n, public_key, proof FROM identity ORDER BY n", ()):
         if former:
-            _check_step(f"key {n} of this book", proof, (former, peer_id(key)))
+            _check_step(f"key {n} of this book", proof, (former, peer_id(key)), verify)
         former, tally.mine = peer_id(key), (key, *tally.mine)
     rows = yield "SELECT peer, n, key_peer, proof FROM peer_key ORDER BY peer, n", ()
     for peer, n, name, proof in rows:
         known = tally.keys_of(peer)
         if n != len(known) + 1:
             raise WrongError(f"key {n} of {peer}: the one before it is missing")
-        step = _check_step(f"key {n} of {peer}", proof, (peer_id(known[0]), name))
+        step = _check_step(f"key {n} of {peer}", proof, (peer_id(known[0]), name), verify)
         tally.theirs[peer] = (step.new_key, *known)
 
 
-def _check_step(name: str, proof: bytes | None, wanted: tuple[str, str]) -> succession.Step:
+def _check_step(
+    name: str, proof: bytes | None, wanted: tuple[str, str], verify: Verify
+) -> succession.Step:
     try:
-        step = succession.read(proof or b"")
+        step = succession.read(proof or b"", verify)
     except PeerError as error:
         raise WrongError(f"{name}: {error.message}") from None
     if (step.old, step.new) != wanted:

@@ -9,12 +9,11 @@ from typing import Protocol, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aivillage.protocols.envelope import is_signed_by, sign
+from aivillage.protocols.envelope import Verify, is_signed_by, sign
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.vouchers import (
     Receipt,
     ReceiptBody,
-    Verify,
     Voucher,
     VoucherBody,
     check_receipt,

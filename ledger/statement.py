@@ -36,6 +36,7 @@ from aivillage.ledger.documents import (
 )
 from aivillage.ledger.signing import verified_receipt
 from aivillage.protocols import succession
+from aivillage.protocols.envelope import Verify
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.types import PeerId, as_credits, peer_id
 from aivillage.protocols.vouchers import (
@@ -43,7 +44,6 @@ from aivillage.protocols.vouchers import (
     Receipt,
     ReceiptBody,
     ReceiptRow,
-    Verify,
     VoucherBody,
     bad,
     decode_body,

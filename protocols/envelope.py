@@ -7,7 +7,8 @@ bytes, so a signature made for one purpose is worth nothing for another.
 
 from __future__ import annotations
 
-from typing import Final, TypeVar
+from collections.abc import Callable
+from typing import Final, TypeAlias, TypeVar
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,6 +22,8 @@ ED25519: Final = 1
 ENVELOPE_BYTES_MAX: Final = 8192
 
 T = TypeVar("T", bound=msgspec.Struct)
+Verify: TypeAlias = Callable[[bytes, bytes, bytes], bool]
+"""Whether a public key made a signature over bytes: (key, bytes, signature)."""
 
 
 class _Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -61,7 +64,9 @@ def seal(key: Ed25519PrivateKey, domain: str, value: msgspec.Struct) -> bytes:
     return msgspec.msgpack.encode(_Envelope(public, body, signature))
 
 
-def unseal(envelope: bytes, domain: str, kind: type[T]) -> tuple[PeerId, T]:
+def unseal(
+    envelope: bytes, domain: str, kind: type[T], verify: Verify = is_signed_by
+) -> tuple[PeerId, T]:
     """(who signed it, the value), after checking signature and canonical form.
 
     Raises:
@@ -76,7 +81,7 @@ def unseal(envelope: bytes, domain: str, kind: type[T]) -> tuple[PeerId, T]:
         raise _no_envelope(kind, error) from None
     if msgspec.msgpack.encode(parts) != envelope:
         raise PeerError("the envelope is not in canonical form", code="BAD_REQUEST")
-    if not is_signed_by(parts.public_key, prefix(domain) + parts.body, parts.signature):
+    if not verify(parts.public_key, prefix(domain) + parts.body, parts.signature):
         raise PeerError(f"the signature on a {kind.__name__} is wrong", code="BAD_REQUEST")
     try:
         return signer, msgspec.msgpack.decode(parts.body, type=kind)

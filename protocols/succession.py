@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aivillage.protocols.envelope import is_signed_by, prefix, seal, sign, unseal
+from aivillage.protocols.envelope import Verify, is_signed_by, prefix, seal, sign, unseal
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.messages import SUCCESSIONS_MAX
 from aivillage.protocols.papers import Succession
@@ -38,24 +38,25 @@ def make(old: Ed25519PrivateKey, new: Ed25519PrivateKey, at_unix_ms: int) -> byt
     """The envelope in which `old` names `new`."""
     names = [peer_id(key.public_key().public_bytes_raw()) for key in (old, new)]
     bare = Succession(old=names[0], new=names[1], at_unix_ms=at_unix_ms, consent=b"")
-    consent = sign(new, _consented(bare))
+    consent = sign(new, consented(bare))
     return seal(old, _DOMAIN, msgspec.structs.replace(bare, consent=consent))
 
 
-def _consented(succession: Succession) -> bytes:
+def consented(succession: Succession) -> bytes:
+    """What the new key signs."""
     bare = msgspec.structs.replace(succession, consent=b"")
     return prefix(_CONSENT) + msgspec.msgpack.encode(bare)
 
 
-def read(envelope: bytes) -> Step:
+def read(envelope: bytes, verify: Verify = is_signed_by) -> Step:
     """What an envelope proves.
 
     Raises:
         PeerError: BAD_REQUEST, one of the two keys did not sign it.
     """
-    signer, found = unseal(envelope, _DOMAIN, Succession)
+    signer, found = unseal(envelope, _DOMAIN, Succession, verify)
     try:
-        consents = is_signed_by(public_key(found.new), _consented(found), found.consent)
+        consents = verify(public_key(found.new), consented(found), found.consent)
     except ValueError:
         consents = False
     if signer != found.old or found.old == found.new or not consents:

@@ -8,12 +8,13 @@ A blob is the msgpack array `[sender epoch, type, message]`, at most 4 KiB, in c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Final, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from aivillage.protocols.envelope import Verify
 from aivillage.protocols.errors import LedgerError, PeerError
 from aivillage.protocols.types import AMOUNT_MAX, Amount
 
@@ -191,8 +192,6 @@ class Equivocation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 
 Message: TypeAlias = Voucher | Receipt | SyncRequest | SyncReply | Equivocation | SyncDigest
-Verify: TypeAlias = Callable[[bytes, bytes, bytes], bool]
-"""(public key, prefixed message, signature) -> whether it is good."""
 
 _TYPES: Final[dict[int, type[Message]]] = {
     1: Voucher,

@@ -8,7 +8,13 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from aivillage.ledger import books, corrections
+from aivillage.ledger.signing import Signer
+from aivillage.protocols import succession
+from aivillage.protocols.envelope import prefix
+from aivillage.protocols.papers import Succession
 from aivillage.protocols.types import peer_id
 
 if TYPE_CHECKING:
@@ -56,15 +62,26 @@ def change_key(world: World, node: Node) -> None:
     if not (node.honest and world.chance(world.rekeys)):
         return
     former, node.signer = node.signer, type(node.signer)(node.signer.public_key + b"next")
+    proof = succession_of(former, node.signer, node.clock.unix_ms())
     with node.db:
-        books.add_own_key(node.db, node.signer.public_key, b"proof", node.clock.unix_ms())
-    node.changes.append((peer_id(former.public_key), peer_id(node.signer.public_key)))
+        books.add_own_key(node.db, node.signer.public_key, proof, node.clock.unix_ms())
+    node.changes.append((peer_id(former.public_key), peer_id(node.signer.public_key), proof))
     world.first_names[node.changes[-1][1]] = node.id
+
+
+def succession_of(old: Signer, new: Signer, at_unix_ms: int) -> bytes:
+    """As `succession.make`, by whatever signs here."""
+    names = [peer_id(signer.public_key) for signer in (old, new)]
+    bare = Succession(old=names[0], new=names[1], at_unix_ms=at_unix_ms, consent=b"")
+    whole = msgspec.structs.replace(bare, consent=new.sign(succession.consented(bare)))
+    body = msgspec.msgpack.encode(whole)
+    signature = old.sign(prefix("succession") + body)
+    return msgspec.msgpack.encode((old.public_key, body, signature))
 
 
 def tell_changes(node: Node, peer: Node) -> None:
     """What a hello says first: `node` hears of the keys that `peer` had, if its disk has room."""
-    for former, successor in peer.changes:
-        node.ledger.succeed(former, successor, b"proof", lambda: None, node.fails)
+    for former, successor, proof in peer.changes:
+        node.ledger.succeed(former, successor, proof, lambda: None, node.fails)
     if peer.changes:
         node.world.flush(node)

@@ -184,7 +184,7 @@ class Node:
         self.delivered: dict[PeerId, int] = {}
         self.received: dict[PeerId, int] = {}
         """What each did for this node, and what it did for each: as it happened."""
-        self.changes: list[tuple[PeerId, PeerId]] = []
+        self.changes: list[tuple[PeerId, PeerId, bytes]] = []
         """Of its key: the former and the next. `id` stays its first name."""
         self.tail: deque[bytes] = deque(maxlen=4)
         self.backups: list[bytes] = []
