@@ -138,6 +138,10 @@ class Runner(Store):
     def waiting(self) -> bool:
         return not self._jobs.empty()
 
+    @property
+    def queued(self) -> int:
+        return self._jobs.qsize()
+
     def flush(self) -> None:
         """What is queued now, as one group; what that leads to is for the next."""
         if self.waiting:

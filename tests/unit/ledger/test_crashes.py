@@ -203,10 +203,10 @@ def test_one_round_of_sync_a_second_is_answered():
     scene.flush()
     for number in range(100, 200):
         request(scene, number)
-    assert len(scene.seller.runner.queue) <= 1
+    assert scene.seller.runner.queued <= 1
     scene.world.now += 1
     scene.seller.ledger.tick()
-    assert len(scene.seller.runner.queue) <= 2
+    assert scene.seller.runner.queued <= 2
 
 
 def test_a_stranger_may_not_fill_memory_with_parts():
