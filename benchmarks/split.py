@@ -406,12 +406,17 @@ def plan_of(buyer: Daemon, row: dict[str, Any]) -> list[tuple[str, str]]:
 
 def warm_run(seed: int, buyer: Daemon, lenders: list[Daemon]) -> Heard:
     """A stage is killed once somebody stands by for each."""
-    sought = events(buyer, "stand_ins_sought")
+    sought = times_sought(buyer)
     heard(buyer, [], max_tokens=1)
-    wait_for(lambda: len(events(buyer, "stand_ins_sought")) > len(sought), 60, buyer.log_end)
+    wait_for(lambda: times_sought(buyer) > sought, 60, buyer.log_end)
     found = killed(seed, buyer, lenders)
     event = events(buyer, "stage_replaced")[-1]
     return found._replace(kind="warm" if event["was_ready"] else "cold")
+
+
+def times_sought(buyer: Daemon) -> int:
+    """How often it has looked for stand-ins; of events themselves only the latest are kept."""
+    return int(buyer.ask("events")["counts"].get("stand_ins_sought", 0))
 
 
 def killed(seed: int, buyer: Daemon, lenders: list[Daemon]) -> Heard:
