@@ -292,7 +292,7 @@ MUTANTS: dict[str, Mutant] = {
         scene="money_without_items_counts_in_the_end",
     ),
     "claims_unbounded": Mutant(
-        lambda: patch.object(sync, "arrears_left", lambda db, peer: 1 << 40), ("I4",), (103,)
+        lambda: patch.object(sync, "arrears_left", lambda db, peer: 1 << 40), ("I4",), (131,)
     ),
     "forgives_every_gap": Mutant(
         lambda: edited(
