@@ -43,7 +43,7 @@ check: install ## lint, format, types, layers, style and docs
 	$(python) -m pytest tests/test_tidy.py tests/test_docs.py $(PYTEST_ARGS)
 
 sim: install ## the ledger under loss, crashes and lies, SEEDS=100 worlds
-	$(python) -m tests.simulation.ledger_sim --seeds $(SEEDS)
+	$(python) -m tests.simulation.ledger_sim --seeds $(SEEDS) --jobs $(JOBS)
 
 mutants: install ## plant each known bug of the ledger and demand that its own check notices
 	$(python) -m tests.simulation.kill_mutants

@@ -118,7 +118,7 @@ class Daemon:
         """Starts the process, and does not wait for it."""
         assert not self.running(), f"{self.name} runs already"
         command = self._command("start", "--listen", f"{self.host}:{self.port}", *flags)
-        command[2] = self.module
+        command[command.index("aivillage")] = self.module
         command = [*self.launcher, *command]
         self.out.write_bytes(b"")
         with self.out.open("wb") as out, self.log.open("ab") as log:

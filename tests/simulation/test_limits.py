@@ -173,7 +173,8 @@ async def test_a_denied_operation_is_neither_offered_nor_quoted_nor_called(tmp_p
         await ask(seller, "limits_set", words={"operations_denied": "mesh.noop"})
         assert (await call_with(buyer, seller, quote)).code == "OWNER_LIMIT"
         assert (await refused_quote(buyer, seller, request=NOOP)).code == "OWNER_LIMIT"
-        assert (await ask(seller, "status"))["serves"] == ["inference.generate", "mesh.fetch"]
+        serves = ["inference.generate", "inference.embed", "inference.rerank", "mesh.fetch"]
+        assert (await ask(seller, "status"))["serves"] == serves
         await until(lambda: not buyer.desk.discovery.candidates("mesh.noop"))
         assert result_of(await buyer.ask(PROMPT, tokens=2)) == expected(PROMPT, 2)
         assert await refused(seller, "limits_set", words={"operations_denied": "no"}) == (

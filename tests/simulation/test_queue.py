@@ -298,7 +298,8 @@ async def test_a_busy_sellers_word_on_when_to_come_again_is_kept_to(tmp_path, mo
         await until(lambda: buyer.events("attempt_failed"))
         begun = trio.current_time()
         await until(lambda: len(buyer.events("attempt_failed")) == 2)
-        assert trio.current_time() - begun >= 0.4  # not at once, and not after years
+        # Not at once, and not after years; `begun` is a little after the first one failed.
+        assert trio.current_time() - begun >= 0.2
         seller.script.go.set()
         await first.ended.wait()
         await second.ended.wait()
