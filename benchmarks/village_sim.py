@@ -81,6 +81,8 @@ async def lived(claims: Claims, name: str, size: int, times: tuple[float, float]
         claims.add(f"{name}_jobs", village.done + village.failed)
         claims.add(f"{name}_jobs_failed", village.failed)
         claims.add(f"{name}_jobs_nobody_could", village.nobody_could)
+        why = sorted(village.errors.items())
+        claims.note(f"{name}_errors", ", ".join(f"{error}: {count}" for error, count in why))
         claims.add(f"{name}_left", village.left)
         claims.add(f"{name}_credits_sum", village.sum_of_balances())
         claims.add(f"{name}_cpu_seconds", time.process_time() - started)
