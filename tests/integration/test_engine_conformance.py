@@ -40,7 +40,6 @@ pytestmark = pytest.mark.slow
 SLOTS = 8
 STORY = GenerateRequest(prompt="Tell me a story about a fox.", max_tokens=12)
 SAMPLED = msgspec.structs.replace(STORY, temperature=0.9, top_p=0.95, seed=7)
-LONG = GenerateRequest(prompt="The quick brown fox jumps over the lazy dog. " * 30, max_tokens=3)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +72,7 @@ def test_classes_of_two_engines_differ():
     assert len({engine.info().kernel_class for engine in loaded}) == len(loaded)
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, SLOTS])
+@pytest.mark.parametrize("count", [2, 5, SLOTS])
 def test_a_batch_is_what_each_is_alone(engine, count):
     requests = [
         GenerateRequest(prompt=f"Write about {topic}. " * (1 + n), max_tokens=6, seed=n)
@@ -84,7 +83,7 @@ def test_a_batch_is_what_each_is_alone(engine, count):
     assert together(engine, requests) == [alone(engine, request) for request in requests]
 
 
-@pytest.mark.parametrize("request_", [STORY, SAMPLED, LONG], ids=["greedy", "sampled", "long"])
+@pytest.mark.parametrize("request_", [STORY, SAMPLED], ids=["greedy", "sampled"])
 def test_an_answer_goes_on_bit_for_bit_after_any_cut_and_in_company(engine, request_):
     ids, text, end = alone(engine, request_)
     assert len(ids) == request_.max_tokens

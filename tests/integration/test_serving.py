@@ -17,7 +17,7 @@ needs_model = pytest.mark.skipif(bool(MISSING), reason=MISSING or "present")
 @pytest.mark.slow
 @needs_model
 @pytest.mark.timeout(300)
-def test_sixty_requests_with_cancels_and_a_killed_worker_leave_nothing_behind():
-    found = serving_soak.run(requests=60, kills=2, seed=7)
+def test_a_hundred_requests_with_cancels_and_a_killed_worker_leave_nothing_behind():
+    found = serving_soak.run(requests=100, kills=2, seed=7)
     assert found["ok"], found
     assert found["kills"] == 2

@@ -57,6 +57,7 @@ def test_a_mutual_acquaintance_pays_when_a_line_is_used_up(yard: Yard) -> None:
     work(b, a, 30)
     settled([a, b, c], 10)
     work(a, c, LINE // NOOP)
+    settled([a, b, c], 10)
     assert debts((b, a), (a, c)) == [300, LINE]
     work(a, c, 10)  # more than the line, and nobody raised it
     settled([a, b, c], 10)
