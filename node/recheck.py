@@ -28,7 +28,7 @@ from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import AivillageError, JobError, RequestError
 from aivillage.protocols.messages import Frame
 from aivillage.protocols.ports import EngineInfo
-from aivillage.protocols.rechecking import Claim, Finding
+from aivillage.protocols.rechecking import Claim, Finding, OddDraw, OddValue
 from aivillage.protocols.types import Seconds
 
 Relation = Literal["same", "near", "other"]
@@ -95,17 +95,15 @@ def judged(answer: Answer, own: EngineInfo, finding: Finding) -> Rechecked:
         raise JobError("the engine looked at another answer")
     shares = judgeable(answer, own)
     faults: list[tuple[int, str]] = []
-    for odd in finding.odd:
+    told: list[tuple[OddDraw | OddValue, str]] = [
+        (odd, f"token {odd.position} is") for odd in finding.odd
+    ]
+    told += [(odd, f"log-probabilities of token {odd.position} are") for odd in finding.values]
+    for odd, what in told:
         share = answer.maker_of(odd.position)
         kind = relation(share, own, in_format=answer.in_format)
         if share in shares and not (odd.near and kind == "near"):
-            faults.append((odd.position, f"token {odd.position} is not what this node computed"))
-    for value in finding.values:
-        share = answer.maker_of(value.position)
-        kind = relation(share, own, in_format=answer.in_format)
-        if share in shares and not (value.near and kind == "near"):
-            text = f"log-probabilities of token {value.position} are not what this node computed"
-            faults.append((value.position, text))
+            faults.append((odd.position, f"{what} not what this node computed"))
     for span in finding.spans:
         if answer.maker_of(span.first) in shares and not span.relative <= DEVIATION_MAX:
             text = f"tokens {span.first} to {span.first + span.count - 1} were computed otherwise"

@@ -54,8 +54,7 @@ def log_probabilities(logits: Tensor, token: int, count: int) -> TokenLogprobs:
 
     Log-softmax in float64, rounded to float32 once: no order of summing shows in it.
     """
-    lasting = logits.to(torch.float64)
-    values = lasting - torch.logsumexp(lasting, dim=0)
+    values = _log_softmax(logits)
     floor = torch.topk(logits, count).values[-1]
     likely = torch.nonzero(logits >= floor).squeeze(1)  # in id order
     _, places = torch.sort(logits[likely], descending=True, stable=True)
@@ -71,14 +70,18 @@ def off_by(logits: Tensor, token: int, said: TokenLogprobs) -> float:
     """
     if any(not 0 <= other < len(logits) for other in said.top_ids):
         return math.inf
-    lasting = logits.to(torch.float64)
-    values = (lasting - torch.logsumexp(lasting, dim=0)).float()
+    values = _log_softmax(logits).float()
     named, likeliest = values[[token, *said.top_ids]], torch.topk(values, len(said.top_ids)).values
     ours = torch.cat([named, likeliest]).double()
     theirs = torch.tensor(
         [said.logprob, *said.top_logprobs, *said.top_logprobs], dtype=torch.float64
     )
     return float((ours - theirs).abs().max())
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    lasting = logits.to(torch.float64)
+    return lasting - torch.logsumexp(lasting, dim=0)
 
 
 def _weights(logits: Tensor, temperature: float, top_p: float) -> Tensor:
