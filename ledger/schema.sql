@@ -78,7 +78,7 @@ CREATE TABLE entry(
   n INTEGER NOT NULL,
   body_hash BLOB NOT NULL,
   prev BLOB NOT NULL,
-  hash BLOB NOT NULL UNIQUE
+  hash BLOB NOT NULL
 ) STRICT;
 CREATE INDEX entry_peer ON entry(peer, seq);
 CREATE INDEX entry_at ON entry(at_ms);

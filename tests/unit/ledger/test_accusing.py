@@ -23,7 +23,7 @@ from aivillage.protocols.vouchers import (
 )
 from tests.simulation.scenes import Village
 from tests.unit.ledger.test_statement import as_dict, refused, verified
-from tests.unit.ledger.test_steps import BUYER, NOW, SELLER, A, B, book, forged, item, take
+from tests.unit.ledger.test_steps import A_KEY, BUYER, NOW, SELLER, A, B, book, forged, item, take
 
 KEPT = "SELECT payer, n FROM evidence"
 
@@ -115,7 +115,7 @@ def test_the_proofs_of_one_document_have_a_bound(seller):
 
 def test_what_a_key_signed_before_it_was_replaced_counts_against_its_owner(seller):
     new = Ed25519PrivateKey.from_private_bytes(bytes([33]) * 32)
-    proof = succession.make(A._key, new, 1)
+    proof = succession.make(A_KEY, new, 1)
     name = peer_id(new.public_key().public_bytes_raw())
     with seller:
         books.succeed(seller, BUYER, name, proof, NOW)

@@ -13,7 +13,7 @@ from aivillage.ledger.queries import balance, run
 from aivillage.protocols.errors import ConfigError
 from aivillage.protocols.types import peer_id
 from tests.house import ROOT
-from tests.unit.ledger.test_steps import BUYER, NOW, SELLER, A, B
+from tests.unit.ledger.test_steps import B_KEY, BUYER, NOW, SELLER, A, B
 
 DATA = ROOT / "tests" / "data"
 NET = {"buyer": -1_920, "seller": 1_920}
@@ -87,7 +87,7 @@ async def test_an_old_book_that_breaks_the_rules_is_refused_and_left_alone(old):
     db.execute("UPDATE posting SET amount = amount + 1 WHERE seq = 3 AND leg = 0")
     db.close()
     with pytest.raises(ConfigError, match="restore it from a backup"):
-        async with open_ledger(path, B._key):
+        async with open_ledger(path, B_KEY):
             pytest.fail("opened")
     db = opened(path)
     assert books.one(db, "PRAGMA user_version") == (1,)

@@ -22,7 +22,8 @@ from aivillage.protocols.vouchers import (
     voucher_prefixed,
 )
 
-A, B = (Ed25519Signer(Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32)) for n in (1, 2))
+A_KEY, B_KEY = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))
+A, B = Ed25519Signer(A_KEY), Ed25519Signer(B_KEY)
 BUYER, SELLER = peer_id(A.public_key), peer_id(B.public_key)
 NOW, DAY = 1_000_000, 86_400_000
 WALLET = payer.Wallet(A, lane_of(5, b"lane-one"))
