@@ -6,7 +6,7 @@ it on gives it back, and the next one is tried.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -100,17 +100,13 @@ class Clearing:
         """The id under which the book lists a peer, which a link by its later key has not."""
         return self._book.names_of(peer)[-1]
 
-    def _rings(self, creditor: PeerId, *, only_debtors: bool) -> Iterator[tuple[PeerId, ...]]:
-        """The others of each ring worth trying: who pays for us, perhaps a hub, the creditor."""
+    def _rings(self, creditor: PeerId, *, only_debtors: bool) -> list[tuple[PeerId, ...]]:
         sources = [
             view.peer
             for view in sorted(self._book.views(), key=lambda view: -view.owed_to_me)
             if view.peer != creditor and _can_pay(view, only_debtors=only_debtors)
         ]
-        hubs = [hub for hub in map(self._name, self._hubs()) if hub != creditor]
-        rings: list[tuple[PeerId, ...]] = [(source, creditor) for source in sources]
-        rings += [(s, hub, creditor) for s in sources for hub in hubs if hub != s]
-        yield from rings[:RINGS_MAX]
+        return rings(creditor, sources, [self._name(hub) for hub in self._hubs()])
 
     async def _around(
         self, ring: tuple[PeerId, ...], most: MicroCredits, reasons: list[str]
@@ -194,6 +190,23 @@ class Clearing:
         left = min(source.owed_to_me, creditor.owed_by_me)
         is_small = left * NETTING_PART * RING_MAX <= creditor.received_line
         return left if is_small else left // RING_MAX
+
+
+def rings(
+    creditor: PeerId, sources: Sequence[PeerId], hubs: Sequence[PeerId]
+) -> list[tuple[PeerId, ...]]:
+    """The others of each ring worth trying: who pays for us, perhaps a hub, the creditor.
+
+    All rings of one source before the next: else a dozen debtors whom the creditor does not know
+    would keep us from ever trying the hub, which it does know.
+    """
+    through = [hub for hub in hubs if hub != creditor]
+    found = [
+        (source, *middle, creditor)
+        for source in sources
+        for middle in [(), *((hub,) for hub in through if hub != source)]
+    ]
+    return found[:RINGS_MAX]
 
 
 def spendable(view: PartnerView) -> MicroCredits:

@@ -7,8 +7,10 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
+from aivillage.node.clearing import RINGS_MAX, rings
 from aivillage.protocols import messages
 from aivillage.protocols.errors import LedgerError
+from aivillage.protocols.types import PeerId
 from tests.simulation.mesh import Node, open_mesh, until, without
 
 LINE, EXPOSURE = 10_000, 4_000
@@ -140,3 +142,15 @@ async def test_one_debt_is_moved_by_one_at_a_time(tmp_path):
                 await trio.sleep(4 * OFTEN)
                 assert len(await a.ledger.open_transfers()) == 1
                 nursery.cancel_scope.cancel()
+
+
+def test_rings_are_tried_by_source_and_no_more_than_the_limit():
+    debtors = [PeerId(f"debtor{number}") for number in range(RINGS_MAX + 1)]
+    assert rings("c", debtors[:RINGS_MAX], []) == [(one, "c") for one in debtors[:RINGS_MAX]]
+    assert rings("c", debtors, []) == [(one, "c") for one in debtors[:RINGS_MAX]]
+    first, second, hub = debtors[0], debtors[1], PeerId("hub")
+    assert rings("c", debtors, [hub])[:4] == [
+        (first, "c"), (first, hub, "c"), (second, "c"), (second, hub, "c"),
+    ]  # fmt: skip
+    assert len(rings("c", debtors, [hub])) == RINGS_MAX
+    assert rings("c", [first, hub], [hub, "c"]) == [(first, "c"), (first, hub, "c"), (hub, "c")]
