@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Any
 
 import apsw
@@ -12,9 +11,9 @@ from aivillage.models.inference.generate import GenerateRequest, GenerateResult,
 from aivillage.models.inference.logprobs import packed_all
 from aivillage.node import compared
 from aivillage.node.jobs import JobRow, Jobs
-from aivillage.node.verifier import Answer, Share
+from aivillage.node.shares import shares_of
+from aivillage.node.verifier import Answer
 from aivillage.protocols.codec import unpack
-from aivillage.protocols.types import AttemptId, PeerId
 
 
 async def kept_answer(jobs: Jobs, row: JobRow, result: bytes) -> Answer:
@@ -36,20 +35,16 @@ async def kept_answer(jobs: Jobs, row: JobRow, result: bytes) -> Answer:
     if is_compared:
         return compared.answer_of(row.operation, rows, result)
     is_engine = registry.is_served_by_engine(row.operation)
-    shares: list[Share] = []
     marks: list[bytes] = []
-    first = 0
-    for (attempt, seller, kernel, identical, quote), pieces in groupby(rows, lambda r: r[:5]):
-        parts = [unpack(Piece, piece[5]) for piece in pieces if is_engine and piece[5]]
-        count = sum(len(part.token_ids) for part in parts)
-        marks += [part.fingerprint for part in parts if part.fingerprint]
-        shares.append(
-            Share(
-                attempt=AttemptId(attempt), seller=PeerId(seller), kernel=kernel,
-                identical=identical, first=first, count=count, quote=quote,
-            )
-        )  # fmt: skip
-        first += count
+
+    def tokens_of(part: bytes, first: int) -> int:
+        if not (is_engine and part):
+            return 0
+        piece = unpack(Piece, part)
+        marks.extend([piece.fingerprint] if piece.fingerprint else [])
+        return len(piece.token_ids)
+
+    shares = shares_of(rows, tokens_of)
     ids, said = tokens_said(result) if is_engine else ((), b"")
     made = tuple(share for share in shares if share.count or not is_engine)
     in_format = is_engine and unpack(GenerateRequest, row.request).format is not None

@@ -6,17 +6,16 @@ Which they are, and how near is near enough, is the module's to say (`ports.Comp
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import groupby
 from typing import Any
 
 from aivillage.models import registry
 from aivillage.node.jobs import JobRow
-from aivillage.node.verifier import Answer, Finding, Rule, Share, compare
+from aivillage.node.shares import shares_of
+from aivillage.node.verifier import Answer, Finding, Rule, compare
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import RequestError
 from aivillage.protocols.model_ports import ComparedModule
 from aivillage.protocols.ports import Module
-from aivillage.protocols.types import AttemptId, PeerId
 
 
 def is_compared(operation: str) -> bool:
@@ -50,21 +49,15 @@ def answer_of(operation: str, rows: Iterable[tuple[Any, ...]], result: bytes) ->
     module = registry.compared(operation)
     assert module is not None, "asked for only where it is"
     typed = unpack(_kinds(operation).Result, result)
-    shares: list[Share] = []
-    first, is_intact = 0, True
-    for (attempt, seller, kernel, identical, quote), parts in groupby(rows, lambda row: row[:5]):
-        count = 0
-        for part in parts:
-            more = _items(module, typed, part[5], first + count) if is_intact else 0
-            is_intact = more > 0
-            count += more
-        shares.append(
-            Share(
-                attempt=AttemptId(attempt), seller=PeerId(seller), kernel=kernel,
-                identical=identical, first=first, count=count, quote=quote,
-            )
-        )  # fmt: skip
-        first += count
+    is_intact = True
+
+    def items_of(part: bytes, first: int) -> int:
+        nonlocal is_intact
+        count = _items(module, typed, part, first) if is_intact else 0
+        is_intact = count > 0
+        return count
+
+    shares = shares_of(rows, items_of)
     made = [share for share in shares[:-1] if share.count]
     return Answer(token_ids=(), shares=(*made, *shares[-1:]), result=result, by_result=True)
 
