@@ -30,16 +30,6 @@ def yard(tmp_path: pathlib.Path) -> Iterator[Yard]:
         print(made.logs())
 
 
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
-    """For both tests of answers: loading the model into three nodes is what takes the time."""
-    with Yard(tmp_path_factory.mktemp("three")) as made:
-        daemons = made.village("ann", "bob", "cat", flags=FLAGS)
-        made.know_each_other(*daemons)
-        yield daemons
-        print(made.logs())
-
-
 def _seller_of(buyer: Daemon, job: str, sellers: list[Daemon]) -> Daemon:
     """Who works on `job` now."""
 
@@ -119,9 +109,10 @@ def test_a_restarted_node_finds_its_village_and_sells_again(yard):
     reason="the packaged model or torch is not installed",
 )
 @pytest.mark.timeout(300)
-def test_an_answer_survives_its_buyer_and_its_seller(three):
-    ann, bob, cat = three
-    before = cat.ask("balance")["spent"]
+def test_an_answer_survives_its_buyer_and_its_seller(yard):
+    """Both in one test, since loading the model into three nodes is what takes the time."""
+    ann, bob, cat = yard.village("ann", "bob", "cat", flags=FLAGS)
+    yard.know_each_other(ann, bob, cat)
     wanted = _undisturbed(cat)
     price = wanted["receipt"]["price_micro_credits"]
 
@@ -131,7 +122,7 @@ def test_an_answer_survives_its_buyer_and_its_seller(three):
     _same_answer(cat.job_ended(job, 90), wanted)
     settled([ann, bob, cat], 30)
     # What was on its way to the dead buyer is claimed by the seller, within its allowance.
-    in_flight = cat.ask("balance")["spent"] - before - 2 * price
+    in_flight = cat.ask("balance")["spent"] - 2 * price
     assert 0 <= in_flight <= 8 * price // 48
 
     job = after_text(cat, PROMPT)
@@ -142,7 +133,7 @@ def test_an_answer_survives_its_buyer_and_its_seller(three):
     assert len(ended["receipt"]["sellers"]) == 2
     killed.restart()
     settled([ann, bob, cat], 30)
-    assert cat.ask("balance")["spent"] == before + 3 * price + in_flight
+    assert cat.ask("balance")["spent"] == 3 * price + in_flight
 
 
 WORDS = "([a-z]{2,9} ){20}the end"
@@ -154,10 +145,10 @@ IN_A_FORMAT = PROMPT | {"max_tokens": 96, "format": {"regex": WORDS}, "logprobs"
     reason="the packaged model, torch or llguidance is not installed",
 )
 @pytest.mark.timeout(300)
-def test_an_answer_in_a_format_survives_its_seller(three):
+def test_an_answer_in_a_format_survives_its_seller(yard):
     """The next seller goes on where the grammar was: the same bits, log-probabilities included."""
-    ann, bob, cat = three
-    before = cat.ask("balance")["spent"]
+    ann, bob, cat = yard.village("ann", "bob", "cat", flags=FLAGS)
+    yard.know_each_other(ann, bob, cat)
     wanted = cat.read(
         "submit", "inference.generate", PROMPT["prompt"], "--max-tokens", "96",
         "--format", json.dumps({"regex": WORDS}), "--logprobs", "3",
@@ -174,7 +165,7 @@ def test_an_answer_in_a_format_survives_its_seller(three):
     assert [attempt["outcome"] for attempt in ended["attempts"]] == ["PEER_LOST", "done"]
     killed.restart()
     settled([ann, bob, cat], 30)
-    assert cat.ask("balance")["spent"] == before + 2 * price
+    assert cat.ask("balance")["spent"] == 2 * price
 
 
 def test_a_format_that_nobody_can_take_is_refused_before_anybody_is_asked(yard):
