@@ -30,10 +30,10 @@ demo: $(VENV)/.models ## one machine, three nodes, one paid answer
 	$(bin)/aivillage-node demo
 
 test: install ## every test (the command that README names), in JOBS=2 processes
-	$(python) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(python) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 quick: install ## the tests that need no real model and no real processes
-	$(python) -m pytest -n $(JOBS) --dist worksteal -m "not slow and not interop" $(PYTEST_ARGS)
+	$(python) -m pytest -n $(JOBS) --dist loadfile -m "not slow and not interop" $(PYTEST_ARGS)
 
 check: install ## lint, format, types, layers, style and docs
 	$(bin)/ruff check .

@@ -31,6 +31,16 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Who decides which of several processes runs which tests; None: pytest-xdist does."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from tests.whole_files import WholeFiles
+
+    return WholeFiles(config, log)
+
+
 def is_local(address: Any) -> bool:
     """Whether `address` (as `socket.connect` takes it) stays on this machine."""
     if not isinstance(address, tuple):

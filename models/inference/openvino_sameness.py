@@ -56,11 +56,13 @@ def _drawn(model: PagedLlama, slot: int, at: int, ids: Sequence[int]) -> Tensor:
 
 
 def _batches_alike(model: PagedLlama, ids: Sequence[int], wanted: Tensor, slots: int) -> bool:
-    """The last token in every place of a batch, and beside a prompt that is read."""
+    """The last token in every place of a batch, and beside a prompt that is read.
+
+    The first slot and the last were read; those between get copies, as a kept prefix is.
+    """
     at = len(ids) - 1
-    for slot in range(1, slots):
-        _read(model, slot, ids[:PROMPT_TOKENS], (PROMPT_TOKENS,))
-        _drawn(model, slot, PROMPT_TOKENS, ids[PROMPT_TOKENS:])
+    for slot in range(1, slots - 1):
+        model.copy_slot(0, slot, len(ids))
     for count in (size for size in BATCHES if size <= slots):
         spans = [Span(slot, at, tuple(ids[at:]), drawn=True) for slot in range(count)]
         states = model.forward(spans)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from aivillage.models.inference import catalogue, logprobs
+from aivillage.models.inference import catalogue, engine_choice, logprobs
 from aivillage.models.inference.engine_torch import TorchEngine
 from aivillage.models.inference.generate import Piece, joined, piece_of
 from aivillage.models.inference.kept import NOTHING
@@ -16,6 +16,12 @@ PLENTY = 10**6
 def torch_engine() -> TorchEngine:
     """This process's reference engine of the packaged model, loaded once for all tests."""
     return TorchEngine(catalogue.known(catalogue.DEFAULT))
+
+
+@functools.cache
+def packaged(name):
+    """This process's engine `name` of the packaged model: another one than `torch_engine`."""
+    return engine_choice.engine_of(catalogue.known(catalogue.DEFAULT), slots=8, engine=name)
 
 
 def forget(engine):

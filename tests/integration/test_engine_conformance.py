@@ -34,7 +34,7 @@ from aivillage.models.inference.generate import (
     prompt_bytes,
     usage,
 )
-from tests.integration.asking_engines import PLENTY, alone, forget, together
+from tests.integration.asking_engines import PLENTY, alone, forget, packaged, together
 
 pytestmark = pytest.mark.slow
 SLOTS = 8
@@ -50,9 +50,7 @@ def _nothing_is_kept(request):
 
 @pytest.fixture(scope="module", params=engine_choice.installed())
 def engine(request):
-    return engine_choice.engine_of(
-        catalogue.known(catalogue.DEFAULT), slots=SLOTS, engine=request.param
-    )
+    return packaged(request.param)
 
 
 def test_it_says_what_it_is_and_what_its_bits_depend_on(engine):
@@ -67,9 +65,8 @@ def test_it_says_what_it_is_and_what_its_bits_depend_on(engine):
 
 
 def test_classes_of_two_engines_differ():
-    model = catalogue.known(catalogue.DEFAULT)
-    loaded = [engine_choice.engine_of(model, slots=1, engine=e) for e in engine_choice.installed()]
-    assert len({engine.info().kernel_class for engine in loaded}) == len(loaded)
+    names = engine_choice.installed()
+    assert len({packaged(name).info().kernel_class for name in names}) == len(names)
 
 
 @pytest.mark.parametrize("count", [2, 5, SLOTS])

@@ -45,7 +45,13 @@ def wanted(unsplit):
     return together(unsplit, REQUESTS)
 
 
-@pytest.mark.parametrize("parts", [3])  # 2, 3 and 5: test_split_processes.py, with fifty prompts
+@pytest.fixture(scope="module")
+def halves():
+    """For whatever is open one after the other."""
+    return Chain(2)
+
+
+@pytest.mark.parametrize("parts", [3])  # 2, 3 and 5: test_split_processes.py, with 24 prompts
 def test_split_is_unsplit_for_several_answers_in_flight(wanted, parts):
     chain = Chain(parts)
     assert all(engine.info().identical == "guaranteed" for engine in chain.engines)
@@ -57,7 +63,7 @@ def test_split_is_unsplit_for_several_answers_in_flight(wanted, parts):
     assert plain[0][3] == len(plain[0][0]), "one round a token without guesses"
 
 
-def test_a_split_answer_in_a_format_is_the_unsplit_one_whatever_was_guessed(unsplit):
+def test_a_split_answer_in_a_format_is_the_unsplit_one_whatever_was_guessed(unsplit, halves):
     pytest.importorskip("llguidance")
     words = {"type": "array", "items": {"enum": ["fox", "hen", "dog"]}, "minItems": 8}
     asked = [
@@ -74,7 +80,7 @@ def test_a_split_answer_in_a_format_is_the_unsplit_one_whatever_was_guessed(unsp
     whole = results(unsplit, asked)
     assert whole[0].text.startswith('["')
     for drafts_max in (15, 0):
-        got = Chain(2).together(asked, drafts_max=drafts_max)
+        got = halves.together(asked, drafts_max=drafts_max)
         for split, wanted in zip(got, whole, strict=True):
             assert (tuple(split[0]), *split[1:3]) == (
                 wanted.token_ids, wanted.text, wanted.finish_reason,
@@ -84,14 +90,13 @@ def test_a_split_answer_in_a_format_is_the_unsplit_one_whatever_was_guessed(unsp
             assert len(got[0][0]) > got[0][3], "no guess was right where the prompt is copied"
 
 
-def test_the_states_are_the_same_bits_also_after_a_rejected_draft(unsplit):
+def test_the_states_are_the_same_bits_also_after_a_rejected_draft(unsplit, halves):
     """Through the border at 256 keys, in slices of other sizes, with rows that are taken back."""
     ids = [(7919 * n + 11) % 40_000 for n in range(300)]
     model = unsplit._model  # the probe of the engine looks at the same states
     whole = [model.forward(spans_of(0, at, ids[at : at + 32]))[: len(ids[at : at + 32])]
              for at in range(0, 300, 32)]  # fmt: skip
-    chain = Chain(2)
-    first, last = (engine.stage for engine in chain.engines)
+    first, last = (engine.stage for engine in halves.engines)
     got, at = {}, 0
     for size, kept in ((30, 30), (5, 2), (32, 32), (30, 30), (32, 1)) * 6:
         part = ids[at : at + kept] + [1] * (size - kept)

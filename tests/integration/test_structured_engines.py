@@ -22,7 +22,7 @@ pytest.importorskip("llguidance")
 
 from aivillage.models.inference.formats import Format
 from aivillage.models.inference.generate import MODULE, GenerateRequest
-from tests.integration.asking_engines import PLENTY, alone, cut, results, together
+from tests.integration.asking_engines import PLENTY, alone, cut, forget, packaged, results, together
 
 pytestmark = pytest.mark.slow
 SLOTS = 8
@@ -58,9 +58,8 @@ WARM = msgspec.structs.replace(PLAIN, temperature=0.9, top_p=0.95, seed=7)
 
 @pytest.fixture(scope="module", params=engine_choice.installed())
 def engine(request):
-    return engine_choice.engine_of(
-        catalogue.known(catalogue.DEFAULT), slots=SLOTS, engine=request.param
-    )
+    forget(packaged(request.param))
+    return packaged(request.param)
 
 
 @pytest.fixture(scope="module")
