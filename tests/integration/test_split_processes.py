@@ -1,4 +1,4 @@
-"""Answers over two, three and five processes: each is the unsplit one. 200: `make soak`."""
+"""Fifty answers over two, three and five processes: each is the unsplit one, token for token."""
 
 import pytest
 import trio
@@ -16,8 +16,7 @@ pytest.importorskip("torch", reason="the extra `models` is not installed")
 from tests.integration.split_processes import compared, questions, unsplit
 
 pytestmark = pytest.mark.slow
-PROMPTS = 24
-"""Three flights; every form of question is among them, and every fifth answer is drawn."""
+PROMPTS = 50
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def wanted():
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5])
-def test_answers_over_stage_processes_are_the_unsplit_ones(wanted, parts):
+def test_fifty_answers_over_stage_processes_are_the_unsplit_ones(wanted, parts):
     found = trio.run(compared, parts, questions(PROMPTS), wanted)
     assert found.count == PROMPTS
     assert found.different == []

@@ -51,7 +51,7 @@ def halves():
     return Chain(2)
 
 
-@pytest.mark.parametrize("parts", [3])  # 2, 3 and 5: test_split_processes.py, with 24 prompts
+@pytest.mark.parametrize("parts", [3])  # 2, 3 and 5: test_split_processes.py, with fifty prompts
 def test_split_is_unsplit_for_several_answers_in_flight(wanted, parts):
     chain = Chain(parts)
     assert all(engine.info().identical == "guaranteed" for engine in chain.engines)
