@@ -127,13 +127,13 @@ def test_a_founder_with_few_bytes_left_leaves_no_newcomer_alone(few_links, small
 
     Forty who come within four seconds ask more than it may say for minutes.
     """
-    settings = msgspec.structs.replace(Plan(size=1).settings, gossip_bytes_per_second=384)
+    settings = msgspec.structs.replace(Plan(size=1).settings, gossip_bytes_per_second=256)
 
     async def life():
         async with settled(40, join_seconds=0.1, settings=settings) as home:
             await trio.sleep(50)
             alone = [member for member in home.members if len(member.villagers.members()) < 2]
-            assert len(alone) < 20  # more than 30 where everybody is answered, be it with nothing
+            assert len(alone) < 25  # more than 30 where everybody is answered, be it with nothing
 
     large_village.run(life)
 
