@@ -6,11 +6,13 @@
 Two real nodes of four places each: the buyer, which works too, and a peer; each a process with
 ledger, jobs.db, quotes, verification and pay. A run is timed on the buyer's control socket, from
 the first question to the last result. `makespan_s` is undisturbed (1.0 is perfect),
-`kill_makespan_s` with the peer SIGKILLed at 0.7 s (1.5 is perfect), `kill_extra_s` the difference,
-each the median of the rounds; `small_tasks_per_s` are tasks that do nothing. All places have worked
-once before. The same is done on two Ray nodes of four CPUs by beside/fanout_ray.py, in turn and
-never at the same time, where this Python or that of RAY_PYTHON has Ray. `kill_extra_over_ray` is
-told only where Ray lost a fifth of a second by the kill at all.
+`kill_makespan_s` with the peer SIGKILLed at 0.7 s, each the median of the rounds; of these 1.5 is
+perfect, since four tasks begin anew when the buyer's own are done, and `kill_lost_s` is what was
+lost beyond it. `kill_extra_s`, the difference to the same round undisturbed, has no bar: it is
+least for who is slow undisturbed, and 0.5 for who is perfect twice. `small_tasks_per_s` are tasks
+that do nothing. All places have worked once before. The same is done on two Ray nodes of four CPUs
+by beside/fanout_ray.py, in turn and never at the same time, where this Python or that of RAY_PYTHON
+has Ray. `kill_lost_over_ray` is told only where Ray lost a fifth of a second at all.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from aivillage.cli.client import Client
 from aivillage.cli.village_process import NodeProcess
 
 TASKS, SECONDS, KILL_AT_SECONDS, PLACES = 16, 0.5, 0.7, 4
+PERFECT_KILLED_SECONDS = 1.5
 SMALL = 400
 NOISE_SECONDS = 0.2
 FLAGS = ("--set", f"slots={PLACES}", "--set", f"module_workers={PLACES}")
@@ -49,6 +52,7 @@ def measure(claims: Claims, args: argparse.Namespace) -> None:
         claims.note("sum_micro_credits", sum_when_settled(nodes))
     for key, value in medians(found).items():
         claims.add(key, value)
+    claims.add("kill_lost_s", claims.found["kill_makespan_s"] - PERFECT_KILLED_SECONDS)
     claims.add("small_tasks_per_s", SMALL / small)
     compare(claims, rounds)
 
@@ -122,12 +126,11 @@ def compare(claims: Claims, rounds: int) -> None:
     claims.add("makespan_over_ray", ours["makespan_s"] / ray["makespan_s"], at_most=1.0)
     killed = ours["kill_makespan_s"] / ray["kill_makespan_s"]
     claims.add("kill_makespan_over_ray", killed, at_most=1.0)
-    if ray["kill_extra_s"] >= NOISE_SECONDS:
-        claims.add("kill_extra_over_ray", ours["kill_extra_s"] / ray["kill_extra_s"], at_most=1.0)
+    ray_lost = ray["kill_makespan_s"] - PERFECT_KILLED_SECONDS
+    if ray_lost >= NOISE_SECONDS:
+        claims.add("kill_lost_over_ray", ours["kill_lost_s"] / ray_lost, at_most=1.0)
     else:  # a ratio of noise would flatter or blame by chance
-        claims.note(
-            "kill_extra_over_ray", "none: Ray's undisturbed runs took as long as its killed"
-        )
+        claims.note("kill_lost_over_ray", "none: Ray lost next to nothing")
 
 
 if __name__ == "__main__":

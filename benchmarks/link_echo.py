@@ -23,6 +23,8 @@ from aivillage.node.transport.libp2p import open_libp2p
 from aivillage.protocols.messages import Hello, ListOperations, Operations, Step, StepItem
 
 ECHO = "/bench/echo/1"
+LIMITS = LinkLimits(questions_per_second=1_000_000, questions_burst=1_000_000)
+"""A node reads 20 questions a second of one link: with that, it would be all that is measured."""
 
 
 def key_of(number: int) -> Ed25519PrivateKey:
@@ -39,7 +41,7 @@ def hello() -> Hello:
 async def serve_links() -> None:
     async with (
         open_libp2p(key_of(2), "127.0.0.1:0") as transport,
-        open_links(transport, hello, limits=LinkLimits()) as links,
+        open_links(transport, hello, limits=LIMITS) as links,
     ):
 
         def answer(link: Any, frame: Any) -> None:
@@ -138,7 +140,7 @@ async def measure_links(count: int) -> dict[str, float]:
     try:
         async with (
             open_libp2p(key_of(1), "127.0.0.1:0") as transport,
-            open_links(transport, hello, limits=LinkLimits()) as links,
+            open_links(transport, hello, limits=LIMITS) as links,
         ):
             began = time.perf_counter()
             link = await links.connect(other.address)

@@ -18,11 +18,16 @@ for it; `cold_found` is the part of those found within the ten seconds that a jo
 the busiest node. `narrow_` villages have a tenth of a view and a quarter of the neighbours: a node
 there knows as small a part of all offers as in a village ten times as large. `messages_flatness` is
 the most messages a node of all villages over the least.
+
+`crowd_` is the beginning of a village of 800 at an eighth of its price: 100 nodes with an eighth of
+the bytes that a node may say, of the view and nearly of the neighbours, who all came within 40 s
+and buy at once. Its jobs count among no others: many begin before anybody could know a seller.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -44,6 +49,17 @@ QUICK = {10: (30.0, 300.0), 100: (20.0, 30.0)}
 NARROW = {10: (60.0, 600.0), 40: (60.0, 120.0), 160: (60.0, 60.0)}
 NARROW_QUICK = {10: (60.0, 300.0), 40: (60.0, 60.0)}
 NARROW_VIEW, NARROW_NEIGHBOURS = 12, 4
+CROWD_VIEW, CROWD_NEIGHBOURS = 16, 6
+CROWD = Plan(
+    size=100,
+    rare_sellers=2,
+    join_seconds=0.4,
+    settings=Settings(
+        heartbeat_seconds=60.0, village_line_micro_credits=10**9, gossip_bytes_per_second=1024
+    ),
+)
+CROWD_SECONDS, CROWD_JOBS_PER_SECOND = (20.0, 30.0), 3.0
+CROWD_BAR = 0.98
 FLATNESS_BAR = 1.5
 DONE_BAR = 0.999
 LATECOMERS = 10
@@ -58,19 +74,24 @@ def percentile_95(values: Sequence[float]) -> float:
     return sorted(values)[int(0.95 * (len(values) - 1) + 0.5)] if values else 0.0
 
 
-async def lived(claims: Claims, name: str, size: int, times: tuple[float, float]) -> Village:
+async def lived(
+    claims: Claims, name: str, plan: Plan, times: tuple[float, float], jobs_per_second: float
+) -> Village:
     """One village to its end, its figures as `<name>_<figure>`."""
     started, (warm_seconds, seconds) = time.process_time(), times
     async with trio.open_nursery() as nursery:
-        village = Village(Plan(size=size, rare_sellers=max(1, size // 50)), nursery)
+        village = Village(plan, nursery)
         await village.settle()
         await trio.sleep(warm_seconds)
         village.clear_counts()
-        print(f"# {size} nodes, {time.process_time() - started:.0f} s: counting", file=sys.stderr)
+        claims.add(f"{name}_rare_known_at_first", village.knows(RARE) / len(village.present()))
+        print(
+            f"# {plan.size} nodes, {time.process_time() - started:.0f} s: counting", file=sys.stderr
+        )
         with trio.move_on_after(seconds):
             async with trio.open_nursery() as life:
                 life.start_soon(village.churn)
-                life.start_soon(village.demand, size / 100, 0.3)
+                life.start_soon(village.demand, jobs_per_second, 0.3)
         traffic(claims, village, name, seconds)
         await village.quiet()
         found = [each for member in village.members for each in member.found_seconds]
@@ -113,16 +134,30 @@ def grown(claims: Claims, prefix: str, sizes: dict[int, tuple[float, float]]) ->
     """Villages of all sizes, and how flat their traffic is."""
     villages, rates = [], []
     for size, times in sizes.items():
-        name = f"{prefix}{size}"
-        villages.append(
-            large_village.run(lambda name=name, n=size, t=times: lived(claims, name, n, t))
-        )
+        name, plan = f"{prefix}{size}", Plan(size=size, rare_sellers=max(1, size // 50))
+        life = functools.partial(lived, claims, name, plan, times, size / 100)
+        villages.append(large_village.run(life))
         rates.append(claims.found[f"{name}_messages_per_node_per_s"])
     claims.add(f"{prefix}messages_per_node_per_s", max(rates))
     claims.add(f"{prefix}messages_flatness", max(rates) / min(rates), at_most=FLATNESS_BAR)
     found = [claims.found[f"{prefix}{size}_find_s_p95"] for size in sizes]
     claims.add(f"{prefix}find_s_p95", max(found), at_most=1.0)
     return villages
+
+
+def crowded(claims: Claims) -> None:
+    """Everybody comes at once, to a founder that can tell few of them of anybody."""
+    with (
+        mock.patch.object(exchange, "VIEW_MAX", CROWD_VIEW),
+        mock.patch.object(villagers, "NEIGHBOURS", CROWD_NEIGHBOURS),
+    ):
+        life = functools.partial(
+            lived, claims, "crowd", CROWD, CROWD_SECONDS, CROWD_JOBS_PER_SECOND
+        )
+        village = large_village.run(life)
+    done = village.done / (village.done + village.failed)
+    claims.add("crowd_jobs_done_fraction", done, at_least=CROWD_BAR)
+    claims.add("crowd_credits_sum", abs(village.sum_of_balances()), at_most=0)
 
 
 async def robbed(claims: Claims) -> None:
@@ -160,6 +195,8 @@ def measure(claims: Claims, args: argparse.Namespace) -> None:
     for key in [key for key in claims.found if key.startswith(("nmessages", "nfind"))]:
         claims.found[key[1:]] = claims.found.pop(key)
     large_village.run(lambda: robbed(claims))
+    if not args.quick:
+        crowded(claims)
     done, failed = sum(v.done for v in villages), sum(v.failed for v in villages)
     claims.add("jobs_done_fraction", done / (done + failed), at_least=DONE_BAR)
     claims.add("credits_sum", sum(abs(v.sum_of_balances()) for v in villages), at_most=0)

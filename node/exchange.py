@@ -17,11 +17,11 @@ import trio
 from aivillage.node import views
 from aivillage.node.config import Settings
 from aivillage.node.discovery import Discovery
-from aivillage.node.gossip import FRAME_BYTES, Gossiper, send_or_drop
+from aivillage.node.gossip import FRAME_BYTES, GOSSIP_BYTES_MAX, Gossiper, send_or_drop
 from aivillage.node.guard import Tasks
 from aivillage.node.links import Link, Links
 from aivillage.node.search import Search
-from aivillage.node.views import VIEW_MAX, ByteBudget, Held
+from aivillage.node.views import FEW, VIEW_MAX, ByteBudget, Held
 from aivillage.node.villagers import Villagers
 from aivillage.protocols.errors import AivillageError, PeerError
 from aivillage.protocols.messages import Gossip, Offer, OffersAnswer, OffersQuestion
@@ -33,6 +33,7 @@ ROUNDS_PER_BEAT: Final = 6
 ANSWER_SECONDS: Final = 5.0
 TOLD_MAX: Final = 16
 """Offers that an older member is told in one round."""
+ONE_OFFER_BYTES: Final = GOSSIP_BYTES_MAX + FRAME_BYTES
 
 
 class Exchange:
@@ -77,12 +78,17 @@ class Exchange:
     def on_question(self, link: Link, question: OffersQuestion) -> None:
         """What is news to the asker; to a stranger a village has no offers.
 
+        Whoever has no bytes left for one offer says nothing at all: to enough askers "nothing"
+        would cost all that it earns, and none of them would ever hear of anybody.
+
         Raises:
             PeerError: BAD_REQUEST, what it has cannot be read.
         """
         news: list[Held] = []
         if self._is_member(link.peer):
             news = self._news_for(link, views.heard(question.have), question.room)
+        if not news and self._is_short():
+            return
         envelopes = tuple(each.envelope for each in news)
         if self.budget.take(sum(map(len, envelopes)) + FRAME_BYTES, time.monotonic()):
             send_or_drop(link, OffersAnswer(id=question.id, envelopes=envelopes))
@@ -123,10 +129,21 @@ class Exchange:
         self._told[link.peer] = {name: told[name] for name in told.keys() & kept}
 
     def _news_for(self, link: Link, has: Mapping[bytes, int], unknown_most: int) -> list[Held]:
-        """At most half of what the budget has left: whoever asks next gets something too."""
+        """At most half of what the budget has left: whoever asks next gets something too.
+
+        Who knows few gets one offer out of the last bytes, when others get nothing any more.
+        """
         now_ms, left = int(time.time() * 1000), self.budget.left_bytes(time.monotonic())
+        most = left / 2
+        if len(has) < FEW and most < ONE_OFFER_BYTES:
+            most, unknown_most = left, min(unknown_most, 1)
         others = [h for h in self._discovery.held() if h.offer.seller != link.peer]
-        return views.worth_sending(others, has, unknown_most, now_ms, left / 2 - FRAME_BYTES)
+        return views.worth_sending(
+            others, has, unknown_most, now_ms, most - FRAME_BYTES, random.random
+        )
+
+    def _is_short(self) -> bool:
+        return self.budget.left_bytes(time.monotonic()) < ONE_OFFER_BYTES
 
     def _on_offer(self, offer: Offer, envelope: bytes) -> None:
         """One came in: it may answer an ad, and another one may have to go."""

@@ -23,6 +23,9 @@ VIEW_MAX: Final = 128
 minute, and a buyer asks three sellers at a time."""
 MIX: Final = 4
 """Unknown offers that a full view still asks for: so rare ones come in, and a sample stays one."""
+FEW: Final = 16
+"""Who knows fewer needs somebody to ask, not the rarest: told in one order, all who come at a time
+would crowd around the same few."""
 _NAME_BYTES: Final = 8
 
 
@@ -137,15 +140,16 @@ def worth_sending(
     unknown_most: int,
     now_unix_ms: int,
     bytes_most: float,
+    chance: Callable[[], float],
 ) -> list[Held]:
     """What is news to an asker, the rarest first, then those that live longest.
 
+    Who knows few is told anybody: `chance` gives the order then.
     News of a seller that it knows is what at least doubles the time that it still has, and where
     the seller is now if what the asker has is from before it moved: an old address is of no use.
     """
-    rare = rarities([each.offer for each in held])
     chosen: list[Held] = []
-    for each in sorted(held, key=lambda h: (rare[h.offer.seller], -h.offer.not_after_unix_ms)):
+    for each in _in_order(held, by_chance=chance if len(theirs) < FEW else None):
         until_ms = theirs.get(short_name(each.offer.seller))
         if until_ms is None:
             if unknown_most <= 0:
@@ -158,6 +162,13 @@ def worth_sending(
             break
         chosen.append(each)
     return chosen
+
+
+def _in_order(held: Collection[Held], by_chance: Callable[[], float] | None) -> list[Held]:
+    if by_chance is not None:
+        return sorted(held, key=lambda _each: by_chance())
+    rare = rarities([each.offer for each in held])
+    return sorted(held, key=lambda h: (rare[h.offer.seller], -h.offer.not_after_unix_ms))
 
 
 def _doubles(offer: Offer, until_ms: int, now_unix_ms: int) -> bool:

@@ -9,11 +9,12 @@ import msgspec
 import pytest
 import trio
 
-from aivillage.node import exchange, market, villagers
+from aivillage.node import exchange, market, views, villagers
 from aivillage.node.config import Settings
 from aivillage.node.discovery import Discovery
 from aivillage.node.freshness import CLOCK_SKEW_MS_MAX
 from aivillage.node.views import ByteBudget
+from aivillage.protocols.errors import JobError
 from aivillage.protocols.messages import (
     Accepted,
     Gossip,
@@ -119,6 +120,49 @@ def test_an_operation_that_nobody_has_heard_of_is_found_by_an_ad(few_links, monk
             return buyer.found_seconds[0]
 
     assert large_village.run(life) < 30
+
+
+def test_a_founder_with_few_bytes_left_leaves_no_newcomer_alone(few_links, small_views):
+    """Whoever knows the founder only finds nobody that the founder does not name.
+
+    Forty who come within four seconds ask more than it may say for minutes.
+    """
+    settings = msgspec.structs.replace(Plan(size=1).settings, gossip_bytes_per_second=256)
+
+    async def life():
+        async with settled(40, join_seconds=0.1, settings=settings) as home:
+            await trio.sleep(50)
+            alone = [member for member in home.members if len(member.villagers.members()) < 2]
+            assert len(alone) < 25  # more than 30 where everybody is answered, be it with nothing
+
+    large_village.run(life)
+
+
+def test_the_last_bytes_are_one_offer_for_who_knows_few():
+    async def life():
+        async with settled(12) as home:
+            await trio.sleep(20)
+            asked, asker = home.members[3], home.members[4]
+            link = asker.links.get(asked.peer)
+            size_bytes = min(len(held.envelope) for held in asked.discovery.held())
+            strangers = [
+                msgspec.structs.replace(asked.discovery.offers()[0], seller=str(n))
+                for n in range(views.FEW)
+            ]
+
+            async def told(knows):
+                # Two offers' worth for others: half of it, less a frame, is too little for one.
+                asked.exchange.budget = ByteBudget(size_bytes / 3)
+                have = views.said(strangers[:knows])
+                question = OffersQuestion(id=link.next_id(), have=have, room=10)
+                answer = await link.ask(question, timeout_seconds=5.0)
+                return len(answer.envelopes)
+
+            assert await told(0) == await told(views.FEW - 1) == 1
+            with pytest.raises(JobError, match="no answer"):  # rather than one that says nothing
+                await told(views.FEW)
+
+    large_village.run(life)
 
 
 def test_an_older_member_is_told_what_it_understands_within_the_budget(few_links):

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from aivillage.node import views
-from aivillage.node.views import MIX, VIEW_MAX, ByteBudget, Held
+from aivillage.node.views import FEW, MIX, VIEW_MAX, ByteBudget, Held
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.messages import (
     HAVE_BYTES,
@@ -111,17 +111,29 @@ def held(*offers):
     return [Held(each, each.seller.encode()) for each in offers]
 
 
-def told(own, theirs, *, unknown=99, bytes_most=10**6):
-    has = views.heard(views.said(theirs))
-    found = views.worth_sending(held(*own), has, unknown, NOW_MS, bytes_most)
+KNOWN = many(FEW, "a", start=9000)
+"""So many that an asker is told the rarest first."""
+
+
+def told(own, theirs, *, unknown=99, bytes_most=10**6, seed=1):
+    has, chance = views.heard(views.said(theirs)), random.Random(seed).random
+    found = views.worth_sending(held(*own), has, unknown, NOW_MS, bytes_most, chance)
     return [each.offer.seller for each in found]
 
 
 def test_the_rarest_is_told_first_and_then_what_lives_longest():
     own = [offer(1, "a", left_ms=10), offer(2, "a", left_ms=20), offer(3, "b", left_ms=5)]
-    assert told(own, []) == ["peer-3", "peer-2", "peer-1"]
-    assert told(own, [], unknown=1) == ["peer-3"]
-    assert told(own, [], unknown=0) == []
+    assert told(own, KNOWN) == ["peer-3", "peer-2", "peer-1"]
+    assert told(own, KNOWN, unknown=1) == ["peer-3"]
+    assert told(own, KNOWN, unknown=0) == []
+
+
+@pytest.mark.parametrize(("knows", "by_chance"), [(FEW - 1, True), (FEW, False)])
+def test_who_knows_few_is_told_anybody(knows, by_chance):
+    own = [offer("rare", "b"), *many(30, "a")]
+    first = {told(own, KNOWN[:knows], unknown=1, seed=seed)[0] for seed in range(20)}
+    assert (len(first) > 10) == by_chance
+    assert (first == {"peer-rare"}) != by_chance
 
 
 @pytest.mark.parametrize(("left_ms", "news"), [(60_000, True), (60_001, False)])
@@ -138,7 +150,7 @@ def test_where_a_seller_is_now_is_news_to_who_knows_where_it_was(since_ms, news)
     known = offer(1, "a", left_ms=100_000)
     moved = Held(offer(1, "a"), b"1", known.not_after_unix_ms + since_ms)
     has = views.heard(views.said([known]))
-    assert bool(views.worth_sending([moved], has, 0, NOW_MS, 10**6)) == news
+    assert bool(views.worth_sending([moved], has, 0, NOW_MS, 10**6, random.random)) == news
 
 
 @pytest.mark.parametrize("over", [0, 1])
