@@ -8,11 +8,11 @@ ledger, jobs.db, quotes, verification and pay. A run is timed on the buyer's con
 the first question to the last result. `makespan_s` is undisturbed (1.0 is perfect),
 `kill_makespan_s` with the peer SIGKILLed at 0.7 s, each the median of the rounds; of these 1.5 is
 perfect, since four tasks begin anew when the buyer's own are done, and `kill_lost_s` is what was
-lost beyond it. `kill_extra_s`, the difference to the same round undisturbed, has no bar: it is
-least for who is slow undisturbed, and 0.5 for who is perfect twice. `small_tasks_per_s` are tasks
-that do nothing. All places have worked once before. The same is done on two Ray nodes of four CPUs
-by beside/fanout_ray.py, in turn and never at the same time, where this Python or that of RAY_PYTHON
-has Ray. `kill_lost_over_ray` is told only where Ray lost a fifth of a second at all.
+lost beyond it. `kill_extra_s` is the difference to the same round undisturbed: least for who is
+slow undisturbed, and 0.5 for who is perfect twice. `small_tasks_per_s` are tasks that do nothing.
+All places have worked once before. The same is done on two Ray nodes of four CPUs by
+beside/fanout_ray.py, in turn and never at the same time, where this Python or that of RAY_PYTHON
+has Ray. A ratio is told only where Ray lost a fifth of a second at all.
 """
 
 from __future__ import annotations
@@ -126,11 +126,17 @@ def compare(claims: Claims, rounds: int) -> None:
     claims.add("makespan_over_ray", ours["makespan_s"] / ray["makespan_s"], at_most=1.0)
     killed = ours["kill_makespan_s"] / ray["kill_makespan_s"]
     claims.add("kill_makespan_over_ray", killed, at_most=1.0)
+    ratio(claims, "kill_extra_over_ray", ours["kill_extra_s"], ray["kill_extra_s"])
     ray_lost = ray["kill_makespan_s"] - PERFECT_KILLED_SECONDS
-    if ray_lost >= NOISE_SECONDS:
-        claims.add("kill_lost_over_ray", ours["kill_lost_s"] / ray_lost, at_most=1.0)
-    else:  # a ratio of noise would flatter or blame by chance
-        claims.note("kill_lost_over_ray", "none: Ray lost next to nothing")
+    ratio(claims, "kill_lost_over_ray", ours["kill_lost_s"], ray_lost)
+
+
+def ratio(claims: Claims, name: str, ours: float, ray: float) -> None:
+    """None of noise, which would flatter or blame by chance."""
+    if ray >= NOISE_SECONDS:
+        claims.add(name, ours / ray, at_most=1.0)
+    else:
+        claims.note(name, "none: Ray lost next to nothing")
 
 
 if __name__ == "__main__":
