@@ -123,11 +123,12 @@ def test_a_batch_goes_on_at_another_peer_when_its_seller_is_killed(village, want
 def test_a_batch_goes_on_elsewhere_when_the_worker_of_its_seller_is_killed(village, wanted):
     """The seller lives on: it has what its parts cost, and a new worker for the next one."""
     ann, bob, cat = village
-    before = _spent(cat)
+    before, earlier = _spent(cat), {row["job"] for row in cat.ask("jobs", limit=50)}
     path = str(_texts(cat))
     command = cat.spawn(
         "submit", "--json", "--max-price", "1", "inference.embed", "--text-file", path
     )
+    wait_for(lambda: {row["job"] for row in cat.ask("jobs", limit=1)} - earlier, 30, "it is begun")
     wait_for(lambda: len(_parts(cat)) >= 2, 60, lambda: f"parts came\n{cat.log_end()}")
     first = next(node for node in (ann, bob) if node.peer == _parts(cat)[0][0])
     for worker in _workers_of(first):
