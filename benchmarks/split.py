@@ -16,8 +16,10 @@ The rest is real daemons on loopback, credits on. The workers of three may have 
 holds the model, and those of a fourth may; its engine is torch, as that of stages is. No worker
 is nice: else whatever runs on this machine goes before one that woke up, and stages wake up often.
 `split2_over_local`: rounds a second of an answer split over two of them, over tokens a second of
-the fourth's, each asked by the same buyer; rounds, so that no guess flatters it. An answer of the
-one kind follows one of the other, and the median of these pairs counts: a noisy minute hits both.
+the fourth's, each asked by the same buyer; rounds, so that no guess flatters it; from the first
+text to the last (what then comes once an answer, its check and its pay, is `local_end_ms` and
+`split2_end_ms`). An answer of the one kind follows one of the other, and the median of these pairs
+counts: a noisy minute hits both.
 `split2_cpu_over_local` is the same of processor seconds, all daemons and workers, less what they
 use at rest: on a busy machine it says more.
 
@@ -230,13 +232,15 @@ async def forwarding(claims: Claims, found: Stages) -> None:
 
 
 class Heard(NamedTuple):
-    """One job: `seconds` from its first text to the end; processor seconds of all that time."""
+    """One job: `seconds` from its first text to its last; `end_seconds` from there to the answer,
+    which is checked and settled first; processor seconds of both."""
 
     token_ids: list[int]
     seconds: float
     cpu_seconds: float = 0.0
     resume_seconds: float = 0.0
     kind: str = ""
+    end_seconds: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -257,7 +261,9 @@ class Pair(NamedTuple):
 
     def cpu_ms(self) -> tuple[float, float]:
         """Of a token, and of a round."""
-        local, split = (one.cpu_seconds - self.rest * one.seconds for one in self[:2])
+        local, split = (
+            one.cpu_seconds - self.rest * (one.seconds + one.end_seconds) for one in self[:2]
+        )
         return 1000 * local / self.local.steps, 1000 * split / self.rounds
 
 
@@ -308,6 +314,8 @@ def beside_local(
     claims.add("local_tokens_per_second", middle(p.local.steps / p.local.seconds for p in pairs))
     claims.add("split2_rounds_per_second", middle(rounds / p.split.seconds for p in pairs))
     claims.add("split2_over_local", middle(p.speed() for p in pairs), at_least=SPLIT_BAR)
+    for at, name in enumerate(("local", "split2")):
+        claims.note(f"{name}_end_ms", round(1000 * middle(p[at].end_seconds for p in pairs), 1))
     ways = [pair.cpu_ms() for pair in pairs]
     claims.add("local_cpu_ms_per_token", middle(local for local, _ in ways))
     claims.add("split2_cpu_ms_per_round", middle(split for _, split in ways))
@@ -327,13 +335,16 @@ def both(buyer: Daemon, whole: Daemon, nodes: list[Daemon], tokens: int) -> tupl
 
 def heard(buyer: Daemon, sellers: list[Daemon], **changed: Any) -> Heard:
     """One job to its end, undisturbed."""
-    first = cpu = 0.0
+    first = last = cpu = 0.0
     for frame in buyer.follow("inference.generate", **(REQUEST | changed)):
-        if isinstance(frame, messages.Text) and not first:
-            first, cpu = time.monotonic(), cpu_of(buyer, *sellers)
+        if isinstance(frame, messages.Text):
+            last = time.monotonic()
+            if not first:
+                first, cpu = last, cpu_of(buyer, *sellers)
         if isinstance(frame, messages.Answer):
-            ids, now = frame.value["result"]["token_ids"], time.monotonic()
-            return Heard(ids, now - first, cpu_of(buyer, *sellers) - cpu)
+            end = time.monotonic() - last
+            used, ids = cpu_of(buyer, *sellers) - cpu, frame.value["result"]["token_ids"]
+            return Heard(ids, last - first, used, end_seconds=end)
         fail(buyer, frame)
     raise DaemonError("frames end with an answer or an error")
 

@@ -21,7 +21,8 @@ KINDS: Final = ("bert", "roberta", "xlm-roberta")
 TOKENS_MAX: Final = 8_192
 TABLE_BYTES_MAX: Final = 65_536
 _COMPUTED: Final = {"Transformer", "Pooling", "Normalize"}
-_POOLING: Final = ("pooling.json", "1_Pooling/config.json")
+_POOLING_FOLDER: Final = "1_Pooling"
+_POOLING: Final = ("pooling.json", f"{_POOLING_FOLDER}/config.json")
 """As a pull names it, and as it lies in a package."""
 
 Pooling = Literal["mean", "cls"]
@@ -183,6 +184,17 @@ def _require_layers(folder: Path) -> None:
         name = str(layer.get("type", "")).rpartition(".")[2]
         if name not in _COMPUTED:
             raise RequestError(f"the model has a layer {name[:80]!r}, which is not computed here")
+        if name == "Pooling" and not _is_pooling_there(folder, layer):
+            raise RequestError(
+                "modules.json says that the model pools, but 1_Pooling/config.json is not there",
+                next_step="pull the whole folder; a pooling of another name is not read here",
+            )
+
+
+def _is_pooling_there(folder: Path, layer: dict[str, Any]) -> bool:
+    """Whether the table is here that says how; without it another one than its own was guessed."""
+    path = layer.get("path", _POOLING_FOLDER)
+    return path == _POOLING_FOLDER and any((folder / name).exists() for name in _POOLING)
 
 
 def _tokens_max(folder: Path, config: Config) -> int:
@@ -197,7 +209,7 @@ def _pooling(folder: Path) -> Pooling:
     if path is None:
         return "mean"
     raw = read_json(path)
-    told = {name for name, on in raw.items() if name.startswith("pooling_mode_") and on is True}
+    told = {name for name, on in raw.items() if name.startswith("pooling_mode_") and on}
     if isinstance(raw.get("pooling_mode"), str):
         told = {f"pooling_mode_{raw['pooling_mode']}"}
     if told <= {"pooling_mode_mean_tokens", "pooling_mode_mean"} and told:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import signal
 from collections.abc import Iterator
 
 import apsw
 import msgspec
+import psutil
 import pytest
 
 from aivillage.models.inference import catalogue, vectors
@@ -115,6 +118,47 @@ def test_a_batch_goes_on_at_another_peer_when_its_seller_is_killed(village, want
     settled(village, 30)
     # What the first one had sent and the buyer had not stored is claimed, within what it lends.
     assert price <= _spent(cat) - before <= price + EXPOSURE
+
+
+def test_a_batch_goes_on_elsewhere_when_the_worker_of_its_seller_is_killed(village, wanted):
+    """The seller lives on: it has what its parts cost, and a new worker for the next one."""
+    ann, bob, cat = village
+    before, earlier = _spent(cat), {row["job"] for row in cat.ask("jobs", limit=50)}
+    path = str(_texts(cat))
+    command = cat.spawn(
+        "submit", "--json", "--max-price", "1", "inference.embed", "--text-file", path
+    )
+    wait_for(lambda: {row["job"] for row in cat.ask("jobs", limit=1)} - earlier, 30, "it is begun")
+    wait_for(lambda: len(_parts(cat)) >= 2, 60, lambda: f"parts came\n{cat.log_end()}")
+    first = next(node for node in (ann, bob) if node.peer == _parts(cat)[0][0])
+    for worker in _workers_of(first):
+        os.kill(worker, signal.SIGKILL)
+    out, err = command.communicate(timeout=60)
+    assert command.returncode == 0, err
+    found = json.loads(out)
+    assert found["result"]["vectors"] == wanted, "bit for bit what one seller gives undisturbed"
+    price = PRICE * _quads(*TEXTS)
+    assert found["receipt"]["price_micro_credits"] == price, "each text once"
+    failed, done = cat.read("jobs", "show", found["job"])["attempts"]
+    assert (failed["seller"], failed["outcome"]) == (first.peer, "JOB_FAILED")
+    by_first = PART * sum(seller == first.peer for seller, _ in _parts(cat))
+    assert 0 < by_first < len(TEXTS), "it went on, and did not begin anew"
+    assert failed["price_micro_credits"] == PRICE * _quads(*TEXTS[:by_first])
+    assert done["price_micro_credits"] == price - failed["price_micro_credits"]
+    settled(village, 30)
+    assert price <= _spent(cat) - before <= price + EXPOSURE
+    flags = ("--json", "--peer", first.peer)
+    again = cat.run("submit", *flags, "inference.embed", "--text", TEXTS[0], TEXTS[1], seconds=60)
+    assert again.json["receipt"]["sellers"] == [first.peer]
+
+
+def _workers_of(seller: Daemon) -> list[int]:
+    """One runs its modules, others were for short calls."""
+    return [
+        child.pid
+        for child in psutil.Process(seller.pid).children()
+        if "aivillage.models.worker" in child.cmdline()
+    ]
 
 
 def test_a_map_of_embeddings_survives_one_of_its_machines(village, wanted):

@@ -269,6 +269,86 @@ def test_changed_weights_give_no_vector(tmp_path, library):
         embedded(["a"], "tiny-bert")
 
 
+MEAN, CLS, MAX = (
+    f"pooling_mode_{name}_token{s}" for name, s in (("mean", "s"), ("cls", ""), ("max", "s"))
+)
+
+
+@pytest.mark.parametrize(
+    ("told", "pooling"),
+    [
+        ({MEAN: True, CLS: False}, "mean"),
+        ({CLS: True, MEAN: False, "word_embedding_dimension": 32}, "cls"),
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": "cls", "include_prompt": True}, "cls"),
+        ({CLS: 1}, "cls"),
+    ],
+)
+def test_pooling_is_what_the_pulled_table_says(tmp_path, library, told, pooling):
+    """In a pulled folder, where the table has another name than in its package."""
+    _, model = retold(tmp_path, library, told)
+    assert (library.place("tiny-bert") / "pooling.json").exists()
+    [found] = embedded(TEXTS[1:2], "tiny-bert").vectors
+    assert near(found, reference(model, TEXTS[1], pooling))
+    other = "cls" if pooling == "mean" else "mean"
+    assert not near(found, reference(model, TEXTS[1], other))
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({MAX: True}, "pools by pooling_mode_max_tokens: not done here"),
+        ({MEAN: True, MAX: True}, "pools by .*max_tokens, .*mean_tokens"),
+        ({MEAN: True, MAX: 1}, "pools by .*max_tokens, .*mean_tokens"),
+        ({MEAN: True, CLS: True}, "pools by"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "sqrt_len"),
+        ({"pooling_mode_weightedmean_tokens": True}, "weightedmean"),
+        ({"pooling_mode_lasttoken": True}, "lasttoken"),
+        ({"pooling_mode": "max"}, "pools by pooling_mode_max"),
+        ({"pooling_mode": ["mean", "cls"]}, "pools by"),
+        ({MEAN: False}, "pools by nothing"),
+        ({}, "pools by nothing"),
+    ],
+)
+def test_a_pooling_that_is_not_done_is_refused_when_it_is_pulled(tmp_path, library, told, said):
+    with pytest.raises(RequestError, match=said) as caught:
+        retold(tmp_path, library, told)
+    assert caught.value.code == "BAD_REQUEST"
+    assert not (library.folder / "tiny-bert").exists(), "nothing of it stays"
+
+
+def retold(tmp_path, library, pooling):
+    """As `made`, with this table of its pooling."""
+    (folder := tmp_path / "tiny-bert").mkdir()
+    model = tiny_encoders.write(folder)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return pulled(library, folder), model
+
+
+def test_a_pooling_whose_table_is_not_there_is_not_guessed(tmp_path, library):
+    """Without any tables a model pools by the mean; with those that name a pooling, by that one."""
+    (folder := tmp_path / "tiny-bert").mkdir()
+    model = tiny_encoders.write(folder, pooling="cls")
+    (folder / "1_Pooling").rename(folder / "2_Pooling")
+    with pytest.raises(RequestError, match=r"1_Pooling/config\.json is not there"):
+        pulled(library, folder)
+    (folder / "modules.json").unlink()
+    pulled(library, folder)
+    [found] = embedded(TEXTS[1:2], "tiny-bert").vectors
+    assert near(found, reference(model, TEXTS[1], "mean"))
+
+
+def test_a_pooling_in_another_place_than_its_table_is_refused(tmp_path, library):
+    (folder := tmp_path / "tiny-bert").mkdir()
+    tiny_encoders.write(folder)
+    layers = json.loads((folder / "modules.json").read_text())
+    for layer in layers:
+        layer["path"] = "2_Pooling" if layer["type"].endswith("Pooling") else ""
+    (folder / "modules.json").write_text(json.dumps(layers))
+    with pytest.raises(RequestError, match=r"1_Pooling/config\.json is not there"):
+        pulled(library, folder)
+
+
 # ------------------------------------------------------------------ the packaged one
 
 
