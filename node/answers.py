@@ -41,7 +41,8 @@ async def kept_answer(jobs: Jobs, row: JobRow, result: bytes) -> Answer:
         if not (is_engine and part):
             return 0
         piece = unpack(Piece, part)
-        marks.extend([piece.fingerprint] if piece.fingerprint else [])
+        if piece.fingerprint:
+            marks.append(piece.fingerprint)
         return len(piece.token_ids)
 
     shares = shares_of(rows, tokens_of)

@@ -194,7 +194,11 @@ def _require_layers(folder: Path) -> None:
 def _is_pooling_there(folder: Path, layer: dict[str, Any]) -> bool:
     """Whether the table is here that says how; without it another one than its own was guessed."""
     path = layer.get("path", _POOLING_FOLDER)
-    return path == _POOLING_FOLDER and any((folder / name).exists() for name in _POOLING)
+    return path == _POOLING_FOLDER and _pooling_table(folder) is not None
+
+
+def _pooling_table(folder: Path) -> Path | None:
+    return next((folder / name for name in _POOLING if (folder / name).exists()), None)
 
 
 def _tokens_max(folder: Path, config: Config) -> int:
@@ -205,7 +209,7 @@ def _tokens_max(folder: Path, config: Config) -> int:
 
 
 def _pooling(folder: Path) -> Pooling:
-    path = next((folder / name for name in _POOLING if (folder / name).exists()), None)
+    path = _pooling_table(folder)
     if path is None:
         return "mean"
     raw = read_json(path)

@@ -138,12 +138,17 @@ def test_a_founder_with_few_bytes_left_leaves_no_newcomer_alone(few_links, small
     large_village.run(life)
 
 
+async def answered(asker, asked, **question):
+    """What `asked` says to a question for offers."""
+    link = asker.links.get(asked.peer)
+    return await link.ask(OffersQuestion(id=link.next_id(), **question), timeout_seconds=5.0)
+
+
 def test_the_last_bytes_are_one_offer_for_who_knows_few():
     async def life():
         async with settled(12) as home:
             await trio.sleep(20)
             asked, asker = home.members[3], home.members[4]
-            link = asker.links.get(asked.peer)
             size_bytes = min(len(held.envelope) for held in asked.discovery.held())
             strangers = [
                 msgspec.structs.replace(asked.discovery.offers()[0], seller=str(n))
@@ -154,9 +159,7 @@ def test_the_last_bytes_are_one_offer_for_who_knows_few():
                 # Two offers' worth for others: half of it, less a frame, is too little for one.
                 asked.exchange.budget = ByteBudget(size_bytes / 3)
                 have = views.said(strangers[:knows])
-                question = OffersQuestion(id=link.next_id(), have=have, room=10)
-                answer = await link.ask(question, timeout_seconds=5.0)
-                return len(answer.envelopes)
+                return len((await answered(asker, asked, have=have, room=10)).envelopes)
 
             assert await told(0) == await told(views.FEW - 1) == 1
             with pytest.raises(JobError, match="no answer"):  # rather than one that says nothing
@@ -279,11 +282,7 @@ def test_a_stranger_is_told_of_nobody():
             await trio.sleep(20)
             asker, asked = home.members[1], home.members[2]
             del asked.villagers._members[asker.peer]
-            link = asker.links.get(asked.peer)
-            answer = await link.ask(
-                OffersQuestion(id=link.next_id(), room=100), timeout_seconds=5.0
-            )
-            assert answer.envelopes == ()
+            assert (await answered(asker, asked, room=100)).envelopes == ()
 
     large_village.run(life)
 
