@@ -439,27 +439,40 @@ def books_agree(daemons: list[Daemon]) -> list[str]:
     return wrong
 
 
+STILL_SECONDS = 0.5
+"""Books agree, too, without what has ended and is not signed for yet: for some 0.1 s."""
+
+
 def settled(daemons: list[Daemon], seconds: float) -> float:
-    """Seconds until all books agree and nothing is in transit.
+    """Seconds until all books agree, nothing is in transit, and it stays so for `STILL_SECONDS`.
 
     Raises:
         DaemonError: they do not, and where.
     """
-    began = time.monotonic()
+    began = since = time.monotonic()
     wrong: list[str] = []
+    moved: dict[str, tuple[int, int]] = {}
 
     def quiet() -> bool:
+        nonlocal since, moved
         wrong[:] = books_agree(daemons)
-        in_transit = {daemon.name: daemon.ask("balance")["in_transit"] for daemon in daemons}
-        wrong.extend(f"{name} has {n} in transit" for name, n in in_transit.items() if n)
-        return not wrong
+        balances = {daemon.name: daemon.ask("balance") for daemon in daemons}
+        wrong.extend(
+            f"{name} has {found['in_transit']} in transit"
+            for name, found in balances.items()
+            if found["in_transit"]
+        )
+        before, moved = moved, {n: (b["earned"], b["spent"]) for n, b in balances.items()}
+        if wrong or moved != before:
+            since = time.monotonic()
+        return not wrong and time.monotonic() - since >= STILL_SECONDS
 
     try:
-        wait_for(quiet, seconds, "the books agree")
+        wait_for(quiet, seconds + STILL_SECONDS, "the books agree")
     except DaemonError:
         logs = "\n".join(daemon.log_end() for daemon in daemons)
         raise DaemonError(f"the books differ after {seconds:g} s: {wrong}\n{logs}") from None
-    return time.monotonic() - began
+    return since - began
 
 
 def after_text(buyer: Daemon, request: dict[str, Any]) -> str:
