@@ -145,7 +145,7 @@ async def test_why_an_engine_did_not_load_reaches_the_buyer_with_its_code(tmp_pa
     async def refuse(_operation):
         raise ConfigError("the weights are not on this machine")
 
-    monkeypatch.setattr(market, "SEEK_SECONDS", 0.5)
+    monkeypatch.setattr(market, "SEEK_SECONDS", 2.0)
     async with villagers(tmp_path, "ann", "bob") as (ann, bob):
         bob.workers.engine = refuse
         await bob.lends_to(ann)

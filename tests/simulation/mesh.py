@@ -37,7 +37,7 @@ NOOP = Work("mesh.noop")
 PRICE = 269
 """Micro-credits of one quad or token."""
 Tamper = Callable[[Frame], Sequence[Frame]]
-QUICK: dict[str, Any] = {"heartbeat_seconds": 0.1, "offer_seconds": 0.2, "verify_percent_max": 0}
+QUICK: dict[str, Any] = {"heartbeat_seconds": 1.0, "offer_seconds": 0.2, "verify_percent_max": 0}
 """Nobody does results again by itself: tests of verification ask for it."""
 
 

@@ -61,8 +61,9 @@ async def test_who_only_heard_of_a_node_hears_that_it_left(tmp_path):
 async def test_a_laptop_that_slept_for_three_minutes_comes_back_by_itself(tmp_path):
     """At 100 times the pace: 18 heartbeats of 0.1 s, and more than two lives of an offer."""
     async with open_mesh(tmp_path) as mesh:
-        buyer, other = await mesh.add("buyer", serve=False), await mesh.add("other", serve=False)
-        laptop = await mesh.add("laptop")
+        pace = {"heartbeat_seconds": 0.1}
+        buyer, other = [await mesh.add(n, serve=False, **pace) for n in ("buyer", "other")]
+        laptop = await mesh.add("laptop", **pace)
         await mesh.knows(buyer, laptop)
         await mesh.link(buyer, other)
         mesh.network.partition(["laptop"])

@@ -271,7 +271,6 @@ async def test_a_task_that_nobody_offers_is_advertised_and_a_latecomer_does_it(t
 
 
 async def test_a_job_pinned_to_a_peer_goes_there_and_nowhere_else(tmp_path, monkeypatch):
-    monkeypatch.setattr("aivillage.node.market.SEEK_SECONDS", 0.3)
     async with open_mesh(tmp_path) as mesh:
         buyer = await mesh.add("buyer", serve=False)
         cheap = await mesh.add("cheap", price_percent=1)
@@ -282,6 +281,7 @@ async def test_a_job_pinned_to_a_peer_goes_there_and_nowhere_else(tmp_path, monk
         running = await buyer.ask("abcd", tokens=2, peer=dear.peer[-8:])
         assert running.pursuit.receipt().sellers == (dear.peer,)
         await dear.stop()
+        monkeypatch.setattr("aivillage.node.market.SEEK_SECONDS", 0.3)
         assert (await buyer.ask("abcd", tokens=2, peer=dear.peer)).error.code == "NO_PEER"
         assert cheap.script.made == 0
 

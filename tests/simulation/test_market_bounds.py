@@ -269,7 +269,7 @@ async def test_credit_that_comes_back_in_a_moment_is_waited_for(tmp_path):
 
 
 async def test_a_named_peer_is_dialled_whatever_we_thought_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("aivillage.node.market.SEEK_SECONDS", 0.5)
+    monkeypatch.setattr("aivillage.node.market.SEEK_SECONDS", 2.0)
     async with pair(tmp_path) as (_, buyer, seller):
         buyer.desk.discovery.unreachable(seller.peer)
         running = await buyer.ask(PROMPT, tokens=2, peer=seller.peer[-8:])

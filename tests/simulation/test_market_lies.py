@@ -89,7 +89,7 @@ async def test_a_module_that_answers_wrong_is_paid_nothing(tmp_path):
 
 
 async def test_a_liar_that_links_anew_is_still_out_of_this_job(tmp_path, monkeypatch):
-    monkeypatch.setattr("aivillage.node.market.SEEK_SECONDS", 0.5)
+    monkeypatch.setattr("aivillage.node.market.SEEK_SECONDS", 2.0)
     async with pair(tmp_path) as (mesh, buyer, seller):
         seller.script.key = "another model"
         running = await buyer.submit(PROMPT, tokens=4)

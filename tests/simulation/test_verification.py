@@ -320,7 +320,7 @@ async def test_a_peer_that_makes_up_classes_fills_no_book(tmp_path):
 
 
 async def test_who_is_cut_off_is_named_and_forgiven(tmp_path, monkeypatch):
-    monkeypatch.setattr("aivillage.node.market.SEEK_SECONDS", 0.3)
+    monkeypatch.setattr("aivillage.node.market.SEEK_SECONDS", 2.0)
     async with village(tmp_path, "liar", serve=True) as (_, buyer, liar):
         liar.script.cheat = of_a_cheaper_model
         await bought(buyer, liar)
