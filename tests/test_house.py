@@ -63,6 +63,73 @@ def test_the_results_file_names_every_test_with_outcome_and_seconds(tmp_path):
     assert all(r["seconds"] >= 0 for r in results)
 
 
+FLAWED = """
+import pathlib
+def test_good(): pass
+def test_bad(): assert 0
+def test_bad_once():
+    seen = pathlib.Path("seen")
+    was_there = seen.exists()
+    seen.touch()
+    assert was_there
+"""
+
+
+def run_python(folder, *arguments):
+    root = pathlib.Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={"PYTHONPATH": str(root), "PATH": ""},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def run_tests(folder, *options):
+    plugin = ("-q", "-p", "tests.results_plugin", "--results", "r.json")
+    ended = run_python(folder, "-m", "pytest", *plugin, *options, ".").returncode
+    told = run_python(folder, "-m", "tests.results_plugin", "r.json")
+    return ended, json.loads((folder / "r.json").read_text()), told
+
+
+def test_a_second_attempt_is_written_beside_the_first_and_told(tmp_path):
+    (tmp_path / "test_some.py").write_text(FLAWED)
+    assert run_tests(tmp_path)[0] == 1
+    ended, results, told = run_tests(tmp_path, "--last-failed", "--again")
+    assert (ended, told.returncode) == (1, 1)
+    assert {
+        r["name"].rpartition("::")[2]: (r["outcome"], r.get("attempts", 1)) for r in results
+    } == {
+        "test_good": ("passed", 1),
+        "test_bad": ("failed", 2),
+        "test_bad_once": ("passed", 2),
+    }
+    assert told.stdout.decode().splitlines() == [
+        "passed only at its second attempt: test_some.py::test_bad_once",
+        "1 failed, 2 passed",
+    ]
+
+
+def test_a_run_that_ended_early_stays_failed_whatever_passes_later(tmp_path):
+    (tmp_path / "test_some.py").write_text(FLAWED.replace("def test_bad(): assert 0", ""))
+    (tmp_path / "test_broken.py").write_text("import nothing_of_this_name\n")
+    ended, results, _ = run_tests(tmp_path)
+    assert ended == 2
+    assert {"name": "pytest itself, exit 2", "outcome": "failed", "seconds": 0.0} in results
+    (tmp_path / "test_broken.py").write_text("")
+    (tmp_path / "seen").touch()
+    ended, _, told = run_tests(tmp_path, "--again")
+    assert (ended, told.returncode) == (0, 1)
+
+
+def test_no_tests_are_no_success(tmp_path):
+    ended, results, told = run_tests(tmp_path)
+    assert (ended, told.returncode) == (5, 1)
+    assert [entry["name"] for entry in results] == ["pytest itself, exit 5"]
+
+
 KEPT = sorted((pathlib.Path(__file__).parent.parent / "benchmarks" / "results").glob("*.json"))
 
 
