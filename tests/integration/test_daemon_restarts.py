@@ -20,7 +20,7 @@ from tests.integration.daemons import Daemon, Yard, after_text, settled, wait_fo
 pytestmark = pytest.mark.slow
 
 FLAGS = ("--set", "heartbeat_seconds=0.5")
-PROMPT = {"prompt": "Write a story about a lighthouse.", "max_tokens": 48}
+PROMPT = {"prompt": "Write a story about a lighthouse.", "max_tokens": 80}
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from tests.integration.daemons import Daemon, Yard, after_text, settled, wait_fo
 
 pytestmark = pytest.mark.slow
 
-PROMPT = {"prompt": "Write a story about a lighthouse.", "max_tokens": 40}
+PROMPT = {"prompt": "Write a story about a lighthouse.", "max_tokens": 120}
 NOOP = pack(NoopRequest(note="x"))
 
 
