@@ -149,9 +149,9 @@ _TRANSFERS: Final = (
 _SIGNED_ITEMS: Final = """
   SELECT i.mine, i.peer, i.kind, i.id, i.amount, i.final, CASE i.mine
     WHEN 1 THEN (SELECT items FROM voucher_out v
-      WHERE v.peer = i.peer AND v.lane = i.lane AND v.n = i.last_n)
+      WHERE v.id = i.voucher AND (v.peer, v.lane, v.n) = (i.peer, i.lane, i.last_n))
     ELSE (SELECT items FROM voucher_in v
-      WHERE v.peer = i.peer AND v.lane = i.lane AND v.n = i.last_n) END
+      WHERE v.id = i.voucher AND (v.peer, v.lane, v.n) = (i.peer, i.lane, i.last_n)) END
   FROM item i WHERE (i.mine, i.peer, i.kind, i.id) > (?, ?, ?, ?)
   ORDER BY i.mine, i.peer, i.kind, i.id LIMIT ?
 """

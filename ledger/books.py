@@ -16,10 +16,10 @@ import msgspec
 from aivillage.ledger.migrations import migrate, schema
 from aivillage.protocols.errors import ConfigError, RequestError
 from aivillage.protocols.types import MicroCredits, PeerId, peer_id, public_key
-from aivillage.protocols.vouchers import GIFT, REFUND, ROUTE, digest, lane_of
+from aivillage.protocols.vouchers import GIFT, REFUND, ROUTE, Item, digest, lane_of
 
 APPLICATION_ID: Final = 0x41495642  # "AIVB"
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 NO_ENTRY: Final = bytes(32)
 EVIDENCE_MAX: Final = 16
 """Proofs kept against one payer: the first would do."""
@@ -190,6 +190,23 @@ def name_of(db: apsw.Connection, key: bytes) -> PeerId:
     name = peer_id(key)
     row = one(db, "SELECT peer FROM peer_key WHERE key_peer = ?", (name,))
     return row[0] if row else name
+
+
+_KEEP_ITEM: Final = """
+  INSERT INTO item VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+    amount = max(amount, excluded.amount), final = max(final, excluded.final),
+    voucher = CASE WHEN excluded.last_n > last_n THEN excluded.voucher ELSE voucher END,
+    last_n = max(last_n, excluded.last_n) WHERE lane = excluded.lane
+"""
+
+
+def keep_item(
+    db: apsw.Connection, peer: PeerId, item: Item, voucher: tuple[bytes, int, int], *, mine: bool
+) -> None:
+    """Notes what a stored voucher, (lane, n, id), says of an item of its lane."""
+    lane, n, number = voucher
+    said = (mine, peer, item.kind, item.id, lane, item.amount, n, item.final, number)
+    db.execute(_KEEP_ITEM, said)
 
 
 def succeed(db: apsw.Connection, peer: PeerId, key_peer: PeerId, proof: bytes, at_ms: int) -> bool:

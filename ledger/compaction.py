@@ -25,7 +25,7 @@ class Cursor(NamedTuple):
     """Where a portion begins: after a row of those taken (`in`), then of those given (`out`)."""
 
     side: str = "in"
-    rowid: int = 0
+    id: int = 0
 
 
 class Compacted(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,14 +42,13 @@ class Compacted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _LOOKED: Final = """
-  SELECT count(*), max(rowid) FROM
-    (SELECT rowid FROM voucher_{side} WHERE rowid > ? ORDER BY rowid LIMIT ?)
+  SELECT count(*), max(id) FROM
+    (SELECT id FROM voucher_{side} WHERE id > ? ORDER BY id LIMIT ?)
 """
 _SUPERSEDED: Final = """
-  DELETE FROM voucher_{side} AS v WHERE v.rowid > ?2 AND v.rowid <= ?3
+  DELETE FROM voucher_{side} AS v WHERE v.id > ?2 AND v.id <= ?3
     AND v.n < (SELECT l.n FROM lane_{side} l WHERE l.peer = v.peer AND l.lane = v.lane {unproven})
-    AND NOT EXISTS (SELECT 1 FROM item i
-      WHERE i.mine = ?1 AND i.peer = v.peer AND i.lane = v.lane AND i.last_n = v.n)
+    AND NOT EXISTS (SELECT 1 FROM item i WHERE i.mine = ?1 AND i.voucher = v.id)
   RETURNING {receipt}
 """
 # The last that was confirmed stays: what the lane says of receipts can be checked for ever.

@@ -19,17 +19,20 @@ _NONE: Final = bytes(8)
 _MISSING: Final = "SELECT lane, n, cum FROM {} WHERE peer = ? AND lane < ? AND fold IS NULL"
 _KEEP: Final = "UPDATE {} SET fold = ? WHERE peer = ? AND lane = ?"
 _ALL: Final = "SELECT fold FROM {} WHERE peer = ? AND lane < ? ORDER BY lane"
+# CROSS JOIN fixes the order: first the vouchers of one lane.
 _ITEMS: Final = """
-  SELECT kind, id, amount, last_n, final FROM item
-  WHERE mine = ? AND peer = ? AND lane = ? ORDER BY kind, id
+  SELECT i.kind, i.id, i.amount, i.last_n, i.final FROM voucher_{} v
+  CROSS JOIN item i ON i.mine = ? AND i.voucher = v.id
+  WHERE v.peer = ? AND v.lane = ? ORDER BY i.kind, i.id
 """
 
 
 def fold(db: apsw.Connection, peer: PeerId, epoch: int, *, mine: bool) -> LaneDigest:
     """Of the lanes before the payer's boot `epoch`. `mine`: I am the payer."""
-    table, before = "lane_out" if mine else "lane_in", lane_of(epoch, _NONE)
+    side, before = "out" if mine else "in", lane_of(epoch, _NONE)
+    table, items = f"lane_{side}", _ITEMS.format(side)
     for lane, n, cum in rows(db, _MISSING.format(table), (peer, before)):
-        content = (lane, n, cum, rows(db, _ITEMS, (mine, peer, lane)))
+        content = (lane, n, cum, rows(db, items, (mine, peer, lane)))
         hash_ = digest(msgspec.msgpack.encode(content))
         db.execute(_KEEP.format(table), (hash_, peer, lane))
     folds = [hash_ for (hash_,) in rows(db, _ALL.format(table), (peer, before))]

@@ -1,6 +1,6 @@
 """A book of an older version becomes one of this version in one transaction.
 
-The rows of version 1 are written anew under today's rules; those of version 2 stay as they are,
+The rows of version 1 are written anew under today's rules; those of later ones stay as they are,
 and what today's rules would not have let in is looked for. Either way a book that breaks them is
 refused, not carried along. The chain of entries keeps its hashes: what was signed or hashed never
 changes.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import apsw
@@ -35,9 +35,6 @@ SELECT peer, known, line, exposure, CASE known WHEN 1 THEN line END,
 INSERT INTO posting SELECT * FROM old_posting;
 INSERT INTO entry SELECT * FROM old_entry ORDER BY seq;
 INSERT INTO receipt SELECT * FROM old_receipt;
-INSERT INTO voucher_out SELECT * FROM old_voucher_out ORDER BY rowid;
-INSERT INTO voucher_in SELECT * FROM old_voucher_in ORDER BY rowid;
-INSERT INTO item SELECT * FROM old_item;
 INSERT INTO lane_out SELECT peer, lane, n, cum,
   min(cum, coalesce((SELECT sum(i.amount) FROM old_item i
     WHERE i.mine = 1 AND i.peer = l.peer AND i.lane = l.lane), 0)),
@@ -49,10 +46,20 @@ INSERT INTO lane_in SELECT peer, lane, n, cum, attr, CASE sealed WHEN 1 THEN cum
 INSERT INTO intent SELECT peer, attempt, quote_hash, ceiling, ?1 FROM old_intent;
 INSERT INTO evidence SELECT * FROM old_evidence;
 """
+# Vouchers have numbers since version 4, and items name them.
+_NUMBERED: Final = ("voucher_out", "voucher_in", "item")
+_NUMBERS: Final = """
+INSERT INTO voucher_out SELECT rowid, * FROM old_voucher_out ORDER BY rowid;
+INSERT INTO voucher_in SELECT rowid, * FROM old_voucher_in ORDER BY rowid;
+INSERT INTO item SELECT i.*, coalesce(CASE i.mine
+  WHEN 1 THEN (SELECT rowid FROM old_voucher_out v
+    WHERE v.peer = i.peer AND v.lane = i.lane AND v.n = i.last_n)
+  ELSE (SELECT rowid FROM old_voucher_in v
+    WHERE v.peer = i.peer AND v.lane = i.lane AND v.n = i.last_n) END, 0) FROM old_item i;
+"""
 # What was confirmed is what receipts prove; a later one of the lane will say it again.
 _FROM_2: Final = """
 INSERT INTO entry SELECT * FROM old_entry ORDER BY seq;
-DROP TABLE old_entry;
 INSERT INTO favour_sum SELECT mine, peer, sum(worth) FROM favour GROUP BY mine, peer;
 UPDATE lane_out AS l SET confirmed = coalesce((SELECT max(v.cum) FROM voucher_out v
   WHERE v.peer = l.peer AND v.lane = l.lane AND v.receipt IS NOT NULL), 0);
@@ -97,6 +104,7 @@ def _rewrite(db: apsw.Connection, at_ms: int) -> None:
     for table in _RENAMED:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     db.execute(schema())
+    db.execute(_NUMBERS)
     for statement in _FROM_1.split(";\n"):
         bindings = (at_ms,) if "?1" in statement else ()
         db.execute(statement, bindings)
@@ -104,24 +112,37 @@ def _rewrite(db: apsw.Connection, at_ms: int) -> None:
         db.execute(f"DROP TABLE old_{table}")
 
 
-def _add(db: apsw.Connection, at_ms: int) -> None:
-    """Version 2: new tables, indexes and triggers; of the old tables only entries are copied.
-
-    Their hashes had an index that nobody asked and that cost a tenth of each payment.
-    """
-    _drop(db, "trigger")
-    for index in ("entry_peer", "entry_at", "entry_correction"):
-        db.execute(f"DROP INDEX {index}")
-    # As before SQLite 3.26: else the postings would be said to belong to the renamed table.
-    db.execute("PRAGMA legacy_alter_table=ON")
-    db.execute("ALTER TABLE entry RENAME TO old_entry")
-    db.execute("PRAGMA legacy_alter_table=OFF")
-    _create_missing(db, "TABLE", "INDEX")
-    db.execute(_FROM_2)
+def _correct(db: apsw.Connection, at_ms: int) -> None:
+    """Version 2: new tables, rules of corrections; entries lose the index of their hashes."""
+    _copy(db, ("entry", *_NUMBERED), _FROM_2)
     _disown(db)
     for (seq,) in db.execute(_MISSHAPEN).fetchall():
         raise apsw.ConstraintError(f"entry {seq} is no correction")
     _create_missing(db, "TRIGGER")
+
+
+def _number(db: apsw.Connection, at_ms: int) -> None:
+    """Version 3: vouchers get numbers."""
+    _copy(db, _NUMBERED, "")
+    _create_missing(db, "TRIGGER")
+
+
+def _copy(db: apsw.Connection, tables: Sequence[str], more: str) -> None:
+    """Writes the rows of `tables` anew, and makes what today's schema has besides, but no trigger.
+
+    `more`: SQL that needs the old rows of other tables than those of vouchers.
+    """
+    _drop(db, "trigger", "index")
+    # As before SQLite 3.26: else postings would be said to belong to the renamed entries.
+    db.execute("PRAGMA legacy_alter_table=ON")
+    for table in tables:
+        db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+    db.execute("PRAGMA legacy_alter_table=OFF")
+    _create_missing(db, "TABLE")
+    db.execute(_NUMBERS + more)
+    for table in tables:
+        db.execute(f"DROP TABLE old_{table}")
+    _create_missing(db, "INDEX")
 
 
 def _drop(db: apsw.Connection, *kinds: str) -> None:
@@ -149,4 +170,6 @@ def _disown(db: apsw.Connection) -> None:
             db.execute("UPDATE evidence SET payer = ? WHERE id = ?", (peer_id(keys[0][0]), number))
 
 
-_STEPS: Final[dict[int, Callable[[apsw.Connection, int], None]]] = {1: _rewrite, 2: _add}
+_STEPS: Final[dict[int, Callable[[apsw.Connection, int], None]]] = {
+    1: _rewrite, 2: _correct, 3: _number,
+}  # fmt: skip

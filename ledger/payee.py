@@ -14,6 +14,7 @@ from aivillage.ledger.books import (
     account_of,
     ensure_peer,
     keep_evidence,
+    keep_item,
     one,
     post,
     rows,
@@ -160,6 +161,13 @@ def _book(
     if not old.vouchers:
         ensure_peer(db, peer)
     cum = max(old.cum, body.cum)
+    db.execute(
+        "INSERT INTO voucher_in VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            *(*place, body.n, body.cum, voucher.body, voucher.signature),
+            *(msgspec.msgpack.encode(voucher.items), attest),
+        ),
+    )
     counted = _label(db, peer, body, voucher, cum - old.attr)
     attr = old.attr + sum(increase for _, increase in counted)
     money = cum - old.cum
@@ -169,13 +177,6 @@ def _book(
         " excluded.n, cum = excluded.cum, attr = excluded.attr, service = excluded.service,"
         " count = excluded.count, fold = NULL",
         (*place, max(old.n, body.n), cum, attr, old.service + credit, old.vouchers + 1),
-    )
-    db.execute(
-        "INSERT INTO voucher_in VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            *(*place, body.n, body.cum, voucher.body, voucher.signature),
-            *(msgspec.msgpack.encode(voucher.items), attest),
-        ),
     )
     db.execute("UPDATE peer SET paid = paid + ? WHERE peer = ?", (credit, peer))
     earned = [
@@ -202,7 +203,11 @@ def _service(
 def _label(
     db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher, room: MicroCredits
 ) -> list[tuple[Item, MicroCredits]]:
-    """Takes the items that the lane's cum covers: (item, increase). Items never exceed cum."""
+    """Takes the items that the lane's cum covers: (item, increase). Items never exceed cum.
+
+    The voucher is the row that was written last.
+    """
+    number = db.last_insert_rowid()
     counted = []
     for item in voucher.items:
         row = one(db, _ITEM, (peer, item.kind, item.id))
@@ -211,12 +216,7 @@ def _label(
         if lane != body.lane or increase > room:
             continue
         room -= increase
-        db.execute(
-            "INSERT INTO item VALUES (0, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
-            " amount = max(amount, excluded.amount), last_n = max(last_n, excluded.last_n),"
-            " final = max(final, excluded.final)",
-            (peer, item.kind, item.id, body.lane, item.amount, body.n, item.final),
-        )
+        keep_item(db, peer, item, (body.lane, body.n, number), mine=False)
         counted.append((item, increase))
     return counted
 

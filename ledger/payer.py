@@ -19,6 +19,7 @@ from aivillage.ledger.books import (
     account_of,
     ensure_peer,
     keep_evidence,
+    keep_item,
     key_of,
     one,
     own_keys,
@@ -141,16 +142,12 @@ def _keep(
 def _insert(db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher) -> None:
     items = msgspec.msgpack.encode(voucher.items)
     db.execute(
-        "INSERT INTO voucher_out VALUES (?, ?, ?, ?, ?, ?, ?, NULL, NULL)",
+        "INSERT INTO voucher_out VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, NULL, NULL)",
         (peer, body.lane, body.n, body.cum, voucher.body, voucher.signature, items),
     )
+    number = db.last_insert_rowid()
     for item in voucher.items:
-        db.execute(
-            "INSERT INTO item VALUES (1, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
-            " amount = max(amount, excluded.amount), last_n = max(last_n, excluded.last_n),"
-            " final = max(final, excluded.final) WHERE lane = excluded.lane",
-            (peer, item.kind, item.id, body.lane, item.amount, body.n, item.final),
-        )
+        keep_item(db, peer, item, (body.lane, body.n, number), mine=True)
         if item.final and item.kind == JOB:
             drop_intent(db, peer, AttemptId(item.id))
 
@@ -238,8 +235,8 @@ def note_receipt(db: apsw.Connection, peer: PeerId, body: ReceiptBody, receipt: 
 
 # The vouchers that still say something: the last to name some attempt. The last of a lane is one.
 _TELLING: Final = """
-  SELECT DISTINCT last_n FROM item WHERE mine = 1 AND peer = ? AND lane = ?
-    AND last_n BETWEEN ? AND ? ORDER BY last_n LIMIT ?
+  SELECT v.n FROM voucher_out v WHERE v.peer = ? AND v.lane = ? AND v.n BETWEEN ? AND ?
+    AND EXISTS (SELECT 1 FROM item WHERE mine = 1 AND voucher = v.id) ORDER BY v.n LIMIT ?
 """
 
 
@@ -268,7 +265,7 @@ def as_voucher(row: tuple[Any, ...]) -> Voucher:
 _OPEN = """
   FROM voucher_out v WHERE v.peer = ?1 AND v.receipt IS NULL AND (
     v.n = (SELECT n FROM lane_out WHERE peer = ?1 AND lane = v.lane)
-    OR EXISTS (SELECT 1 FROM item WHERE mine = 1 AND peer = ?1 AND lane = v.lane AND last_n = v.n))
+    OR EXISTS (SELECT 1 FROM item WHERE mine = 1 AND voucher = v.id))
 """
 
 

@@ -112,6 +112,7 @@ CREATE TABLE lane_out(
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE voucher_out(
+  id INTEGER PRIMARY KEY,
   peer TEXT NOT NULL,
   lane BLOB NOT NULL,
   n INTEGER NOT NULL,
@@ -121,7 +122,7 @@ CREATE TABLE voucher_out(
   items BLOB NOT NULL,
   receipt INTEGER REFERENCES receipt(id),
   attest INTEGER,
-  PRIMARY KEY (peer, lane, n)
+  UNIQUE (peer, lane, n)
 ) STRICT;
 
 CREATE INDEX voucher_out_open ON voucher_out(peer, lane, n) WHERE receipt IS NULL;
@@ -148,6 +149,7 @@ CREATE TABLE lane_in(
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE voucher_in(
+  id INTEGER PRIMARY KEY,
   peer TEXT NOT NULL,
   lane BLOB NOT NULL,
   n INTEGER NOT NULL,
@@ -156,10 +158,11 @@ CREATE TABLE voucher_in(
   signature BLOB NOT NULL,
   items BLOB NOT NULL,
   attest INTEGER NOT NULL,
-  PRIMARY KEY (peer, lane, n)
+  UNIQUE (peer, lane, n)
 ) STRICT;
 
--- `amount` is cumulative; an id lives on one lane. `mine`: I am the payer.
+-- `amount` is cumulative; an id lives on one lane. `mine`: I am the payer. `voucher` has the last
+-- word, and is the `last_n`th of the lane: found by its id, since new ids lie on one page.
 CREATE TABLE item(
   mine INTEGER NOT NULL,
   peer TEXT NOT NULL,
@@ -169,9 +172,10 @@ CREATE TABLE item(
   amount INTEGER NOT NULL CHECK (amount BETWEEN 0 AND 9007199254740991),
   last_n INTEGER NOT NULL,
   final INTEGER NOT NULL,
+  voucher INTEGER NOT NULL,
   PRIMARY KEY (mine, peer, kind, id)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX item_lane ON item(mine, peer, lane, last_n);
+CREATE INDEX item_voucher ON item(mine, voucher);
 
 CREATE TABLE intent(                                  -- what I asked for and may owe after a crash
   peer TEXT NOT NULL,
@@ -341,7 +345,7 @@ WHEN NEW.n < OLD.n OR NEW.cum < OLD.cum OR NEW.attr < OLD.attr OR NEW.sealed < O
 BEGIN SELECT RAISE(ABORT, 'a lane never goes back'); END;
 CREATE TRIGGER lane_in_stays BEFORE DELETE ON lane_in
 BEGIN SELECT RAISE(ABORT, 'lanes are never deleted'); END;
-CREATE TRIGGER voucher_out_kept BEFORE UPDATE OF peer, lane, n, cum, body, signature, items
+CREATE TRIGGER voucher_out_kept BEFORE UPDATE OF id, peer, lane, n, cum, body, signature, items
 ON voucher_out
 BEGIN SELECT RAISE(ABORT, 'signed bytes are never changed'); END;
 -- What a later voucher says too may go; the last word on an item, and of a lane, stays, and the
@@ -350,19 +354,17 @@ CREATE TRIGGER voucher_out_stays BEFORE DELETE ON voucher_out
 WHEN OLD.n = (SELECT n FROM lane_out WHERE peer = OLD.peer AND lane = OLD.lane)
   OR OLD.receipt IS NOT NULL
     AND OLD.cum = (SELECT confirmed FROM lane_out WHERE peer = OLD.peer AND lane = OLD.lane)
-  OR EXISTS (SELECT 1 FROM item
-    WHERE mine = 1 AND peer = OLD.peer AND lane = OLD.lane AND last_n = OLD.n)
+  OR EXISTS (SELECT 1 FROM item WHERE mine = 1 AND voucher = OLD.id)
 BEGIN SELECT RAISE(ABORT, 'a proof is never deleted'); END;
 CREATE TRIGGER voucher_in_kept BEFORE UPDATE ON voucher_in
 BEGIN SELECT RAISE(ABORT, 'signed bytes are never changed'); END;
 CREATE TRIGGER voucher_in_stays BEFORE DELETE ON voucher_in
 WHEN OLD.n = (SELECT n FROM lane_in WHERE peer = OLD.peer AND lane = OLD.lane)
-  OR EXISTS (SELECT 1 FROM item
-    WHERE mine = 0 AND peer = OLD.peer AND lane = OLD.lane AND last_n = OLD.n)
+  OR EXISTS (SELECT 1 FROM item WHERE mine = 0 AND voucher = OLD.id)
 BEGIN SELECT RAISE(ABORT, 'a proof is never deleted'); END;
 CREATE TRIGGER item_rises BEFORE UPDATE ON item
 WHEN NEW.amount < OLD.amount OR NEW.last_n < OLD.last_n OR NEW.final < OLD.final
-  OR NEW.lane <> OLD.lane
+  OR NEW.lane <> OLD.lane OR (NEW.last_n = OLD.last_n) <> (NEW.voucher = OLD.voucher)
 BEGIN SELECT RAISE(ABORT, 'an item never goes back'); END;
 CREATE TRIGGER paid_rises BEFORE UPDATE OF paid ON peer WHEN NEW.paid < OLD.paid
 BEGIN SELECT RAISE(ABORT, 'what was paid stays paid'); END;

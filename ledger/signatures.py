@@ -30,10 +30,10 @@ from aivillage.protocols.vouchers import (
 
 _items: Final = msgspec.msgpack.Decoder(tuple[Item, ...])
 _VOUCHERS: Final = {
-    "in": "SELECT rowid, peer, lane, n, cum, body, signature, items FROM voucher_in"
-    " WHERE rowid > ? ORDER BY rowid LIMIT ?",
-    "out": "SELECT rowid, peer, lane, n, cum, body, signature, items FROM voucher_out"
-    " WHERE rowid > ? ORDER BY rowid LIMIT ?",
+    "in": "SELECT id, peer, lane, n, cum, body, signature, items FROM voucher_in"
+    " WHERE id > ? ORDER BY id LIMIT ?",
+    "out": "SELECT id, peer, lane, n, cum, body, signature, items FROM voucher_out"
+    " WHERE id > ? ORDER BY id LIMIT ?",
 }
 _RECEIPTS: Final = "SELECT id, peer, body, signature FROM receipt WHERE id > ? ORDER BY id LIMIT ?"
 _RECEIPTED: Final = """

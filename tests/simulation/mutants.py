@@ -195,7 +195,7 @@ def _counts_as_pay(*kinds: int) -> AbstractContextManager[Any]:
 
 
 def _drops_proofs() -> AbstractContextManager[Any]:
-    return reworded(compaction, "_SUPERSEDED", ("AND i.peer = v.peer", "AND i.peer = ''"))
+    return reworded(compaction, "_SUPERSEDED", ("i.voucher = v.id", "i.voucher = 0"))
 
 
 def _pay_on_arrival() -> AbstractContextManager[Any]:
@@ -429,7 +429,7 @@ SURVIVORS: dict[str, tuple[Plant, str]] = {
         "memory only asks; the reservation reads the file, after the voucher's own step",
     ),
     "only_ends_are_sent_again": (
-        lambda: reworded(payer, "_OPEN", ("AND last_n = v.n)", "AND last_n = v.n AND final)")),
+        lambda: reworded(payer, "_OPEN", ("AND voucher = v.id)", "AND voucher = v.id AND final)")),
         "SYNC on the next connection shows the rest, both ways",
     ),
 }

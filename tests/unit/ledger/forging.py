@@ -305,7 +305,7 @@ def a_voucher_of_mine_that_says_less(db):
     body = msgspec.msgpack.encode(VoucherBody(public_key(BUYER), lane, 2, 4, root_of(wanted)))
     items = msgspec.msgpack.encode(wanted)
     row = (BUYER, lane, 2, 4, body, B.sign(voucher_prefixed(body)), items)
-    db.execute("INSERT INTO voucher_out VALUES (?, ?, ?, ?, ?, ?, ?, NULL, NULL)", row)
+    db.execute("INSERT INTO voucher_out VALUES (9, ?, ?, ?, ?, ?, ?, ?, NULL, NULL)", row)
 
 
 def a_receipt_for_something_else(db):
@@ -373,7 +373,7 @@ WAYS = [
     (a_receipt_for_something_else, f"voucher 1 to {BUYER} on lane"),
     (a_proof_about_another_voucher, "it is about another voucher"),
     (_sql("DELETE FROM account WHERE account = 'earned'"), "account earned: is missing"),
-    (_sql(f"INSERT INTO item VALUES (1, '{BUYER}', 4, x'00', x'00', 5, 1, 1)"), "item 00 of"),
+    (_sql(f"INSERT INTO item VALUES (1, '{BUYER}', 4, x'00', x'00', 5, 1, 1, 0)"), "item 00 of"),
     (_sql("UPDATE bal SET amount = 1000000"), f"balance of {BUYER}: 1000000 is stored"),
     (_sql(f"INSERT INTO bal VALUES ('{RICH}', 1000000, 1)"), f"balance of {RICH}: 1000000 is"),
     (_sql("UPDATE account SET amount = amount + 1"), "account "),

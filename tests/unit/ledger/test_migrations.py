@@ -42,14 +42,37 @@ def entries(db):
     return books.rows(db, "SELECT * FROM entry ORDER BY seq")
 
 
+def columns(db, *tables):
+    return {t: [name for _, name, *_ in books.rows(db, f"PRAGMA table_info({t})")] for t in tables}
+
+
+def kept(db, shape):
+    """All rows of these tables, as far as these columns go."""
+    return {
+        table: books.rows(db, f"SELECT {', '.join(names)} FROM {table} ORDER BY {', '.join(names)}")
+        for table, names in shape.items()
+    }
+
+
+_MISPLACED = """
+  SELECT count(*) FROM item i WHERE NOT EXISTS (
+    SELECT 1 FROM voucher_out v WHERE i.mine = 1 AND v.id = i.voucher
+      AND (v.peer, v.lane, v.n) = (i.peer, i.lane, i.last_n)
+    UNION ALL SELECT 1 FROM voucher_in v WHERE i.mine = 0 AND v.id = i.voucher
+      AND (v.peer, v.lane, v.n) = (i.peer, i.lane, i.last_n))
+"""
+
+
 @pytest.mark.parametrize("name", ["buyer", "seller"])
 def test_a_book_of_schema_1_keeps_every_entry_proof_and_balance(old, name):
     db = opened(old(name))
-    before = {t: books.rows(db, f"SELECT * FROM {t}") for t in ("posting", "voucher_in", "item")}
+    shape = columns(db, "posting", "voucher_in", "voucher_out", "item")
+    before = kept(db, shape)
     was = entries(db)
     books.prepare(db, KEYS[name].public_key, NOW)
     assert entries(db) == was
-    assert {t: books.rows(db, f"SELECT * FROM {t}") for t in before} == before
+    assert kept(db, shape) == before
+    assert books.one(db, _MISPLACED) == (0,)
     report = run(db, audit(KEYS[name].verify))
     assert report.ok, report.first_error
     assert run(db, balance()).net == NET[name]
@@ -94,16 +117,19 @@ async def test_an_old_book_that_breaks_the_rules_is_refused_and_left_alone(old):
     assert len(entries(db)) == 47
 
 
-# ------------------------------------------------------------------ schema 2
+# ------------------------------------------------------------------ schemas 2 and 3
 
 
 @pytest.fixture
-def second(tmp_path: Path):
-    """A copy of a book that schema 2 wrote: compacted, with corrections, favours and proofs."""
+def later(tmp_path: Path):
+    """A copy of a book that schema 2 wrote: compacted, with corrections, favours and proofs.
 
-    def copy(name):
+    Or of the same one after schema 3 took it over.
+    """
+
+    def copy(name, version=2):
         path = tmp_path / f"{name}.db"
-        shutil.copy(DATA / f"ledger_v2_{name}.db", path)
+        shutil.copy(DATA / f"ledger_v{version}_{name}.db", path)
         return opened(path)
 
     return copy
@@ -112,12 +138,16 @@ def second(tmp_path: Path):
 _KEPT = ("entry", "posting", "memo", "voucher_in", "voucher_out", "item", "favour", "bal")
 
 
+@pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("name", ["buyer", "seller"])
-def test_a_book_of_schema_2_keeps_every_row_and_passes_the_audit_of_today(second, name):
-    db = second(name)
-    before = {t: books.rows(db, f"SELECT * FROM {t}") for t in _KEPT}
+def test_a_later_book_keeps_every_row_and_passes_the_audit_of_today(later, name, version):
+    db = later(name, version)
+    assert books.one(db, "PRAGMA user_version") == (version,)
+    shape = columns(db, *_KEPT)
+    before = kept(db, shape)
     books.prepare(db, KEYS[name].public_key, NOW)
-    assert {t: books.rows(db, f"SELECT * FROM {t}") for t in _KEPT} == before
+    assert kept(db, shape) == before
+    assert books.one(db, _MISPLACED) == (0,)
     report = run(db, audit(KEYS[name].verify))
     assert report.ok, report.first_error
     assert books.rows(db, "SELECT peer, worth FROM favour_sum") == [(THIRD, 18)]
@@ -128,9 +158,9 @@ def test_a_book_of_schema_2_keeps_every_row_and_passes_the_audit_of_today(second
 THIRD = peer_id(bytes([7]) * 32)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_migrated_book_has_the_schema_of_a_new_one(second, old, version):
-    db = second("seller") if version == 2 else opened(old("seller"))
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_migrated_book_has_the_schema_of_a_new_one(later, old, version):
+    db = later("seller", version) if version > 1 else opened(old("seller"))
     books.prepare(db, B.public_key, NOW)
     shape = "SELECT type, name, sql FROM sqlite_schema WHERE sql NOT NULL ORDER BY name"
     new = apsw.Connection(":memory:")
@@ -138,16 +168,16 @@ def test_a_migrated_book_has_the_schema_of_a_new_one(second, old, version):
     assert books.rows(db, shape) == books.rows(new, shape)
 
 
-def test_what_counts_as_confirmed_is_what_receipts_still_prove(second):
+def test_what_counts_as_confirmed_is_what_receipts_still_prove(later):
     """Compaction of schema 2 dropped receipts that nothing can be shown for any more."""
-    db = second("buyer")
+    db = later("buyer")
     assert books.rows(db, "SELECT confirmed FROM lane_out") == [(40,)]
     books.prepare(db, A.public_key, NOW)
     assert books.rows(db, "SELECT confirmed FROM lane_out") == [(0,)]
 
 
-def test_a_proof_against_a_copy_of_oneself_no_longer_accuses_who_showed_it(second):
-    db = second("buyer")
+def test_a_proof_against_a_copy_of_oneself_no_longer_accuses_who_showed_it(later):
+    db = later("buyer")
     assert books.rows(db, "SELECT payer FROM evidence") == [(SELLER,)]
     books.prepare(db, A.public_key, NOW)
     assert books.rows(db, "SELECT payer FROM evidence") == [(BUYER,)]
@@ -161,8 +191,8 @@ def test_a_proof_against_a_copy_of_oneself_no_longer_accuses_who_showed_it(secon
         ([("doubtful", -5), ("writeoff", 6), ("gift", -1)], "write-off"),
     ],
 )
-def test_a_book_of_schema_2_that_credited_itself_is_refused_and_left_alone(second, legs, kind):
-    db = second("seller")
+def test_a_book_of_schema_2_that_credited_itself_is_refused_and_left_alone(later, legs, kind):
+    db = later("seller")
     with db:
         wanted = [books.Leg(account, None, amount) for account, amount in legs]
         books.correct(db, BUYER, kind, "mine now", wanted, NOW)  # schema 2 let it in

@@ -150,7 +150,7 @@ def test_only_the_same_item_of_the_same_lane_was_counted_before(buyer, change, s
     stored = {"mine": 1, "peer": SELLER, "kind": JOB, "id": bytes([1]) * 16, "lane": WALLET.lane}
     with buyer:
         buyer.execute(
-            "INSERT INTO item VALUES (?, ?, ?, ?, ?, 10, 1, 0)", (*(stored | change).values(),)
+            "INSERT INTO item VALUES (?, ?, ?, ?, ?, 10, 1, 0, 0)", (*(stored | change).values(),)
         )
         payer.adopt(buyer, SELLER, forged(2, 30, item(1, 30)), NOW)
     legs = books.rows(buyer, "SELECT amount FROM posting WHERE account = 'spent'")

@@ -6,7 +6,7 @@ import apsw
 import pytest
 import trio
 
-from aivillage.ledger.store import Store
+from aivillage.ledger.store import GATHER_SECONDS, Store
 from aivillage.protocols.errors import LedgerError, NodeError
 
 
@@ -65,6 +65,35 @@ async def test_many_jobs_share_a_commit(store):
     await replies.wait(301)
     assert len(commits) <= 4
     assert replies.errors == []
+
+
+async def test_after_a_crowd_the_writer_waits_for_company_and_alone_it_does_not(
+    store, tmp_path, monkeypatch
+):
+    """A commit costs as much for one as for many; what comes in that moment shares it."""
+    replies, commits, waits = Replies(store), [], []
+
+    def wait(seconds):
+        waits.append(seconds)
+        replies.add(insert("company"))
+
+    monkeypatch.setattr("aivillage.ledger.store.time.sleep", wait)
+    replies.add(lambda db: db.set_commit_hook(lambda: bool(commits.append(1))))
+    await replies.wait(1)
+    replies.add(insert("alone"))
+    await replies.wait(2)
+    assert (waits, len(commits)) == ([], 2)
+    begun, gate = threading.Event(), threading.Event()
+    replies.add(lambda db: (begun.set(), gate.wait(5)))
+    await trio.to_thread.run_sync(begun.wait, 5)
+    for value in range(2):
+        replies.add(insert(value))
+    gate.set()
+    await replies.wait(5)
+    assert (waits, len(commits)) == ([], 4)
+    replies.add(insert("the next"))
+    await replies.wait(7)
+    assert (waits, len(commits)) == ([GATHER_SECONDS], 5)
 
 
 async def test_a_job_that_fails_undoes_only_itself(store):
