@@ -2,7 +2,7 @@
 
 import pytest
 
-from aivillage.ledger import books, payer, sync
+from aivillage.ledger import books, folds, payer, sync
 from aivillage.ledger.folds import fold
 from aivillage.protocols.vouchers import BLOB_BYTES_MAX, SyncDigest, encode, lane_of
 from tests.unit.ledger.test_steps import BUYER, NOW, SELLER, A, book, item, take
@@ -67,3 +67,12 @@ def test_what_is_learned_later_changes_the_fold_that_was_kept(buyer, seller):
     after = fold(seller, BUYER, 3, mine=False)
     assert before != after == fold(buyer, SELLER, 3, mine=True)
     assert books.rows(seller, "SELECT count(*) FROM lane_in WHERE fold IS NULL") == [(1,)]
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_a_digest_reads_the_vouchers_of_its_lane_and_their_items(buyer, side):
+    """Not all items of all lanes, for each voucher: what SQLite chooses by itself."""
+    sql = f"EXPLAIN QUERY PLAN {folds._ITEMS.format(side)}"
+    plan = [row[3] for row in buyer.execute(sql, (1, SELLER, bytes(16)))]
+    assert "(peer=? AND lane=?)" in plan[0]
+    assert "item_voucher (mine=? AND voucher=?)" in plan[1]
