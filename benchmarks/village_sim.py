@@ -7,9 +7,10 @@ what of the node runs: all that hears, links, dials, sells, buys and books, with
 and what is made up: the engine, clocks, delays of 20 to 40 ms, SQLite in memory). Made up here:
 nodes arrive twenty a second, each knowing the founder only; one in fifty, at least one, sells the
 rare operation; a fifth of the nodes leaves every hour, at once and unannounced, and is back five
-minutes later; each node asks for a job every 100 s, three in ten for the rare operation. A job that
-fails while nobody who could do it is there is counted as `jobs_nobody_could`, not as failed. Pings
-are a minute apart instead of ten seconds: they are counted beside, never among the messages.
+minutes later; each node asks for a job every 100 s, three in ten for the rare operation. A job
+waits ten seconds for a seller; one that fails although one was there for the last five of them, or
+from its beginning, counts as failed, and as `jobs_nobody_could` otherwise. Pings are a minute apart
+instead of ten seconds: they are counted beside, never among the messages.
 
 `messages` are what offers and ads travel in. `find_s` is from a job's wish for the rare operation
 to a seller that said yes, quote included. `cold_find_s` is until an offer is there of an operation

@@ -72,6 +72,8 @@ NEWS = ("Gossip", "OffersQuestion", "OffersAnswer")
 """What offers and ads travel in."""
 TICK_SECONDS = 1.0
 """Of a ledger; the product's own is twenty times as often."""
+NOTICED_SECONDS = 5.0
+"""Half of the time that a job waits: who comes back is dialled, and says what it sells."""
 GIVE_UP_SECONDS = 30.0
 """Of a search: three times what a job waits."""
 
@@ -131,7 +133,7 @@ class Member:
         self.lies = index >= home.plan.size - home.plan.liars
         self.sent: collections.Counter[str] = collections.Counter()
         self.sent_bytes = 0
-        self.up = False
+        self.up_since: float | None = None
         self.scope = trio.CancelScope()
         self.found_seconds: list[float] = []
         self.minor = VERSION_MINOR
@@ -166,14 +168,21 @@ class Member:
                 ):
                     self.links = links
                     self._serve(nursery, book, events, papers)
-                    self.up = True
+                    self.up_since = trio.current_time()
                     task_status.started()
                     await trio.sleep_forever()
 
     def stop(self) -> None:
         """From this moment it is not there: nobody gives it a job while it ends."""
-        self.up = False
+        self.up_since = None
         self.scope.cancel()
+
+    def could(self, operation: str, since: float) -> bool:
+        """Whether it does it, and is there: ever since then, or for `NOTICED_SECONDS`."""
+        if operation not in self.skills or self.up_since is None:
+            return False
+        now = trio.current_time()
+        return now - max(since, self.up_since) >= min(NOTICED_SECONDS, now - since)
 
     def _hello(self, book: NodeBook, papers: Any, addresses: Callable[[], Any]) -> Any:
         membership, owners, grants = papers
@@ -325,7 +334,7 @@ class Village:
         return workers
 
     def present(self) -> list[Member]:
-        return [member for member in self.members if member.up]
+        return [member for member in self.members if member.up_since is not None]
 
     # ------------------------------------------------------------------ life
     async def churn(self) -> None:
@@ -362,11 +371,12 @@ class Village:
 
     async def _job(self, member: Member, operation: str) -> None:
         self._busy[member.name] += 1
+        began = trio.current_time()
         running = await member.ask(operation)
         self._busy[member.name] -= 1
         if running.error is None:
             self.done += 1
-        elif not any(operation in other.skills for other in self.present() if other != member):
+        elif not any(other.could(operation, began) for other in self.members if other != member):
             self.nobody_could += 1
         else:
             self.failed += 1

@@ -122,6 +122,25 @@ def test_an_operation_that_nobody_has_heard_of_is_found_by_an_ad(few_links, monk
     assert large_village.run(life) < 30
 
 
+def test_a_job_counts_as_failed_where_a_seller_was_there_for_long_enough(few_links):
+    async def life():
+        async with settled(3, rare_sellers=1) as home:
+            seller, other = home.members[1], home.members[2]
+            began = trio.current_time()
+            assert seller.could(RARE, began)  # it failed at once: no absence explains it
+            assert not other.could(RARE, began)
+            seller.stop()
+            await trio.sleep(6)
+            assert not seller.could(RARE, began)
+            await home.start(seller)
+            await trio.sleep(large_village.NOTICED_SECONDS - 0.1)
+            assert not seller.could(RARE, began)
+            await trio.sleep(0.1)
+            assert seller.could(RARE, began)
+
+    large_village.run(life)
+
+
 def test_a_founder_with_few_bytes_left_leaves_no_newcomer_alone(few_links, small_views):
     """Whoever knows the founder only finds nobody that the founder does not name.
 
