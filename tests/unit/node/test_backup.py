@@ -17,6 +17,7 @@ from msgspec import structs
 
 from aivillage.cli import main
 from aivillage.ledger import reader
+from aivillage.ledger.books import SCHEMA_VERSION
 from aivillage.ledger.ledger import open_ledger
 from aivillage.node import archive, identity, lock
 from aivillage.node.backup import backup, restore
@@ -462,7 +463,11 @@ def test_the_commands_say_what_a_restored_node_does_not_do_yet(node, tmp_path, c
     file, other = tmp_path / "b.tar", tmp_path / "other"
     assert main.main(["backup", str(file), "--data-dir", str(node.data_dir), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["path"], told["peer"], told["ledger_schema"]) == (str(file), SELLER, 3)
+    assert (told["path"], told["peer"], told["ledger_schema"]) == (
+        str(file),
+        SELLER,
+        SCHEMA_VERSION,
+    )
     assert main.main(["backup", str(file), "--data-dir", str(node.data_dir)]) == 2
     assert "--force" in capsys.readouterr().err
     assert main.main(["restore", str(file), "--data-dir", str(other)]) == 0

@@ -20,8 +20,8 @@ class Book:
         self.asked = []
 
     async def compact(self, cursor):
-        self.asked.append(cursor.rowid)
-        after = Cursor("out", cursor.rowid + 1) if cursor.rowid < 2 else None
+        self.asked.append(cursor.id)
+        after = Cursor("out", cursor.id + 1) if cursor.id < 2 else None
         return Compacted(looked=10, vouchers=3, receipts=2, intents=1, after=after)
 
 
