@@ -131,10 +131,9 @@ class Member:
         self.skills = (COMMON, RARE) if 0 < index <= home.plan.rare_sellers else (COMMON,)
         self.hollow: tuple[str, ...] = ()
         self.lies = index >= home.plan.size - home.plan.liars
-        self.sent: collections.Counter[str] = collections.Counter()
-        self.sent_bytes = 0
+        self.sent, self.sent_bytes = collections.Counter[str](), 0
         self.up_since: float | None = None
-        self.scope = trio.CancelScope()
+        self.ended: trio.Event | None = None
         self.found_seconds: list[float] = []
         self.minor = VERSION_MINOR
         self.links: Links
@@ -151,7 +150,7 @@ class Member:
 
     async def live(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs until `scope` is cancelled: its streams break then, as a killed node's do."""
-        plan, self.scope = self.home.plan, trio.CancelScope()
+        plan, self.scope, self.ended = self.home.plan, trio.CancelScope(), trio.Event()
         with self.scope:
             async with self.home.network.open(self.name, self.peer) as wire:
                 self.ledger = Ledger(
@@ -171,6 +170,7 @@ class Member:
                     self.up_since = trio.current_time()
                     task_status.started()
                     await trio.sleep_forever()
+        self.ended.set()
 
     def stop(self) -> None:
         """From this moment it is not there: nobody gives it a job while it ends."""
@@ -277,8 +277,8 @@ class Member:
 
 
 def without_vouchers(message: messages.Ledger) -> messages.Ledger:
-    kept = tuple(blob for blob in message.blobs if not isinstance(decode(blob)[1], Voucher))
-    return msgspec.structs.replace(message, blobs=kept)
+    blobs = tuple(blob for blob in message.blobs if not isinstance(decode(blob)[1], Voucher))
+    return msgspec.structs.replace(message, blobs=blobs)
 
 
 def books_in_memory(key: Any) -> apsw.Connection:
@@ -318,6 +318,8 @@ class Village:
             await trio.sleep(self.plan.join_seconds)
 
     async def start(self, member: Member) -> None:
+        if member.ended is not None:
+            await member.ended.wait()
         await self._nursery.start(member.live)
 
     async def _invite(self, member: Member) -> None:

@@ -130,7 +130,7 @@ def test_a_job_counts_as_failed_where_a_seller_was_there_for_long_enough(few_lin
             assert seller.could(RARE, began)  # it failed at once: no absence explains it
             assert not other.could(RARE, began)
             seller.stop()
-            await trio.sleep(60)  # what it began has ended, and its name is free
+            await trio.sleep(6)
             assert not seller.could(RARE, began)
             await home.start(seller)
             await trio.sleep(large_village.NOTICED_SECONDS - 0.5)
