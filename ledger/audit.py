@@ -112,17 +112,19 @@ def _lanes(tally: Tally) -> Query[None]:
         raise WrongError(f"lane {lane.hex()} of {peer}: is missing")
 
 
+# Items are read once and summed by lane: no index finds those of one.
 _ATTR = """
-  SELECT l.peer, l.lane FROM lane_in l WHERE l.attr <> (SELECT coalesce(sum(i.amount), 0)
-    FROM item i WHERE i.mine = 0 AND i.peer = l.peer AND i.lane = l.lane) LIMIT 1
+  WITH said(peer, lane, amount) AS (
+    SELECT peer, lane, sum(amount) FROM item WHERE mine = 0 GROUP BY peer, lane)
+  SELECT l.peer, l.lane FROM lane_in l LEFT JOIN said s ON s.peer = l.peer AND s.lane = l.lane
+  WHERE l.attr <> coalesce(s.amount, 0) LIMIT 1
 """
 _SERVICE = """
-  SELECT l.peer, l.lane FROM lane_in l WHERE NOT CASE l.sealed
-    WHEN 1 THEN l.service >= (SELECT coalesce(sum(i.amount), 0) FROM item i
-      WHERE i.mine = 0 AND i.peer = l.peer AND i.lane = l.lane AND i.kind IN (0, 2))
-    ELSE l.service = (SELECT coalesce(sum(i.amount), 0) FROM item i
-      WHERE i.mine = 0 AND i.peer = l.peer AND i.lane = l.lane AND i.kind IN (0, 2)) END
-  LIMIT 1
+  WITH said(peer, lane, amount) AS (
+    SELECT peer, lane, sum(amount) FROM item WHERE mine = 0 AND kind IN (0, 2) GROUP BY peer, lane)
+  SELECT l.peer, l.lane FROM lane_in l LEFT JOIN said s ON s.peer = l.peer AND s.lane = l.lane
+  WHERE NOT CASE l.sealed WHEN 1 THEN l.service >= coalesce(s.amount, 0)
+    ELSE l.service = coalesce(s.amount, 0) END LIMIT 1
 """
 _ARREARS = """
   SELECT p.peer FROM peer p WHERE p.arrears > 0 AND p.arrears > (SELECT coalesce(sum(i.amount), 0)

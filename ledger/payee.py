@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import apsw
@@ -168,7 +169,8 @@ def _book(
             *(msgspec.msgpack.encode(voucher.items), attest),
         ),
     )
-    counted = _label(db, peer, body, voucher, cum - old.attr)
+    stored = (body.lane, body.n, db.last_insert_rowid())
+    counted = _label(db, peer, stored, voucher.items, cum - old.attr)
     attr = old.attr + sum(increase for _, increase in counted)
     money = cum - old.cum
     credit = _service(counted, money, sealed=bool(old.sealed))
@@ -201,22 +203,25 @@ def _service(
 
 
 def _label(
-    db: apsw.Connection, peer: PeerId, body: VoucherBody, voucher: Voucher, room: MicroCredits
+    db: apsw.Connection,
+    peer: PeerId,
+    voucher: tuple[bytes, int, int],
+    items: Sequence[Item],
+    room: MicroCredits,
 ) -> list[tuple[Item, MicroCredits]]:
     """Takes the items that the lane's cum covers: (item, increase). Items never exceed cum.
 
-    The voucher is the row that was written last.
+    `voucher`: the stored one that has them, as (lane, n, id).
     """
-    number = db.last_insert_rowid()
     counted = []
-    for item in voucher.items:
+    for item in items:
         row = one(db, _ITEM, (peer, item.kind, item.id))
-        lane, amount, _ = row or (body.lane, 0, 0)
+        lane, amount, _ = row or (voucher[0], 0, 0)
         increase = max(0, item.amount - amount)
-        if lane != body.lane or increase > room:
+        if lane != voucher[0] or increase > room:
             continue
         room -= increase
-        keep_item(db, peer, item, (body.lane, body.n, number), mine=False)
+        keep_item(db, peer, item, voucher, mine=False)
         counted.append((item, increase))
     return counted
 

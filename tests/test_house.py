@@ -31,8 +31,19 @@ def test_a_connection_to_this_machine_is_let_through():
         sock.connect(server.getsockname())
 
 
-def test_the_results_file_names_every_test_with_outcome_and_seconds(tmp_path):
+def run_python(folder, *arguments):
     root = pathlib.Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={"PYTHONPATH": str(root), "PATH": ""},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_the_results_file_names_every_test_with_outcome_and_seconds(tmp_path):
     (tmp_path / "test_three.py").write_text(
         "import pytest\n"
         "def test_good(): pass\n"
@@ -44,14 +55,7 @@ def test_the_results_file_names_every_test_with_outcome_and_seconds(tmp_path):
     )
     (tmp_path / "test_broken.py").write_text("import nothing_of_this_name\n")
     options = ["-q", "-p", "tests.results_plugin", "-p", "no:cacheprovider", "--results", "r.json"]
-    subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", "."],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(root), "PATH": ""},
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
+    run_python(tmp_path, "-m", "pytest", *options, "--continue-on-collection-errors", ".")
     results = json.loads((tmp_path / "r.json").read_text())
     assert {r["name"].rpartition("::")[2]: r["outcome"] for r in results} == {
         "test_broken.py": "failed",
@@ -73,18 +77,6 @@ def test_bad_once():
     seen.touch()
     assert was_there
 """
-
-
-def run_python(folder, *arguments):
-    root = pathlib.Path(__file__).parents[1]
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={"PYTHONPATH": str(root), "PATH": ""},
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
 
 
 def run_tests(folder, *options):

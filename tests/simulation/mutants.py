@@ -118,9 +118,10 @@ def _epoch(rule: Callable[[int, bytes], int]) -> AbstractContextManager[Any]:
 def _late_items_dropped() -> AbstractContextManager[Any]:
     clean = payee._label
 
-    def label(db: Any, peer: Any, body: Any, voucher: Any, room: int) -> Any:
-        row = books.one(db, "SELECT n FROM lane_in WHERE peer = ? AND lane = ?", (peer, body.lane))
-        return [] if row and row[0] > body.n else clean(db, peer, body, voucher, room)
+    def label(db: Any, peer: Any, voucher: Any, items: Any, room: int) -> Any:
+        lane, n, _ = voucher
+        row = books.one(db, "SELECT n FROM lane_in WHERE peer = ? AND lane = ?", (peer, lane))
+        return [] if row and row[0] > n else clean(db, peer, voucher, items, room)
 
     return patch.object(payee, "_label", label)
 

@@ -4,7 +4,7 @@ import apsw
 import msgspec
 import pytest
 
-from aivillage.ledger.audit import audit
+from aivillage.ledger.audit import _ATTR, _SERVICE, audit
 from aivillage.ledger.queries import run
 from aivillage.protocols.envelope import is_signed_by
 from tests.unit.ledger.test_steps import (  # the same modules under test
@@ -130,3 +130,11 @@ def test_each_pass_is_heard_of_in_turn(books_of_two):
     heard = []
     run(books_of_two[0], audit(is_signed_by, heard.append))
     assert heard.index("vouchers out") < heard.index("entries") < heard.index("balances")
+
+
+@pytest.mark.parametrize("query", [_ATTR, _SERVICE])
+def test_items_are_summed_by_lane_in_one_pass(books_of_two, query):
+    """A node of a thousand boots has a thousand lanes of a peer, and no index of their items."""
+    buyer, *_ = books_of_two
+    plan = [row[3] for row in buyer.execute(f"EXPLAIN QUERY PLAN {query}")]
+    assert not [step for step in plan if "CORRELATED" in step]
