@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import trio
@@ -24,7 +24,10 @@ from aivillage.protocols.types import MicroCredits, PeerId, Seconds
 
 OFFER_BYTES_MAX: Final = 1024
 UNREACHABLE_SECONDS: Final = 60.0
-"""A peer that did not answer is left alone this long, whatever others say of it."""
+"""A peer that did not answer is left alone this long, whatever others say of it.
+
+Who has nobody else dials it sooner, where the peer itself has said something new: `reconsider`.
+"""
 FAREWELL_SECONDS: Final = 120.0
 """As long as an offer: who hears it later hears no older offer either."""
 
@@ -41,6 +44,13 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     neighbour: bool = False
 
 
+class _Unreachable(NamedTuple):
+    """Until when it is left alone, and the number of its newest offer by then."""
+
+    until: Seconds
+    seq: int
+
+
 class Discovery:
     """Offers heard, which live two minutes, and what was measured of peers."""
 
@@ -53,7 +63,7 @@ class Discovery:
         self.held, self.offers = self._offers.held, self._offers.all
         self.drop = self._offers.drop
         self.forget = self._offers.drop_stranger
-        self._unreachable_until: dict[PeerId, float] = {}
+        self._unreachable: dict[PeerId, _Unreachable] = {}
         self.records = {} if records is None else records
         self._seq = int(time.time() * 1000)
         self._changed = trio.Event()
@@ -102,8 +112,7 @@ class Discovery:
             )
             for offer in self.offers()
             for offered in offer.operations
-            if does(offered, operation, model)
-            and self._unreachable_until.get(offer.seller, 0) <= now
+            if does(offered, operation, model) and self._is_worth_asking(offer.seller, now)
         ]
         work = Work(operation, model)
         return sorted(found, key=lambda candidate: _rank(candidate, work))
@@ -117,11 +126,28 @@ class Discovery:
         return self._changed
 
     def unreachable(self, peer: PeerId) -> None:
-        self._unreachable_until[peer] = time.monotonic() + UNREACHABLE_SECONDS
+        until = time.monotonic() + UNREACHABLE_SECONDS
+        self._unreachable[peer] = _Unreachable(until, self._seq_of(peer))
 
     def reachable(self, peer: PeerId) -> None:
         """Direct contact overrides what we thought."""
-        self._unreachable_until.pop(peer, None)
+        self._unreachable.pop(peer, None)
+
+    def reconsider(self) -> None:
+        """Whoever said something new since we could not reach it is worth one more dial.
+
+        For who found nobody else. Its news makes nobody reachable: it may have been on its way.
+        """
+        for peer, found in list(self._unreachable.items()):
+            if self._seq_of(peer) > found.seq:
+                del self._unreachable[peer]
+
+    def _is_worth_asking(self, peer: PeerId, now: float) -> bool:
+        found = self._unreachable.get(peer)
+        return found is None or found.until <= now
+
+    def _seq_of(self, seller: PeerId) -> int:
+        return next((offer.seq for offer in self.offers() if offer.seller == seller), 0)
 
     # ------------------------------------------------------------------ said
     def make_farewell(self) -> bytes:

@@ -55,6 +55,8 @@ QUOTE_SECONDS: Final = 5.0
 CONNECT_SECONDS: Final = 5.0
 SEEK_SECONDS: Final = 10.0
 """How long a job waits for the first offer, its task advertised meanwhile."""
+LOOK_AGAIN_SECONDS: Final = 1.0
+"""While it waits and hears nothing; how often one task is advertised is the herald's matter."""
 OTHERS_SECONDS: Final = 0.25
 """Once one seller answered, the others asked have this long to be the better one."""
 QUOTE_MARGIN_MS: Final = 2_000
@@ -184,14 +186,14 @@ class Market:
                     return found
                 if asked:
                     continue
-                told = any(error.code != "PEER_LOST" for error in seen.reasons.values())
-                told = told or any(error.code in REFUSALS for error in excluded.values())
-                if told or not need.is_patient:
+                if seen.told() or not need.is_patient:
                     break  # somebody is there and said no: waiting changes nothing
                 self._advertise(need.work)
-                await news.wait()
+                with trio.move_on_after(LOOK_AGAIN_SECONDS):  # an ad that met nobody is repeated
+                    await news.wait()
                 seen.asked.clear()  # they could not be reached; who is back may be asked again
-        raise self._nobody(need, excluded, seen.reasons)
+                self._discovery.reconsider()
+        raise _nobody(seen)
 
     async def explain(self, need: Need) -> Explanation:
         """What `choose` would say now, and buys nothing. Nobody is waited for.
@@ -206,7 +208,7 @@ class Market:
                 break
         found = self._decide(seen)
         if found is None or found.explanation is None:
-            raise self._nobody(need, {}, seen.reasons)
+            raise _nobody(seen)
         return found.explanation
 
     def _look(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> _Seen:
@@ -405,26 +407,6 @@ class Market:
         """A restarted seller does not know its quotes."""
         self._quotes = {key: kept for key, kept in self._quotes.items() if key[0] != peer}
 
-    def _nobody(
-        self,
-        need: Need,
-        excluded: Mapping[PeerId, AivillageError],
-        reasons: Mapping[PeerId, AivillageError],
-    ) -> AivillageError:
-        told = [error for error in reasons.values() if error.code != "PEER_LOST"]
-        told += [error for error in excluded.values() if error.code in REFUSALS]
-        if told:
-            return told[0]
-        both = (*excluded.items(), *reasons.items())
-        tried = [f"{peer[-8:]}: {error.message}" for peer, error in both]
-        detail = f" ({'; '.join(tried[:4])})" if tried else ""
-        return RefusedError(
-            f"no peer does {' with '.join(filter(None, need.work))} now{detail}",
-            code="NO_PEER",
-            next_step="`aivillage-node peers` shows who is there; invite one that offers it, "
-            "or do it here: submit --local",
-        )
-
 
 async def _clears_nothing(_creditor: PeerId, _amount: MicroCredits) -> MicroCredits:
     return 0
@@ -448,6 +430,11 @@ class _Seen:
         self.asked: set[PeerId] = set()
         self.found: dict[PeerId, Choice] = {}
         self.reasons: dict[PeerId, AivillageError] = {}
+
+    def told(self) -> list[AivillageError]:
+        """What those said who are there and refused."""
+        now = [error for error in self.reasons.values() if error.code != "PEER_LOST"]
+        return [*now, *(error for error in self.excluded.values() if error.code in REFUSALS)]
 
     def rivals(self) -> list[Weighed]:
         """Who offers it and has not refused, by its offer."""
@@ -490,6 +477,20 @@ class _Seen:
         if peer not in self.asked and not one.facts.here:
             return f"not asked: {why_not(one, winner)}, by its offer"
         return why_not(one, winner)
+
+
+def _nobody(seen: _Seen) -> AivillageError:
+    if told := seen.told():
+        return told[0]
+    both = (*seen.excluded.items(), *seen.reasons.items())
+    tried = [f"{peer[-8:]}: {error.message}" for peer, error in both]
+    detail = f" ({'; '.join(tried[:4])})" if tried else ""
+    return RefusedError(
+        f"no peer does {' with '.join(filter(None, seen.need.work))} now{detail}",
+        code="NO_PEER",
+        next_step="`aivillage-node peers` shows who is there; invite one that offers it, "
+        "or do it here: submit --local",
+    )
 
 
 def _quoted_seconds(quote: Quote, need: Need) -> Seconds:

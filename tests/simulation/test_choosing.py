@@ -25,6 +25,12 @@ LOAD = 0.7
 """Of what all sellers together can do."""
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """All quotes are compared, also on a machine that stands still for a moment."""
+    monkeypatch.setattr("aivillage.node.market.OTHERS_SECONDS", 5.0)
+
+
 # ------------------------------------------------------------------ a hundred buyers
 
 

@@ -270,6 +270,33 @@ async def test_a_task_that_nobody_offers_is_advertised_and_a_latecomer_does_it(t
         await settled(buyer, seller, price_of(PROMPT, 3))
 
 
+async def test_who_is_back_is_dialled_by_a_job_that_found_nobody_else(tmp_path, monkeypatch):
+    """Its offer comes by way of another: that is no sign of life, and worth a dial."""
+    monkeypatch.setattr("aivillage.node.villagers.NEIGHBOURS", 1)  # nobody dials unasked
+    async with open_mesh(tmp_path) as mesh:
+        other = await mesh.add("other", serve=False)
+        buyer, seller = await mesh.add("buyer", serve=False), await mesh.add("seller")
+        await mesh.link(buyer, other)
+        await mesh.link(seller, other)
+        await until(lambda: buyer.desk.discovery.candidates("mesh.noop"))
+        assert buyer.desk.links.get(seller.peer) is None
+        buyer.desk.discovery.unreachable(seller.peer)
+        running = await buyer.ask(PROMPT, tokens=3)
+        assert result_of(running) == expected(PROMPT, 3)
+        assert running.pursuit.receipt().sellers == (seller.peer,)
+
+
+async def test_a_job_that_hears_nothing_asks_the_village_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("aivillage.node.market.SEEK_SECONDS", 1.0)
+    monkeypatch.setattr("aivillage.node.market.LOOK_AGAIN_SECONDS", 0.1)
+    async with open_mesh(tmp_path) as mesh:
+        buyer = await mesh.add("buyer", serve=False)
+        said = []
+        monkeypatch.setattr(buyer.desk.buyer._trade.market, "_advertise", said.append)
+        assert (await buyer.ask(PROMPT, tokens=3)).error.code == "NO_PEER"
+        assert len(said) >= 2
+
+
 async def test_a_job_pinned_to_a_peer_goes_there_and_nowhere_else(tmp_path, monkeypatch):
     async with open_mesh(tmp_path) as mesh:
         buyer = await mesh.add("buyer", serve=False)

@@ -112,6 +112,20 @@ def test_an_unreachable_peer_is_left_alone_for_a_minute_or_until_it_is_back(foun
     assert order(found) == [make_peer(2)]
 
 
+def test_who_said_something_new_since_it_was_unreachable_is_worth_one_more_dial(found, clock):
+    hear(found, offer(seq=1, lives_ms=600_000))
+    found.unreachable(make_peer(2))
+    found.reconsider()
+    assert order(found) == []  # it said nothing since
+    hear(found, offer(seq=2, lives_ms=600_000))
+    assert order(found) == []  # whoever has others leaves it alone
+    found.reconsider()
+    assert order(found) == [make_peer(2)]
+    found.unreachable(make_peer(2))
+    found.reconsider()
+    assert order(found) == []
+
+
 def test_every_accepted_offer_is_news_and_a_stale_one_is_not(found):
     before = found.next_news()
     hear(found, offer(seq=2))
