@@ -48,6 +48,8 @@ QUICK_SECONDS = 25.0
 """With `--quick`: then no further pair begins, but for the first."""
 REST_SECONDS = 3.0
 FLAGS = ("--set", "heartbeat_seconds=0.5", "--set", "module_workers=1")
+SELLS = (*FLAGS, "--set", "village_exposure_micro_credits=100000")
+"""32 long abstracts are 23,000: more than a seller delivers ahead of its pay by default."""
 BUYS = (*FLAGS, "--set", "serve=false", "--set", "ceiling_micro_credits=10000000")
 
 
@@ -62,7 +64,7 @@ def measure(claims: Claims, args: argparse.Namespace) -> None:
     texts, asked = [documents[name] for name in order], list(queries.values())
     ends = time.monotonic() + QUICK_SECONDS
     with tempfile.TemporaryDirectory() as place, Yard(Path(place)) as yard, Bare() as bare:
-        seller = yard.daemon("seller").start(*FLAGS)
+        seller = yard.daemon("seller").start(*SELLS)
         buyer = yard.daemon("buyer").start("--join", seller.ask("invite")["token"], *BUYS)
         known(buyer, [seller], "inference.embed")
         mesh = Mesh([buyer, seller])

@@ -155,6 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() - started > options.seconds:
             break
         tried += 1
+        if tried % 10 == 0:
+            print(f"# {tried} of {len(sample)}: {noticed} noticed", file=sys.stderr, flush=True)
         if is_noticed(change):
             noticed += 1
         else:

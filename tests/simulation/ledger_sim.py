@@ -12,6 +12,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
 from tests.simulation import households, invariants, mutants, rings, sybils
@@ -20,6 +21,7 @@ from tests.simulation.world import BrokenError, Node, World, broken
 STEPS = 200
 QUIET_STEPS_MAX = 400
 HEALING_DAYS = 8
+TOLD_SEEDS = 100
 
 
 @dataclass
@@ -140,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = functools.partial(run_seed, mutant=options.mutant, steps=options.steps)
     seeds = range(options.first, options.first + options.seeds)
     with multiprocessing.Pool(options.jobs) as pool:
-        outcomes = pool.map(run, seeds, chunksize=1)
+        outcomes = list(_told(pool.imap(run, seeds), len(seeds)))
     failures = [outcome for outcome in outcomes if outcome.failure]
     summary = {
         "seeds": len(outcomes),
@@ -164,6 +166,16 @@ def main(arguments: list[str] | None = None) -> int:
             )
         print(" ".join(f"{key}={value}" for key, value in summary.items()))
     return 1 if failures else 0
+
+
+def _told(outcomes: Iterable[Outcome], of: int) -> Iterator[Outcome]:
+    """Each outcome, and now and then how far it is."""
+    failed = 0
+    for number, outcome in enumerate(outcomes, 1):
+        failed += bool(outcome.failure)
+        if number % TOLD_SEEDS == 0:
+            print(f"# {number} of {of} seeds, {failed} failed", file=sys.stderr, flush=True)
+        yield outcome
 
 
 def commit() -> str:
