@@ -257,6 +257,7 @@ def _engine(load: say.Load) -> tuple[Any, type[msgspec.Struct], float]:
     if load.part == "stage":
         from aivillage.models.inference.engine_stage import StageEngine
 
+        catalogue.require_same(known, load.weights_sha256)
         engine = StageEngine(known, *load.layers, slots=load.slots)
         return engine, stages.StageRequest, engine.load_seconds
     if load.part == "driver":

@@ -51,6 +51,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
     engine: str = DEFAULT_ENGINE
     part: Literal["whole", "stage", "driver"] = "whole"
     layers: tuple[int, int] = (0, 0)
+    weights_sha256: str = ""
+    """Of the model that is meant by its name; a stage's."""
     way_out: int = -1
     """The descriptor over which the daemon hands connections to a remote model's server."""
 

@@ -8,7 +8,7 @@ from typing import Final
 import trio
 
 from aivillage.models import worker_messages as say
-from aivillage.models.inference import catalogue
+from aivillage.models.inference.catalogue import KnownModel
 from aivillage.models.inference.stages import StageRequest, memory_bytes
 from aivillage.node.engines import EngineClient, load_engine
 from aivillage.node.worker_process import WorkerProcess
@@ -38,9 +38,11 @@ class Parts:
         self._loaded: dict[say.Load, EngineClient] = {}
         self._ahead: dict[say.Load, Seconds] = {}
         """Those that nobody has used so far, and since when."""
+        self._bytes: dict[say.Load, int] = {}
+        """What each stage needs that was asked for."""
         self._loading = trio.Lock()
 
-    async def stage(self, request: StageRequest, slots: int) -> EngineClient:
+    async def stage(self, request: StageRequest, model: KnownModel, slots: int) -> EngineClient:
         """The resident engine of these layers.
 
         Raises:
@@ -48,13 +50,17 @@ class Parts:
                 stages are at work.
             AivillageError: they could not be loaded.
         """
-        load = self._load_of(request, slots)
+        load = self._load_of(request, model, slots)
         client = await self._resident(load, self._make_room)
         self._ahead.pop(load, None)
         return client
 
     async def ahead(
-        self, request: StageRequest, slots: int, memory_left: Callable[[], int]
+        self,
+        request: StageRequest,
+        model: KnownModel,
+        slots: int,
+        memory_left: Callable[[], int],
     ) -> EngineClient:
         """The same for a buyer that may need it later: nothing that was used makes room for it.
 
@@ -64,10 +70,10 @@ class Parts:
             RefusedError: OWNER_LIMIT, as `stage`; BUSY, there is no room now.
             AivillageError: they could not be loaded.
         """
-        load, known = self._load_of(request, slots), set(self._loaded.values())
+        load, known = self._load_of(request, model, slots), set(self._loaded.values())
 
         async def find_room() -> None:
-            await self._find_room(memory_left() - _bytes_of(load))
+            await self._find_room(memory_left() - self._bytes[load])
 
         client = await self._resident(load, find_room)
         if client not in known:
@@ -83,7 +89,6 @@ class Parts:
 
     async def driver(self, model: str) -> EngineClient:
         """The resident driver of split answers. Raises: AivillageError: it could not be loaded."""
-        catalogue.known(model)
         load = say.Load(model=model, slots=SESSIONS_MAX, part="driver")
         return await self._resident(load, trio.lowlevel.checkpoint)
 
@@ -99,13 +104,16 @@ class Parts:
         for client in list(self._loaded.values()):
             await client.stop()
 
-    def _load_of(self, request: StageRequest, slots: int) -> say.Load:
+    def _load_of(self, request: StageRequest, model: KnownModel, slots: int) -> say.Load:
         """Raises: RefusedError: OWNER_LIMIT."""
         layers = (request.first, request.last)
-        load = say.Load(model=request.model, slots=slots, part="stage", layers=layers)
-        if _bytes_of(load) > self._memory_bytes_max:
+        load = say.Load(
+            model=model.name, weights_sha256=model.sha256, slots=slots, part="stage", layers=layers
+        )
+        self._bytes[load] = needed = memory_bytes(model, *layers)
+        if needed > self._memory_bytes_max:
             raise RefusedError(
-                f"{_bytes_of(load) >> 20} MB are needed, a worker of this node has "
+                f"{needed >> 20} MB are needed, a worker of this node has "
                 f"{self._memory_bytes_max >> 20}",
                 code="OWNER_LIMIT",
                 next_step="ask for fewer layers",
@@ -168,13 +176,8 @@ class Parts:
         return [x for x in self._alive() if x in self._ahead and not self._loaded[x].session_count]
 
     def _memory(self) -> int:
-        return sum(map(_bytes_of, self._alive()))
+        return sum(self._bytes[load] for load in self._alive())
 
     async def _put_away(self, load: say.Load) -> None:
         self._ahead.pop(load, None)
         await self._loaded.pop(load).put_away()
-
-
-def _bytes_of(load: say.Load) -> int:
-    """What a stage needs."""
-    return memory_bytes(catalogue.known(load.model), *load.layers)

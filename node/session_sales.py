@@ -65,7 +65,7 @@ class SessionSales:
             AivillageError: an input is wrong, is not paid, or does not come.
         """
         request = unpack(StageRequest, sale.call.request)
-        stages.model_of(request)
+        stages.shape_of(request)
         load = self._workers.stage_ahead if request.ahead else self._workers.stage
         engine = await self._loaded(sale, functools.partial(load, request))
         if request.ahead:  # nothing is computed, and nothing owed

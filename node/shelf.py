@@ -14,10 +14,11 @@ from typing import Final
 import msgspec
 
 from aivillage.models import registry
-from aivillage.models.inference import catalogue
+from aivillage.models.inference import catalogue, stages
 from aivillage.models.inference.catalogue import KnownModel
+from aivillage.models.inference.stages import StageRequest
 from aivillage.models.library.store import Library
-from aivillage.protocols.errors import AivillageError, RefusedError
+from aivillage.protocols.errors import AivillageError, RefusedError, RequestError
 from aivillage.protocols.messages import OperationInfo
 from aivillage.protocols.pricing import MODELS_MAX, ModelInfo, Terms
 
@@ -83,6 +84,45 @@ class Shelf:
             )
         return model
 
+    def divisible(self) -> list[KnownModel]:
+        """Those that can be split, the packaged one first; at most as many as fit a list."""
+        found = [m for m in self.all() if m.layers and m.name not in self._spoiled]
+        return found[:MODELS_MAX]
+
+    def find_divisible(self, name: str) -> KnownModel | None:
+        """A model whose layers others may compute for this node, if it is one."""
+        found = catalogue.MODELS.get(name) or self.find(name)
+        return found if found is not None and found.layers else None
+
+    def require_divisible(self, name: str) -> KnownModel:
+        """Raises: RequestError: it cannot be split, or nothing of it is here."""
+        found = self.find_divisible(name)
+        if found is None:
+            raise RequestError(
+                f"{name} cannot be split from here",
+                next_step="pull it: whoever splits an answer needs the model's own tables",
+            )
+        return found
+
+    def divided(self, request: StageRequest) -> KnownModel:
+        """The model whose layers a request is for, if its weights here are those of the buyer.
+
+        Raises:
+            RequestError: it has no such layers, or the request does not say what it is like.
+            RefusedError: NOT_OFFERED, no such model is here.
+        """
+        shape = stages.shape_of(request)
+        if request.shape is None:
+            return catalogue.MODELS[catalogue.DEFAULT]
+        model = self.find(request.model)
+        if model is None or not model.layers or stages.shape_of_model(model) != shape:
+            raise RefusedError(
+                f"no model called {request.model!r} with these weights is here",
+                code="NOT_OFFERED",
+                next_step="pull the same file at both, or ask another peer",
+            )
+        return model
+
     def why_not(self, model: KnownModel) -> AivillageError | None:
         """Why a model that is here cannot be loaded."""
         if model.memory_bytes > self._memory_bytes_max:
@@ -119,6 +159,13 @@ class Shelf:
         return [catalogue.pulled(m, self._library.folder / m.name) for m in manifests]
 
 
+def _prices(operation: str, model: KnownModel) -> dict[str, int]:
+    """Of each unit, by default."""
+    if registry.takes_inputs(operation):
+        return stages.prices_of(model)
+    return registry.of_models(operation).prices_of(model.active_parameters)
+
+
 def listed_with(info: OperationInfo, models: list[KnownModel]) -> OperationInfo:
     """`info` as these models do it, at default prices; its terms are those of the first."""
     told = tuple(
@@ -129,7 +176,7 @@ def listed_with(info: OperationInfo, models: list[KnownModel]) -> OperationInfo:
             context_tokens=model.context_tokens,
             licence=model.licence,
             sha256=model.sha256,
-            prices_micro_credits=registry.of_models(info.name).prices_of(model.active_parameters),
+            prices_micro_credits=_prices(info.name, model),
         )
         for model in models
     )

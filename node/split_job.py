@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 import trio
 
-from aivillage.models.inference import catalogue, stages
+from aivillage.models.inference import stages
 from aivillage.models.inference.generate import GenerateRequest, piece_of
 from aivillage.models.inference.logprobs import token_size
 from aivillage.models.inference.split import Begun, Draws, Rounds
@@ -60,7 +60,7 @@ class SplitJob:
         self._trade = trade
         self._stand_ins = stand_ins
         self._request = unpack(GenerateRequest, self.row.request)
-        self._model = catalogue.known(self._request.model)
+        self._model = trade.workers.shelf.require_divisible(self._request.model)
         self._spent_before = before.spent
         self._calls: list[StageCall] = []
         self._hops: tuple[Hop, ...] = ()
@@ -137,7 +137,7 @@ class SplitJob:
         """
         self.move("call")
         while True:
-            peers = stage_peers(self._trade, self._request.model, self.excluded)
+            peers = stage_peers(self._trade, self._model, self.excluded)
             before = self._stand_ins.before(self._request.model)
             self.plan = plan(self._model, peers, before)
             self.say(messages.Progress(id=0, done=0, note=self.plan.why))
@@ -177,6 +177,7 @@ class SplitJob:
             first=placed.first,
             last=placed.last,
             model=self._request.model,
+            shape=stages.shape_said(self._model),
             rows=min(ROWS_MAX, self._rows + self._model.context_tokens),
             prompt_tokens=self._prompt_tokens,
             temperature=self._request.temperature,
@@ -233,7 +234,7 @@ class SplitJob:
         chain = [call.seller for call in self._calls if call.seller not in self.excluded]
         ready = self._stand_ins.ready(self._request.model, lost, hop.call.kernel[0])
         while True:
-            peers = stage_peers(self._trade, self._request.model, self.excluded)
+            peers = stage_peers(self._trade, self._model, self.excluded)
             found = stand_in(self._model, peers, lost, chain, ready)
             placed = msgspec.structs.replace(lost, peer=found.peer)
             note = f"{lost.peer[-8:]} is lost; its layers go on at {found.peer[-8:]}"

@@ -16,7 +16,12 @@ from typing import Final
 import msgspec
 
 from aivillage.models.inference.catalogue import KnownModel
-from aivillage.models.inference.stages import RUNTIME_BYTES, STATE_BYTES, memory_bytes
+from aivillage.models.inference.stages import (
+    RUNTIME_BYTES,
+    end_bytes,
+    layer_bytes,
+    memory_bytes,
+)
 from aivillage.protocols.errors import RefusedError
 from aivillage.protocols.types import PeerId, Seconds
 
@@ -27,8 +32,8 @@ PEERS_MAX: Final = 5
 STAGES_MAX: Final = 5
 STAGES_A_PEER: Final = 2
 """That one peer may have loaded: `parts.py`."""
-LAYERS_PER_SECOND_GUESS: Final = 300.0
-"""Of a peer never measured, one token at a time: one slow core at our model."""
+WEIGHTS_PER_SECOND_GUESS: Final = 1.06e9
+"""Of a peer never measured, one token at a time: one slow core, 300 layers of our model."""
 KEEP_FACTOR: Final = 1.5
 """How much slower than the best the last plan may be, and is kept: its layers are loaded."""
 FAILURES_KEPT_MAX: Final = 0.5
@@ -44,12 +49,13 @@ class StagePeer(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     layers_per_second: float = 0.0
     """Measured, one token at a time; 0: never."""
+    layers_per_second_guess: float = 300.0
     rtt_seconds: Seconds | None = None
     failures: float = 0.0
 
     @property
     def speed(self) -> float:
-        return self.layers_per_second or LAYERS_PER_SECOND_GUESS
+        return self.layers_per_second or self.layers_per_second_guess
 
     @property
     def distance(self) -> Seconds:
@@ -160,8 +166,8 @@ def may_hold(model: KnownModel, peers: Sequence[StagePeer], count: int = STAGES_
 
 def layers_held(model: KnownModel, memory: int, *, ends: int) -> int:
     """How many layers fit into so much memory beside `ends` ends of the model."""
-    left = memory - RUNTIME_BYTES - STATE_BYTES * model.head_parameters * ends
-    return max(0, left // (STATE_BYTES * model.layer_parameters))
+    left = memory - RUNTIME_BYTES - end_bytes(model) * ends
+    return max(0, left // layer_bytes(model))
 
 
 _Sharing = tuple[Seconds, Sequence[StagePeer], Sequence[int]]

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from aivillage.models.inference import catalogue, stages
+from aivillage.models.inference import stages
+from aivillage.models.inference.catalogue import KnownModel
 from aivillage.node.choice import RATES, Explanation
 from aivillage.node.records import Work
-from aivillage.node.split_plan import Placed, Plan, StagePeer, may_hold, plan
+from aivillage.node.split_plan import (
+    WEIGHTS_PER_SECOND_GUESS,
+    Placed,
+    Plan,
+    StagePeer,
+    may_hold,
+    plan,
+)
 from aivillage.protocols.errors import AivillageError
 from aivillage.protocols.types import PeerId
 
@@ -16,11 +24,10 @@ if TYPE_CHECKING:
     from aivillage.node.trade import Trade
 
 
-def stage_peers(trade: Trade, model: str, excluded: Collection[PeerId]) -> list[StagePeer]:
+def stage_peers(trade: Trade, model: KnownModel, excluded: Collection[PeerId]) -> list[StagePeer]:
     """Peers with room for a session, without those that failed the job."""
-    work = Work(stages.OPERATION, model)
-    found = []
-    for one in trade.discovery.candidates(stages.OPERATION, model):
+    work, found = Work(stages.OPERATION, model.name), []
+    for one in trade.discovery.candidates(*work):
         if one.peer in excluded or trade.book.policy(one.peer).blocked or not one.free_slots:
             continue
         found.append(
@@ -28,6 +35,7 @@ def stage_peers(trade: Trade, model: str, excluded: Collection[PeerId]) -> list[
                 peer=one.peer,
                 memory_bytes=one.offered.memory_bytes,
                 layers_per_second=one.record.speed(work),
+                layers_per_second_guess=WEIGHTS_PER_SECOND_GUESS / max(1, model.layer_parameters),
                 rtt_seconds=trade.market.rtt_of(one.peer),
                 failures=one.record.failures,
             )
@@ -43,13 +51,16 @@ def explanation(found: Plan, prefer: str) -> Explanation:
 
 def may_be_split(trade: Trade, model: str) -> bool:
     """Whether those that lend layers have room for the model: no plan is made for it."""
-    known = catalogue.MODELS.get(model)
-    return known is not None and may_hold(known, stage_peers(trade, model, ()))
+    known = trade.workers.shelf.find_divisible(model)
+    return known is not None and may_hold(known, stage_peers(trade, known, ()))
 
 
 def plan_for(trade: Trade, model: str, before: Sequence[Placed] = ()) -> Plan | None:
     """How the model would be split now; None where it cannot be."""
+    known = trade.workers.shelf.find_divisible(model)
+    if known is None:
+        return None
     try:
-        return plan(catalogue.known(model), stage_peers(trade, model, ()), before)
+        return plan(known, stage_peers(trade, known, ()), before)
     except AivillageError:
         return None

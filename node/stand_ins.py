@@ -112,7 +112,7 @@ class StandIns:
             return
         busy = collections.Counter({one.peer: STAGES_A_PEER for one, _ in chain})
         busy.update(filter(None, (self.ready(model.name, *other) for other in chain)))
-        peers = stage_peers(self._trade, model.name, {*excluded, *self._unwilling()})
+        peers = stage_peers(self._trade, model, {*excluded, *self._unwilling()})
         for one in stand_bys(model, peers, placed, busy)[:ASKED_MAX]:
             try:
                 await self._ask(model, one.peer, placed, kernel)
@@ -128,8 +128,9 @@ class StandIns:
     ) -> None:
         """Raises: AivillageError: it cannot be this stage's stand-in."""
         request = StageRequest(
-            first=placed.first, last=placed.last, model=model.name, rows=1, ahead=True
-        )
+            first=placed.first, last=placed.last, model=model.name, rows=1, ahead=True,
+            shape=stages.shape_said(model),
+        )  # fmt: skip
         nothing = stages.units(0, 0)
         need = Need(
             operation=stages.OPERATION, request=pack(request),

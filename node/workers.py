@@ -120,8 +120,13 @@ class Workers:
         """
         return [
             listed_with(info, self.shelf.sold(info.name)) if registry.formats(info.name) else info
-            for info in self._infos.values()
+            for info in map(self._divided, self._infos.values())
         ]
+
+    def _divided(self, info: OperationInfo) -> OperationInfo:
+        """With the models of whose layers there is a choice, where it is about layers."""
+        models = self.shelf.divisible() if registry.takes_inputs(info.name) else []
+        return listed_with(info, models) if len(models) > 1 else info
 
     def describe_for(self, operation: str, request: bytes) -> OperationInfo:
         """One enabled operation, as it is done and priced for `request`.
@@ -131,6 +136,9 @@ class Workers:
             RefusedError: NOT_OFFERED, its model is not here; OWNER_LIMIT, it is too large.
         """
         info = self.describe(operation)
+        if registry.takes_inputs(operation):
+            model = self.shelf.divided(unpack(StageRequest, request))
+            return info if model.name == catalogue.DEFAULT else listed_with(info, [model])
         if not registry.formats(operation):
             return info
         module = registry.of_models(operation)
@@ -321,7 +329,7 @@ class Workers:
             RefusedError: OWNER_LIMIT, they need more memory than a worker may have; BUSY.
             AivillageError: they could not be loaded.
         """
-        return await self._parts.stage(request, self._slots)
+        return await self._parts.stage(request, self.shelf.divided(request), self._slots)
 
     async def stage_ahead(self, request: StageRequest) -> EngineClient:
         """The same for whoever may need it later: only where memory is free, which it is lent.
@@ -337,10 +345,12 @@ class Workers:
                 code="OWNER_LIMIT",
                 next_step="ask another peer; its owner sets stage_stand_by",
             )
-        return await self._parts.ahead(request, self._slots, self._resident.memory_left)
+        model = self.shelf.divided(request)
+        return await self._parts.ahead(request, model, self._slots, self._resident.memory_left)
 
     async def driver(self, model: str) -> EngineClient:
         """The resident driver of split answers. Raises: AivillageError: it could not be loaded."""
+        self.shelf.require_divisible(model)
         return await self._parts.driver(model)
 
     async def _start_for(self, model: str) -> WorkerProcess:

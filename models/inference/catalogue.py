@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from aivillage.models.library import layers
 from aivillage.models.library import manifest as manifests
 from aivillage.models.library.hashing import damaged
 from aivillage.models.library.manifest import Format, Manifest
@@ -128,7 +129,7 @@ def find(name: str) -> KnownModel | None:
 def pulled(manifest: Manifest, folder: Path) -> KnownModel:
     """The model that `manifest` describes, in `folder`."""
     facts, weights = manifest.facts, manifest.weights
-    return KnownModel(
+    model = KnownModel(
         name=manifest.name,
         folder=str(folder),
         file=weights[0].name if len(weights) == 1 else "",
@@ -144,6 +145,10 @@ def pulled(manifest: Manifest, folder: Path) -> KnownModel:
         context_bytes=max(0, facts.memory_bytes - 4 * facts.parameters),
         licence=facts.licence,
     )
+    parts = layers.read(folder) if facts.format == "gguf" else None
+    if parts is None:
+        return model
+    return msgspec.structs.replace(model, **msgspec.structs.asdict(parts))
 
 
 def known(name: str) -> KnownModel:

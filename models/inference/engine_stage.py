@@ -21,8 +21,8 @@ from aivillage.models.inference.stages import (
     StageInput,
     StageOutput,
     StageRequest,
-    model_of,
     rows_of,
+    shape_of,
 )
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import RequestError
@@ -67,6 +67,7 @@ class StageEngine:
             catalogue.weights_path(model), first, last,
             slots=slots, context_tokens=model.context_tokens,
         )  # fmt: skip
+        catalogue.require_same(model, self.stage.sha256)
         same = sameness.probe(
             ProbedStage(self.stage), slots=slots, context_tokens=self.stage.context_tokens
         )
@@ -102,7 +103,8 @@ class StageEngine:
             raise RequestError(f"this engine has layers {self._layers}, and no earlier rows")
         if session in self._sessions:
             raise RequestError(f"session {session} is running already")
-        model_of(request)
+        if shape_of(request).weights_sha256 != self.stage.sha256:
+            raise RequestError(f"this engine's {request.model} has other weights")
         if not self._free_slots:
             raise slots_taken()
         draws = StageDraws(request, self._constraint(request))

@@ -16,6 +16,8 @@ from aivillage.models.inference import catalogue
 from aivillage.models.inference.catalogue import KnownModel
 from aivillage.models.inference.formats import Format
 from aivillage.models.inference.logprobs import ALTERNATIVES_MAX, token_size
+from aivillage.models.library.layers import WIDTH_MAX
+from aivillage.models.library.manifest import Sha256
 from aivillage.protocols.errors import JobError, RequestError
 from aivillage.protocols.ports import Context, Event, Machine, Verdict
 from aivillage.protocols.pricing import Usage, token_price
@@ -32,9 +34,21 @@ STATE_BYTES: Final = 4
 """Float32 on the wire: halving it would give other bits than an unsplit model."""
 RUNTIME_BYTES: Final = 400 << 20
 """What a worker needs beside weights: torch itself, and matrices while they are packed."""
+CONTEXT_BYTES_INCLUDED: Final = 100_000_000
+"""Of keys and values, in the above: the packaged model's 94 MB are."""
 _LAYER_ROWS_PER_SECOND_GUESS: Final = 300.0
 
 Layer = Annotated[int, msgspec.Meta(ge=0, le=1024)]
+
+
+class StageShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model as both sides must have it, its weights by their hash."""
+
+    weights_sha256: Sha256
+    layers: Layer
+    width: Annotated[int, msgspec.Meta(ge=1, le=WIDTH_MAX)]
+    vocabulary: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    context_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 
 
 class StageRequest(
@@ -42,7 +56,8 @@ class StageRequest(
 ):
     """Layers first..last-1. What follows `rows` says how the last layers' stage draws tokens.
 
-    A field that nobody set does not travel: older sellers refuse those from `format` on.
+    A field that nobody set does not travel: older sellers refuse those from `format` on. A model
+    that somebody pulled is said with its `shape`, the packaged one without.
     """
 
     first: Layer
@@ -64,6 +79,7 @@ class StageRequest(
     ahead: Annotated[
         bool, msgspec.Meta(description="Load the layers, for when a stage is lost, and no more.")
     ] = False
+    shape: StageShape | None = None
 
     def __post_init__(self) -> None:
         if not self.first < self.last:
@@ -101,12 +117,34 @@ class StageResult(msgspec.Struct, frozen=True, kw_only=True):
     head_tokens: int = 0
 
 
-def model_of(request: StageRequest) -> KnownModel:
-    """Raises: RequestError: no such model, or it has no such layers."""
-    model = catalogue.known(request.model)
-    if request.last > model.layers:
-        raise RequestError(f"{model.name} has {model.layers} layers")
-    return model
+def shape_of(request: StageRequest) -> StageShape:
+    """Raises: RequestError: it says no shape of a model that was pulled, or no such layers."""
+    shape = request.shape
+    if shape is None:
+        if request.model != catalogue.DEFAULT:
+            raise RequestError(f"a stage of {request.model} says what that model is like")
+        shape = PACKAGED
+    if request.last > shape.layers:
+        raise RequestError(f"{request.model} has {shape.layers} layers")
+    return shape
+
+
+def shape_said(model: KnownModel) -> StageShape | None:
+    """What a request for layers of `model` says of it; of the packaged one nothing."""
+    return None if model.name == catalogue.DEFAULT else shape_of_model(model)
+
+
+def shape_of_model(model: KnownModel) -> StageShape:
+    return StageShape(
+        weights_sha256=model.sha256,
+        layers=model.layers,
+        width=model.width,
+        vocabulary=model.vocabulary,
+        context_tokens=model.context_tokens,
+    )
+
+
+PACKAGED: Final = shape_of_model(catalogue.MODELS[catalogue.DEFAULT])
 
 
 def rows_of(fed: StageInput, request: StageRequest) -> int:
@@ -115,30 +153,30 @@ def rows_of(fed: StageInput, request: StageRequest) -> int:
     Raises:
         RequestError: it does not fit its session.
     """
-    model = model_of(request)
-    row_bytes = STATE_BYTES * model.width
+    shape = shape_of(request)
+    row_bytes = STATE_BYTES * shape.width
     rows = len(fed.token_ids) if request.first == 0 else len(fed.states) // row_bytes
     other = fed.states if request.first == 0 else fed.token_ids
     if other or len(fed.states) % row_bytes or not 1 <= rows <= INPUT_ROWS_MAX:
         raise RequestError(f"an input has 1 to {INPUT_ROWS_MAX} rows of its stage's kind")
-    if any(token >= model.vocabulary for token in fed.token_ids):
+    if any(token >= shape.vocabulary for token in fed.token_ids):
         raise RequestError("a token id is outside the vocabulary")
-    if fed.draws > (rows if request.last == model.layers else 0):
+    if fed.draws > (rows if request.last == shape.layers else 0):
         raise RequestError("tokens are drawn at the last layer, one for a row at most")
-    if fed.position + rows > model.context_tokens:
-        raise RequestError(f"{model.name} holds {model.context_tokens} tokens", code="TOO_LARGE")
+    if fed.position + rows > shape.context_tokens:
+        raise RequestError(f"{request.model} holds {shape.context_tokens} tokens", code="TOO_LARGE")
     return rows
 
 
 def output_fault(out: StageOutput, rows: int, draws: int, request: StageRequest) -> str:
     """Why `out` cannot be what an input of so many rows gives; empty: it can."""
-    model = model_of(request)
-    is_last = request.last == model.layers
-    if len(out.token_ids) != draws or any(token >= model.vocabulary for token in out.token_ids):
+    shape = shape_of(request)
+    is_last = request.last == shape.layers
+    if len(out.token_ids) != draws or any(token >= shape.vocabulary for token in out.token_ids):
         return "it drew other tokens than it was asked for"
     if len(out.logprobs) != draws * token_size(request.logprobs):
         return "its log-probabilities are of another number of tokens"
-    if len(out.states) != (0 if is_last else STATE_BYTES * model.width * rows):
+    if len(out.states) != (0 if is_last else STATE_BYTES * shape.width * rows):
         return "its states are not those of the rows that it got"
     return ""
 
@@ -155,9 +193,24 @@ def used_by(rows: int, draws: int, request: StageRequest) -> tuple[int, int]:
 
 def memory_bytes(model: KnownModel, first: int, last: int) -> int:
     """What a worker needs to hold these layers: about as measured, rather more."""
-    weights = model.layer_parameters * (last - first)
-    weights += model.head_parameters * ((first == 0) + (last == model.layers))
-    return RUNTIME_BYTES + STATE_BYTES * weights
+    ends = (first == 0) + (last == model.layers)
+    return RUNTIME_BYTES + layer_bytes(model) * (last - first) + end_bytes(model) * ends
+
+
+def layer_bytes(model: KnownModel) -> int:
+    """Of one layer: its weights, and what one full context takes beyond a small one."""
+    keys_and_values = max(0, model.context_bytes - CONTEXT_BYTES_INCLUDED) // max(1, model.layers)
+    return STATE_BYTES * model.layer_parameters + keys_and_values
+
+
+def end_bytes(model: KnownModel) -> int:
+    """Of the table of words at the first stage, of the head at the last."""
+    return STATE_BYTES * model.head_parameters
+
+
+def prices_of(model: KnownModel) -> dict[str, int]:
+    """Of a layer for one row, and of the head for one token: 2 operations for each weight."""
+    return units(token_price(model.layer_parameters), token_price(model.head_parameters))
 
 
 class Stage:
@@ -170,8 +223,7 @@ class Stage:
     Result = StageResult
 
     def prices_micro_credits(self) -> dict[str, int]:
-        model = catalogue.MODELS[catalogue.DEFAULT]
-        return units(token_price(model.layer_parameters), token_price(model.head_parameters))
+        return prices_of(catalogue.MODELS[catalogue.DEFAULT])
 
     def estimate(self, request: StageRequest, machine: Machine) -> tuple[Usage, Seconds]:
         """At most this much: every row of the session, each of them drawn.
@@ -180,7 +232,7 @@ class Stage:
             RequestError: no such model or layers.
         """
         del machine
-        is_last = request.last == model_of(request).layers
+        is_last = request.last == shape_of(request).layers
         most = units(*used_by(request.rows, request.rows if is_last else 0, request))
         return most, most["layer_tokens"] / _LAYER_ROWS_PER_SECOND_GUESS
 

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 import aivillage
 from aivillage.models import sandbox
 from aivillage.models.file_fence import fence_files
+from aivillage.models.library.layers import LAYERS_MAX, WIDTH_MAX, LayerFacts
 from aivillage.models.library.manifest import Facts
 from aivillage.protocols.errors import AivillageError, JobError, RequestError, from_code
 
@@ -32,16 +33,24 @@ RUNTIME_BYTES: Final = 300_000_000
 _VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 
 
+class Found(NamedTuple):
+    """`layers`: of a model that can be split."""
+
+    facts: Facts
+    layers: LayerFacts | None = None
+
+
 class _Said(msgspec.Struct, frozen=True, kw_only=True):
     """The one line that the process prints."""
 
     facts: Facts | None = None
+    layers: LayerFacts | None = None
     code: str = ""
     message: str = ""
     next_step: str = ""
 
 
-def look(folder: Path) -> Facts:
+def look(folder: Path) -> Found:
     """What is in the model's files in `folder`.
 
     Raises:
@@ -69,7 +78,7 @@ def look(folder: Path) -> Facts:
         raise _died(f"status {done.returncode} {''.join(last)[:300]}") from None
     if said.facts is None:
         raise from_code(said.code, said.message[:1000], said.next_step[:300])
-    return said.facts
+    return Found(said.facts, said.layers)
 
 
 def _died(why: str) -> JobError:
@@ -106,7 +115,8 @@ def main() -> None:
     fence_files(readable=[str(folder)], writable=[str(Path.cwd())])
     sandbox.deny_network()
     try:
-        said = _Said(facts=facts_of(folder))
+        found = facts_of(folder)
+        said = _Said(facts=found.facts, layers=found.layers)
     except AivillageError as error:
         said = _Said(code=error.code, message=error.message, next_step=error.next_step)
     except Exception as error:  # a file that breaks a reader in a way nobody thought of
@@ -115,7 +125,7 @@ def main() -> None:
     out.close()
 
 
-def facts_of(folder: Path) -> Facts:
+def facts_of(folder: Path) -> Found:
     """As `look`, in this very process: for the fenced one, and for tests.
 
     Raises:
@@ -128,8 +138,8 @@ def facts_of(folder: Path) -> Facts:
         from aivillage.models.inference import encoder_files
 
         if encoder_files.is_encoder(folder):
-            return _facts_of_encoder(folder)
-        return _facts_of_safetensors(folder)
+            return Found(_facts_of_encoder(folder))
+        return Found(_facts_of_safetensors(folder))
     raise RequestError(
         "a model is one .gguf file, or a folder of .safetensors files with their config.json and "
         "tokenizer.json",
@@ -137,7 +147,7 @@ def facts_of(folder: Path) -> Facts:
     )
 
 
-def _facts_of_gguf(path: Path) -> Facts:
+def _facts_of_gguf(path: Path) -> Found:
     """Reads all of it the way the engine will."""
     from aivillage.models.inference import gguf_model
     from aivillage.models.inference.gguf_file import GgufFile
@@ -156,7 +166,7 @@ def _facts_of_gguf(path: Path) -> Facts:
     held = parameters + (0 if head else table)  # a shared table is packed once more, as the head
     kept = 2 * 4 * shape.layers * shape.key_heads * shape.head_width * shape.context_tokens
     licence = file.metadata.get("general.license", "")
-    return Facts(
+    facts = Facts(
         format="gguf",
         architecture=file.field("general.architecture", str),
         parameters=parameters,
@@ -167,6 +177,15 @@ def _facts_of_gguf(path: Path) -> Facts:
         memory_bytes=4 * held + kept + RUNTIME_BYTES,
         licence=licence[:128] if isinstance(licence, str) else "",
     )
+    layers = LayerFacts(
+        layers=shape.layers,
+        width=shape.width,
+        layer_parameters=sum(counts.values()) // shape.layers,
+        head_parameters=head or table,
+        context_bytes=kept,
+    )
+    can_be_split = shape.layers <= LAYERS_MAX and shape.width <= WIDTH_MAX
+    return Found(facts, layers if can_be_split else None)
 
 
 def _facts_of_safetensors(folder: Path) -> Facts:

@@ -20,10 +20,10 @@ import msgspec
 from aivillage.models.durable import sync_folder
 from aivillage.models.inference import catalogue
 from aivillage.models.inference.remote import is_remote
-from aivillage.models.library import inspection
+from aivillage.models.library import inspection, layers
 from aivillage.models.library import manifest as manifests
 from aivillage.models.library.hashing import CHUNK_BYTES, sha256_of
-from aivillage.models.library.manifest import Facts, Manifest, ModelFile
+from aivillage.models.library.manifest import Manifest, ModelFile
 from aivillage.models.library.sources import Source, Wanted
 from aivillage.models.library.store import DRAFT_PREFIX, Library
 from aivillage.protocols.errors import (
@@ -216,16 +216,18 @@ class Pull:
             self._progress(wanted.name, self._done, self._total)
 
     # ------------------------------------------------------------------ its place
-    def _looked(self) -> Facts:
-        facts = inspection.look(self.draft)
-        return msgspec.structs.replace(facts, licence=self._source.licence or facts.licence)
+    def _looked(self) -> inspection.Found:
+        facts, parts = inspection.look(self.draft)
+        licence = self._source.licence or facts.licence
+        return inspection.Found(msgspec.structs.replace(facts, licence=licence), parts)
 
-    def _put(self, files: tuple[ModelFile, ...], facts: Facts) -> Manifest:
-        manifest = Manifest(name=self.name, source=self._source.text, facts=facts, files=files)
-        with (self.draft / manifests.MANIFEST_FILE).open("wb") as file:
-            file.write(manifests.encode(manifest))
-            file.flush()
-            os.fsync(file.fileno())
+    def _put(self, files: tuple[ModelFile, ...], found: inspection.Found) -> Manifest:
+        manifest = Manifest(
+            name=self.name, source=self._source.text, facts=found.facts, files=files
+        )
+        if found.layers is not None:
+            self._write(layers.LAYERS_FILE, layers.encode(found.layers))
+        self._write(manifests.MANIFEST_FILE, manifests.encode(manifest))
         place = self._library.folder / self.name
         self.draft.rename(place)
         sync_folder(place)
@@ -234,6 +236,12 @@ class Pull:
         for name in (".lock", ".source", ".identity"):
             (place / name).unlink(missing_ok=True)
         return manifest
+
+    def _write(self, name: str, body: bytes) -> None:
+        with (self.draft / name).open("wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

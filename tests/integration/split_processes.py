@@ -117,7 +117,7 @@ async def stages(parts: int, folder: Path) -> AsyncIterator[Stages]:
         began = time.monotonic()
 
         async def load(at: int, first: int, last: int) -> None:
-            clients[at] = await nodes[at].stage(StageRequest(first=first, last=last), FLIGHT)
+            clients[at] = await nodes[at].stage(StageRequest(first=first, last=last), MODEL, FLIGHT)
 
         async with trio.open_nursery() as loading:
             for at, cut in enumerate(cuts(parts)):

@@ -387,7 +387,7 @@ def test_the_packaged_model_gives_the_reference_librarys_vectors_whatever_is_bes
 @needs_model
 def test_the_packaged_model_is_what_the_catalogue_says():
     model = catalogue.MODELS[catalogue.EMBEDDER]
-    facts = inspection.facts_of(catalogue.weights_path(model))
+    facts = inspection.facts_of(catalogue.weights_path(model)).facts
     assert facts.format == model.format
     names = ("parameters", "active_parameters", "vocabulary", "context_tokens", "memory_bytes")
     for name in names:

@@ -33,7 +33,7 @@ def change(folder, name, **fields):
 
 def test_a_good_gguf_is_told_in_figures(tmp_path):
     tiny_models.write_gguf(tmp_path / "tiny.gguf")
-    told = look(tmp_path)
+    told = look(tmp_path).facts
     assert (told.format, told.architecture, told.licence) == ("gguf", "llama", "cc0-1.0")
     assert told.parameters == tiny_models.PARAMETERS
     assert told.active_parameters == tiny_models.ACTIVE
@@ -101,7 +101,7 @@ def test_the_one_who_looks_cannot_reach_what_is_not_the_models(tmp_path):
     ],
 )
 def test_a_safetensors_model_that_asks_for_more_is_refused(llama, name, fields, why):
-    assert facts_of(llama).parameters == tiny_models.PARAMETERS
+    assert facts_of(llama).facts.parameters == tiny_models.PARAMETERS
     change(llama, name, **fields)
     with pytest.raises(RequestError, match=why):
         facts_of(llama)
@@ -111,7 +111,7 @@ def test_experts_that_sit_idle_cost_nothing(tmp_path):
     pytest.importorskip("transformers")
     fields = {"num_local_experts": 4, "num_experts_per_tok": 1}
     tiny_models.write_safetensors(tmp_path, "mixtral", **fields)
-    told = facts_of(tmp_path)
+    told = facts_of(tmp_path).facts
     width, inner, layers = tiny_models.WIDTH, tiny_models.INNER, tiny_models.LAYERS
     idle = layers * 3 * (3 * width * inner)
     router = layers * 4 * width

@@ -3,6 +3,7 @@
 import pytest
 
 from aivillage.models.library import pull, sources
+from aivillage.models.library.inspection import Found
 from aivillage.models.library.pull import Pull
 from aivillage.models.library.store import Library
 from aivillage.protocols.errors import JobError, RequestError
@@ -14,7 +15,7 @@ from tests.unit.models.test_library import BODY, FACTS
 def hub(tmp_path, monkeypatch):
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "a.gguf").write_bytes(BODY)
-    monkeypatch.setattr(pull.inspection, "look", lambda _folder: FACTS)
+    monkeypatch.setattr(pull.inspection, "look", lambda _folder: Found(FACTS))
     with Hub(tmp_path / "repository") as made:
         monkeypatch.setenv("HF_ENDPOINT", made.url)
         yield made

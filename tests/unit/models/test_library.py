@@ -12,6 +12,7 @@ import pytest
 
 from aivillage.models.inference import catalogue
 from aivillage.models.library import hashing, manifest, pull, sources
+from aivillage.models.library.inspection import Found
 from aivillage.models.library.manifest import Facts, Manifest, ModelFile
 from aivillage.models.library.pull import Pull
 from aivillage.models.library.sources import Wanted
@@ -34,7 +35,7 @@ BODY = bytes(range(256)) * 20_000
 @pytest.fixture(autouse=True)
 def looked(monkeypatch):
     """What the fenced look would say: it has tests of its own."""
-    monkeypatch.setattr(pull.inspection, "look", lambda _folder: FACTS)
+    monkeypatch.setattr(pull.inspection, "look", lambda _folder: Found(FACTS))
 
 
 @pytest.fixture
@@ -145,7 +146,7 @@ def test_a_full_disk_is_a_typed_error_and_the_pull_goes_on_later(library, monkey
     with pytest.raises(NodeError, match="DISK_FULL"):
         pulled(library, source).run()
     monkeypatch.undo()
-    monkeypatch.setattr(pull.inspection, "look", lambda _folder: FACTS)
+    monkeypatch.setattr(pull.inspection, "look", lambda _folder: Found(FACTS))
     assert pulled(library, source).run()
 
 

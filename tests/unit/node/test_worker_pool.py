@@ -15,6 +15,8 @@ from aivillage.node.warmth import Warm
 from aivillage.node.workers import Workers, WorkerSettings
 from aivillage.protocols.errors import RefusedError
 
+MODEL = catalogue.MODELS[DEFAULT]
+
 
 class FakeWorker:
     """Ends slowly, as a process does."""
@@ -105,19 +107,18 @@ async def test_as_many_stages_are_loaded_as_the_limit_and_the_longest_idle_makes
     async with trio.open_nursery() as nursery:
         found = parts.Parts(nursery, started, 4 << 30)
         first, second = [
-            await found.stage(StageRequest(first=0, last=last), 8)
+            await found.stage(StageRequest(first=0, last=last), MODEL, 8)
             for last in range(1, 1 + parts.STAGES_MAX)
         ]
-        assert await found.stage(StageRequest(first=0, last=1), 8) is first
+        assert await found.stage(StageRequest(first=0, last=1), MODEL, 8) is first
         first.session_count = second.session_count = 1
         with pytest.raises(RefusedError, match="2 stages are at work"):
-            await found.stage(StageRequest(first=0, last=3), 8)
+            await found.stage(StageRequest(first=0, last=3), MODEL, 8)
         first.session_count, second.session_count, second.idle = 0, 0, 1.0
-        await found.stage(StageRequest(first=0, last=3), 8)
+        await found.stage(StageRequest(first=0, last=3), MODEL, 8)
         assert (first.dead, second.dead) == (False, True)
 
 
-MODEL = catalogue.MODELS[DEFAULT]
 MUCH = 1 << 40
 
 
@@ -142,51 +143,51 @@ def layers(first, last):
 
 
 async def test_layers_loaded_ahead_are_those_that_a_stage_then_has(lent):
-    ahead = await lent.ahead(layers(0, 9), 8, lambda: MUCH)
-    assert await lent.ahead(layers(0, 9), 8, lambda: MUCH) is ahead
-    assert await lent.stage(StageRequest(first=0, last=9), 8) is ahead
-    assert await lent.stage(StageRequest(first=9, last=10), 8) is not ahead
+    ahead = await lent.ahead(layers(0, 9), MODEL, 8, lambda: MUCH)
+    assert await lent.ahead(layers(0, 9), MODEL, 8, lambda: MUCH) is ahead
+    assert await lent.stage(StageRequest(first=0, last=9), MODEL, 8) is ahead
+    assert await lent.stage(StageRequest(first=9, last=10), MODEL, 8) is not ahead
     assert lent.asked == [(0, 9), (9, 10)]
 
 
 async def test_layers_are_loaded_ahead_within_the_memory_that_is_left_and_not_a_byte_more(lent):
     one, other = memory_bytes(MODEL, 0, 9), memory_bytes(MODEL, 9, 10)
     with pytest.raises(RefusedError, match="no room"):
-        await lent.ahead(layers(0, 9), 8, lambda: one - 1)
-    await lent.ahead(layers(0, 9), 8, lambda: one)
+        await lent.ahead(layers(0, 9), MODEL, 8, lambda: one - 1)
+    await lent.ahead(layers(0, 9), MODEL, 8, lambda: one)
     with pytest.raises(RefusedError, match="no room"):
-        await lent.ahead(layers(9, 10), 8, lambda: one + other - 1)
-    await lent.ahead(layers(9, 10), 8, lambda: one + other)
+        await lent.ahead(layers(9, 10), MODEL, 8, lambda: one + other - 1)
+    await lent.ahead(layers(9, 10), MODEL, 8, lambda: one + other)
     assert lent.asked == [(0, 9), (9, 10)]
 
 
 async def test_what_was_used_makes_no_room_for_what_may_never_be(lent):
-    used = await lent.stage(StageRequest(first=0, last=9), 8)
+    used = await lent.stage(StageRequest(first=0, last=9), MODEL, 8)
     used.idle = 500.0
-    ahead = await lent.ahead(layers(9, 10), 8, lambda: MUCH)
+    ahead = await lent.ahead(layers(9, 10), MODEL, 8, lambda: MUCH)
     with pytest.raises(RefusedError, match="no room"):
-        await lent.ahead(layers(9, 11), 8, lambda: MUCH)
-    await lent.stage(StageRequest(first=9, last=12), 8)
+        await lent.ahead(layers(9, 11), MODEL, 8, lambda: MUCH)
+    await lent.stage(StageRequest(first=9, last=12), MODEL, 8)
     assert (used.dead, ahead.dead) == (False, True), "what was only loaded ahead goes first"
 
 
 async def test_what_was_loaded_ahead_makes_room_for_another_only_after_its_time(
     lent, autojump_clock
 ):
-    first = await lent.ahead(layers(0, 9), 8, lambda: MUCH)
-    second = await lent.ahead(layers(9, 10), 8, lambda: MUCH)
+    first = await lent.ahead(layers(0, 9), MODEL, 8, lambda: MUCH)
+    second = await lent.ahead(layers(9, 10), MODEL, 8, lambda: MUCH)
     await trio.sleep(parts.AHEAD_SECONDS_MIN - 0.001)
     with pytest.raises(RefusedError, match="no room"):
-        await lent.ahead(layers(9, 11), 8, lambda: MUCH)
+        await lent.ahead(layers(9, 11), MODEL, 8, lambda: MUCH)
     first.session_count = 1
     await trio.sleep(0.001)
-    await lent.ahead(layers(9, 11), 8, lambda: MUCH)
+    await lent.ahead(layers(9, 11), MODEL, 8, lambda: MUCH)
     assert (first.dead, second.dead) == (False, True)
 
 
 async def test_what_was_loaded_ahead_makes_way_for_a_model_and_what_is_used_does_not(lent):
-    used = await lent.stage(StageRequest(first=0, last=9), 8)
-    ahead = await lent.ahead(layers(9, 10), 8, lambda: MUCH)
+    used = await lent.stage(StageRequest(first=0, last=9), MODEL, 8)
+    ahead = await lent.ahead(layers(9, 10), MODEL, 8, lambda: MUCH)
     both = memory_bytes(MODEL, 0, 9) + memory_bytes(MODEL, 9, 10)
     await lent.make_way(both)
     assert not ahead.dead
@@ -225,9 +226,9 @@ async def test_layers_ahead_share_the_memory_of_loaded_models(lent, tmp_path, mo
 
 async def test_more_memory_than_a_worker_may_have_is_refused_before_anything_is_loaded():
     async with trio.open_nursery() as nursery:
-        found = parts.Parts(nursery, started, memory_bytes(catalogue.MODELS[DEFAULT], 0, 15) - 1)
+        found = parts.Parts(nursery, started, memory_bytes(MODEL, 0, 15) - 1)
         with pytest.raises(RefusedError, match="are needed, a worker of this node has"):
-            await found.stage(StageRequest(first=0, last=15), 8)
+            await found.stage(StageRequest(first=0, last=15), MODEL, 8)
 
 
 async def test_a_failure_while_idle_workers_end_does_not_fell_the_node(
