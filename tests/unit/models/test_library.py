@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from aivillage.models.inference import catalogue
-from aivillage.models.library import hashing, manifest, pull, sources
+from aivillage.models.library import hashing, layers, manifest, pull, sources
 from aivillage.models.library.inspection import Found
+from aivillage.models.library.layers import LayerFacts
 from aivillage.models.library.manifest import Facts, Manifest, ModelFile
 from aivillage.models.library.pull import Pull
 from aivillage.models.library.sources import Wanted
@@ -227,6 +228,39 @@ def test_a_process_knows_the_models_of_its_library_only(library, source):
         catalogue.use_library("")
     with pytest.raises(RequestError, match="no model here"):
         catalogue.known("tiny")
+
+
+LAYERS = LayerFacts(
+    layers=3, width=8, layer_parameters=2, head_parameters=1, context_bytes=77
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "count"),
+    [
+        (layers.encode(LAYERS), 3),
+        (b"{}", 0),
+        (layers.encode(msgspec.structs.replace(LAYERS, width=layers.WIDTH_MAX)), 3),
+        (layers.encode(msgspec.structs.replace(LAYERS, width=layers.WIDTH_MAX + 1)), 0),
+        (layers.encode(msgspec.structs.replace(LAYERS, layers=layers.LAYERS_MAX)), 1024),
+        (layers.encode(msgspec.structs.replace(LAYERS, layers=layers.LAYERS_MAX + 1)), 0),
+        (layers.encode(LAYERS).ljust(layers.FILE_BYTES_MAX + 1), 3),
+        (b" " * layers.FILE_BYTES_MAX + layers.encode(LAYERS), 0),
+    ],
+)
+def test_what_was_read_of_layers_lies_beside_the_manifest_and_a_model_lives_without(
+    library, source, monkeypatch, body, count
+):
+    monkeypatch.setattr(pull.inspection, "look", lambda _folder: Found(FACTS, LAYERS))
+    manifest_ = pulled(library, source).run()
+    folder = library.place("tiny")
+    assert layers.read(folder) == LAYERS
+    assert b"width" not in manifest.encode(manifest_), "what travels says what it said before"
+    (folder / layers.LAYERS_FILE).write_bytes(body)
+    known = catalogue.pulled(manifest.read(folder), folder)
+    assert known.layers == count
+    assert known.context_bytes == (77 if count else 0)
+    assert library.faults("tiny", lambda _count: None) == []
 
 
 # ------------------------------------------------------------------ manifests

@@ -1,9 +1,13 @@
 """Stages of a tiny model: what they give together, what they hold, and what they are fed."""
 
+import hashlib
+
+import msgspec
 import pytest
 
 from aivillage.models.inference import catalogue
 from aivillage.models.inference.stages import (
+    CONTEXT_BYTES_INCLUDED,
     INPUT_ROWS_MAX,
     MODULE,
     StageInput,
@@ -12,10 +16,13 @@ from aivillage.models.inference.stages import (
     StageResult,
     memory_bytes,
     output_fault,
+    prices_of,
     rows_of,
+    shape_said,
     used_by,
 )
-from aivillage.protocols.errors import JobError, RequestError
+from aivillage.protocols.codec import pack, unpack
+from aivillage.protocols.errors import ConfigError, JobError, RequestError
 from aivillage.protocols.ports import Machine
 
 MODEL = catalogue.known(catalogue.DEFAULT)
@@ -23,6 +30,12 @@ FIRST = StageRequest(first=0, last=10)
 MIDDLE = StageRequest(first=10, last=20)
 LAST = StageRequest(first=20, last=30, rows=100)
 ROW = bytes(4 * MODEL.width)
+PULLED = catalogue.KnownModel(
+    name="pulled", active_parameters=9, parameters=9, vocabulary=300, context_tokens=512,
+    end_token_id=2, sha256="a" * 64, memory_bytes=9, folder="/gone", file="x.gguf",
+    layers=4, width=64, layer_parameters=5_000_000, head_parameters=1_500_000,
+)  # fmt: skip
+TWO_OF_IT = StageRequest(first=2, last=4, model="pulled", shape=shape_said(PULLED))
 
 
 def test_two_stages_are_the_model_bit_for_bit(tmp_path):
@@ -135,3 +148,73 @@ def test_no_such_layers_are_refused_and_a_stage_is_no_job_of_its_own():
         MODULE.run(LAST, None)
     assert MODULE.check(LAST, StageResult(layer_tokens=1000)).ok
     assert not MODULE.check(LAST, StageResult(layer_tokens=1001)).ok
+
+
+# ------------------------------------------------------------------ a model that was pulled
+
+
+def test_a_request_says_what_a_pulled_model_is_like_and_of_the_packaged_one_nothing():
+    assert shape_said(MODEL) is None
+    assert b"shape" not in pack(FIRST)
+    assert unpack(StageRequest, pack(TWO_OF_IT)) == TWO_OF_IT
+    unsaid = StageRequest(first=2, last=4, model="pulled")
+    with pytest.raises(RequestError, match="what that model is like"):
+        MODULE.estimate(unsaid, Machine())
+    with pytest.raises(RequestError, match="pulled has 4 layers"):
+        MODULE.estimate(msgspec.structs.replace(TWO_OF_IT, last=5), Machine())
+
+
+@pytest.mark.parametrize(
+    ("fed", "rows"),
+    [
+        (StageInput(510, (), bytes(4 * 64 * 2), 2), 2),
+        (StageInput(511, (), bytes(4 * 64 * 2), 2), 0),
+        (StageInput(0, (), ROW), 9),
+        (StageInput(0, (), bytes(4 * 64 - 4)), 0),
+    ],
+)
+def test_its_rows_and_its_limits_are_its_own(fed, rows):
+    if rows:
+        assert rows_of(fed, TWO_OF_IT) == rows
+    else:
+        with pytest.raises(RequestError):
+            rows_of(fed, TWO_OF_IT)
+    beyond = StageOutput(b"", (300,) * fed.draws)
+    assert output_fault(beyond, 2, 2, TWO_OF_IT)
+    assert not output_fault(StageOutput(b"", (299, 0)), 2, 2, TWO_OF_IT)
+
+
+def test_its_price_and_its_memory_follow_from_its_own_layers():
+    assert prices_of(PULLED) == {"layer_tokens": 10, "head_tokens": 3}
+    assert prices_of(MODEL) == MODULE.prices_micro_credits()
+    one, two = memory_bytes(PULLED, 1, 2), memory_bytes(PULLED, 1, 3)
+    assert two - one == 4 * PULLED.layer_parameters
+    assert memory_bytes(PULLED, 0, 1) - one == 4 * PULLED.head_parameters
+    included, more = (
+        msgspec.structs.replace(PULLED, context_bytes=CONTEXT_BYTES_INCLUDED + beyond)
+        for beyond in (0, 4_000)
+    )
+    assert memory_bytes(included, 1, 3) == two
+    assert memory_bytes(more, 1, 3) == two + 2 * 1_000
+
+
+def test_an_engine_of_a_stage_serves_the_weights_that_are_meant_and_no_others(tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("torch")
+    from aivillage.models.inference.engine_stage import StageEngine
+    from tests.unit.models import tiny_models
+
+    path = tiny_models.write_gguf(tmp_path / "x.gguf")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    here = msgspec.structs.replace(
+        PULLED, folder=str(tmp_path), sha256=sha256, layers=2, vocabulary=260
+    )
+    with pytest.raises(ConfigError, match="sha-256"):
+        StageEngine(msgspec.structs.replace(here, sha256="b" * 64), 0, 1, slots=1)
+    engine = StageEngine(here, 0, 1, slots=1)
+    meant = StageRequest(first=0, last=1, model="pulled", shape=shape_said(here))
+    engine.add(1, meant, ())
+    engine.cancel(1)
+    other = msgspec.structs.replace(here, sha256="b" * 64)
+    with pytest.raises(RequestError, match="other weights"):
+        engine.add(2, msgspec.structs.replace(meant, shape=shape_said(other)), ())

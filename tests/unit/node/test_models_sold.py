@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from aivillage.models.description import described
-from aivillage.models.inference import catalogue
+from aivillage.models.inference import catalogue, stages
 from aivillage.models.inference.catalogue import DEFAULT, KnownModel
 from aivillage.models.inference.generate import MODULE, GenerateRequest
 from aivillage.node.discovery import OFFER_BYTES_MAX, Discovery
@@ -13,7 +13,7 @@ from aivillage.node.pricelist import PriceList, listed, listed_by, quote_hash, r
 from aivillage.node.shelf import Shelf, listed_with
 from aivillage.protocols.codec import pack
 from aivillage.protocols.envelope import unseal
-from aivillage.protocols.errors import ConfigError, PeerError, RefusedError
+from aivillage.protocols.errors import ConfigError, PeerError, RefusedError, RequestError
 from aivillage.protocols.messages import Offer, OfferedOperation, Quote
 from aivillage.protocols.pricing import MODELS_MAX, price, token_price
 from tests.conftest import make_key, make_peer
@@ -164,3 +164,81 @@ def test_a_model_that_did_not_load_is_not_sold_until_something_changes(tmp_path)
     (tmp_path / "models" / ".draft-x").mkdir()
     found._look()
     assert found._spoiled == {}
+
+
+# ------------------------------------------------------------------ layers of models
+
+STAGE = described(stages.MODULE, stages.OPERATION)
+
+
+def layered(name="deep", **changed):
+    return msgspec.structs.replace(
+        model(name, 6_500), layers=4, width=64, layer_parameters=1_500_000,
+        head_parameters=500_000, **changed,
+    )  # fmt: skip
+
+
+def stage_of(known, **changed):
+    shape = stages.shape_said(known)
+    request = stages.StageRequest(first=0, last=2, model=known.name, shape=shape)
+    return msgspec.structs.replace(request, **changed)
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """One model that can be split, which no worker may hold whole, and one that cannot."""
+    found = shelf_of(tmp_path, most=5)
+    everything = {each.name: each for each in (layered(), model("flat"))}
+    monkeypatch.setattr(found, "_look", lambda: None)
+    monkeypatch.setattr(found, "_models", everything)
+    return found
+
+
+def test_layers_are_sold_of_a_model_that_is_too_large_to_be_sold_whole(shelf):
+    assert shelf.sold() == []
+    assert [each.name for each in shelf.divisible()] == ["deep"]
+    assert shelf.divided(stage_of(layered())) == layered()
+    assert shelf.divided(stages.StageRequest(first=0, last=2)) == catalogue.MODELS[DEFAULT]
+    shelf.spoil("deep", ConfigError("damaged"))
+    assert shelf.divisible() == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        layered("gone"), layered(sha256="b" * 64), layered(vocabulary=10),
+        layered(context_tokens=65), model("flat"),
+    ],
+)  # fmt: skip
+def test_nobody_computes_layers_of_other_weights_than_the_buyers(shelf, other):
+    meant = msgspec.structs.replace(other, layers=4, width=64)
+    with pytest.raises(RefusedError, match="NOT_OFFERED"):
+        shelf.divided(stage_of(meant))
+
+
+def test_a_buyer_splits_what_it_has_the_tables_of(shelf):
+    assert shelf.require_divisible("deep") == layered()
+    assert shelf.require_divisible(DEFAULT) == catalogue.MODELS[DEFAULT]
+    for name in ("flat", "gone"):
+        assert shelf.find_divisible(name) is None
+        with pytest.raises(RequestError, match="cannot be split from here"):
+            shelf.require_divisible(name)
+
+
+def test_layers_of_each_model_have_a_price_of_their_own_in_lists_offers_and_quotes():
+    prices = PriceList(make_key(1), 200)
+    listing = prices.priced(listed_with(STAGE, [catalogue.MODELS[DEFAULT], layered()]))
+    assert {m.name: m.prices_micro_credits for m in listing.models} == {
+        DEFAULT: {"layer_tokens": 16, "head_tokens": 114},
+        "deep": {"layer_tokens": 6, "head_tokens": 2},
+    }
+    _, offer = unseal(Discovery(make_key(1)).make_offer([listing], (), 1, 60.0), "offer", Offer)
+    (offered,) = offer.operations
+    assert all(does(offered, stages.OPERATION, name) for name in (DEFAULT, "deep"))
+    assert not does(offered, stages.OPERATION, "flat")
+    operation = listed_with(STAGE, [layered()])
+    envelope = prices.quote(operation, prices.terms(operation), {}, 0.0)
+    quote = read_quote(envelope, make_peer(1), stages.OPERATION, "deep")
+    assert quote.terms.prices_micro_credits == {"layer_tokens": 6, "head_tokens": 2}
+    with pytest.raises(PeerError):
+        read_quote(envelope, make_peer(1), stages.OPERATION, DEFAULT)
