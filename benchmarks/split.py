@@ -15,13 +15,15 @@ would save at these 50 ms, one way a stage, without guesses; nothing here does t
 The rest is real daemons on loopback, credits on. The workers of three may have 800 MB, so that none
 holds the model, and those of a fourth may; its engine is torch, as that of stages is. No worker
 is nice: else whatever runs on this machine goes before one that woke up, and stages wake up often.
-`split2_over_local`: rounds a second of an answer split over two of them, over tokens a second of
+`packaged_split2_over_local`: rounds a second of an answer split over two of them, over tokens a second of
 the fourth's, each asked by the same buyer; rounds, so that no guess flatters it; from the first
 text to the last (what then comes once an answer, its check and its pay, is `local_end_ms` and
 `split2_end_ms`). An answer of the one kind follows one of the other, and the median of these pairs
 counts: a noisy minute hits both.
-`split2_cpu_over_local` is the same of processor seconds, all daemons and workers, less what they
-use at rest: on a busy machine it says more.
+`packaged_split2_cpu_over_local` is the same of processor seconds, all daemons and workers, less what
+they use at rest: on a busy machine it says more. Neither has a bar: nobody needs to split a model
+of 0.5 GB, and the faster a machine computes it, the more the ways are of it. The bar is that of
+split_pulled.py, whose model is one to split.
 
 `resume_s`: from the SIGKILL of a stage, its workers included, at a random token, to the next text,
 where another peer had loaded its layers ahead; `cold_resume_s` where it had not. `books_exact` is 1
@@ -87,7 +89,7 @@ SEEDS, PAIRS, PAIRS_MIN = 20, 12, 2
 QUICK_SECONDS = 30.0
 """With `--quick`: then no further pair begins, whatever their number so far, but for the least."""
 KEPT = ROOT / "benchmarks" / "results" / "split.json"
-SPLIT_BAR, GAIN_BAR, RESUME_SECONDS, RESUME_GOAL = 0.9, 1.8, 2.0, 0.5
+GAIN_BAR, RESUME_SECONDS, RESUME_GOAL = 1.8, 2.0, 0.5
 FOX = "The quick brown fox jumps over the lazy dog while the old cat sleeps under the apple tree."
 LIST = "apples, pears, plums, cherries, grapes, lemons, limes, melons, figs, dates, nuts, kiwis"
 CODE = inspect.getsource(textwrap.indent).partition('"""')[0] + "    pass\n"
@@ -299,13 +301,13 @@ def beside_local(
 ) -> list[int]:
     """The answer; after a first pair, for which layers are loaded, pairs until `enough`."""
     nodes = [whole, *lenders]
-    first = both(buyer, whole, nodes, tokens)
+    first = both(buyer, whole, nodes, max_tokens=tokens)
     rest = resting(buyer, *nodes)
     wanted = first[0].token_ids
     rounds = rounds_of(wanted, tokens) - 1
     pairs: list[Pair] = []
     while not enough(len(pairs)):
-        pairs.append(Pair(*both(buyer, whole, nodes, tokens), rounds, rest))
+        pairs.append(Pair(*both(buyer, whole, nodes, max_tokens=tokens), rounds, rest))
     same = [one.token_ids == wanted for one in first]
     same += [one.token_ids == wanted for pair in pairs for one in pair[:2]]
     claims.note("split2_pairs", len(pairs))
@@ -313,22 +315,22 @@ def beside_local(
     middle = statistics.median
     claims.add("local_tokens_per_second", middle(p.local.steps / p.local.seconds for p in pairs))
     claims.add("split2_rounds_per_second", middle(rounds / p.split.seconds for p in pairs))
-    claims.add("split2_over_local", middle(p.speed() for p in pairs), at_least=SPLIT_BAR)
+    claims.add("packaged_split2_over_local", middle(p.speed() for p in pairs))
     for at, name in enumerate(("local", "split2")):
         claims.note(f"{name}_end_ms", round(1000 * middle(p[at].end_seconds for p in pairs), 1))
     ways = [pair.cpu_ms() for pair in pairs]
     claims.add("local_cpu_ms_per_token", middle(local for local, _ in ways))
     claims.add("split2_cpu_ms_per_round", middle(split for _, split in ways))
     over = middle(local / split for local, split in ways)
-    claims.add("split2_cpu_over_local", over, at_least=SPLIT_BAR)
+    claims.add("packaged_split2_cpu_over_local", over)
     return wanted
 
 
-def both(buyer: Daemon, whole: Daemon, nodes: list[Daemon], tokens: int) -> tuple[Heard, Heard]:
+def both(buyer: Daemon, whole: Daemon, nodes: list[Daemon], **changed: Any) -> tuple[Heard, Heard]:
     """An answer of the peer that has the whole model, and one split over the others."""
-    local = heard(buyer, nodes, max_tokens=tokens)
+    local = heard(buyer, nodes, **changed)
     buyer.ask("block", peer=whole.peer)
-    split = heard(buyer, nodes, max_tokens=tokens)
+    split = heard(buyer, nodes, **changed)
     buyer.ask("block", peer=whole.peer, stop=True)
     return local, split
 

@@ -17,8 +17,8 @@ import msgspec
 
 from aivillage.models.inference.catalogue import KnownModel
 from aivillage.models.inference.stages import (
-    RUNTIME_BYTES,
     end_bytes,
+    fixed_bytes,
     layer_bytes,
     memory_bytes,
 )
@@ -166,7 +166,7 @@ def may_hold(model: KnownModel, peers: Sequence[StagePeer], count: int = STAGES_
 
 def layers_held(model: KnownModel, memory: int, *, ends: int) -> int:
     """How many layers fit into so much memory beside `ends` ends of the model."""
-    left = memory - RUNTIME_BYTES - end_bytes(model) * ends
+    left = memory - fixed_bytes(model) - end_bytes(model) * ends
     return max(0, left // layer_bytes(model))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,7 +63,8 @@ class StageWeights(msgspec.Struct, frozen=True, kw_only=True):
     shape: Shape
     embedding: Tensor | None
     """(vocabulary, width); None: another stage is the first."""
-    head: Tensor | None
+    head: Callable[[], Tensor] | None
+    """Reads (vocabulary, width), which is held for as long as the caller packs it."""
     norm: Tensor | None
     """None, as is `head`: another stage is the last."""
     layers: Iterator[Layer]
@@ -87,7 +89,7 @@ def load_stage(path: Path, first: int, last: int) -> StageWeights:
     return StageWeights(
         shape=shape,
         embedding=_matrix(file, "token_embd.weight", size) if first == 0 else None,
-        head=_matrix(file, head, size) if ends else None,
+        head=functools.partial(_matrix, file, head, size) if ends else None,
         norm=_matrix(file, "output_norm.weight", (shape.width,)) if ends else None,
         layers=(_layer(file, shape, index) for index in range(first, last)),
         sha256=sha256,

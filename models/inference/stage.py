@@ -37,7 +37,7 @@ class Stage:
         self._embedding = weights.embedding
         self._head: Head | None = None
         if weights.head is not None and weights.norm is not None:
-            self._head = Head(weights.shape, weights.norm, weights.head)
+            self._head = Head(weights.shape, weights.norm, weights.head())
         self._layers = Layers(
             weights.shape, weights.layers, slots=slots, context_tokens=self.context_tokens
         )

@@ -16,7 +16,7 @@ from aivillage.models.inference import catalogue
 from aivillage.models.inference.catalogue import KnownModel
 from aivillage.models.inference.formats import Format
 from aivillage.models.inference.logprobs import ALTERNATIVES_MAX, token_size
-from aivillage.models.library.layers import WIDTH_MAX
+from aivillage.models.library.layers import WIDTH_MAX, packing_bytes
 from aivillage.models.library.manifest import Sha256
 from aivillage.protocols.errors import JobError, RequestError
 from aivillage.protocols.ports import Context, Event, Machine, Verdict
@@ -194,7 +194,12 @@ def used_by(rows: int, draws: int, request: StageRequest) -> tuple[int, int]:
 def memory_bytes(model: KnownModel, first: int, last: int) -> int:
     """What a worker needs to hold these layers: about as measured, rather more."""
     ends = (first == 0) + (last == model.layers)
-    return RUNTIME_BYTES + layer_bytes(model) * (last - first) + end_bytes(model) * ends
+    return fixed_bytes(model) + layer_bytes(model) * (last - first) + end_bytes(model) * ends
+
+
+def fixed_bytes(model: KnownModel) -> int:
+    """Of any stage of it."""
+    return RUNTIME_BYTES + packing_bytes(model.layer_parameters, model.head_parameters)
 
 
 def layer_bytes(model: KnownModel) -> int:

@@ -19,7 +19,7 @@ import msgspec
 import aivillage
 from aivillage.models import sandbox
 from aivillage.models.file_fence import fence_files
-from aivillage.models.library.layers import LAYERS_MAX, WIDTH_MAX, LayerFacts
+from aivillage.models.library.layers import LAYERS_MAX, WIDTH_MAX, LayerFacts, packing_bytes
 from aivillage.models.library.manifest import Facts
 from aivillage.protocols.errors import AivillageError, JobError, RequestError, from_code
 
@@ -165,6 +165,7 @@ def _facts_of_gguf(path: Path) -> Found:
     parameters = sum(tensor.count for tensor in file.tensors.values())
     held = parameters + (0 if head else table)  # a shared table is packed once more, as the head
     kept = 2 * 4 * shape.layers * shape.key_heads * shape.head_width * shape.context_tokens
+    layer = sum(counts.values()) // shape.layers
     licence = file.metadata.get("general.license", "")
     facts = Facts(
         format="gguf",
@@ -174,13 +175,13 @@ def _facts_of_gguf(path: Path) -> Found:
         vocabulary=shape.vocabulary,
         context_tokens=shape.context_tokens,
         end_token_ids=(tokenizer.end_token_id,),
-        memory_bytes=4 * held + kept + RUNTIME_BYTES,
+        memory_bytes=4 * held + kept + RUNTIME_BYTES + packing_bytes(layer, head or table),
         licence=licence[:128] if isinstance(licence, str) else "",
     )
     layers = LayerFacts(
         layers=shape.layers,
         width=shape.width,
-        layer_parameters=sum(counts.values()) // shape.layers,
+        layer_parameters=layer,
         head_parameters=head or table,
         context_bytes=kept,
     )

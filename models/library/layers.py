@@ -14,6 +14,8 @@ import msgspec
 LAYERS_FILE: Final = "layers.json"
 FILE_BYTES_MAX: Final = 4_096
 LAYERS_MAX: Final = 1024
+PACKING_BYTES_INCLUDED: Final = 120_000_000
+"""The packaged model's head is 113 MB."""
 WIDTH_MAX: Final = 8_000
 """32 rows of float32 states, the most that travel at once, fit into a frame of 1 MiB."""
 
@@ -32,6 +34,14 @@ class LayerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     layer_parameters: Count
     head_parameters: Count
     context_bytes: Count
+
+
+def packing_bytes(layer_parameters: int, head_parameters: int) -> int:
+    """What loading takes for a moment beyond what stays, and beyond what any process needs.
+
+    Two layers, as they are read and as they are joined; or the head, unpacked.
+    """
+    return max(0, 4 * max(2 * layer_parameters, head_parameters) - PACKING_BYTES_INCLUDED)
 
 
 def encode(facts: LayerFacts) -> bytes:
