@@ -15,15 +15,14 @@ would save at these 50 ms, one way a stage, without guesses; nothing here does t
 The rest is real daemons on loopback, credits on. The workers of three may have 800 MB, so that none
 holds the model, and those of a fourth may; its engine is torch, as that of stages is. No worker
 is nice: else whatever runs on this machine goes before one that woke up, and stages wake up often.
-`packaged_split2_over_local`: rounds a second of an answer split over two of them, over tokens a second of
-the fourth's, each asked by the same buyer; rounds, so that no guess flatters it; from the first
-text to the last (what then comes once an answer, its check and its pay, is `local_end_ms` and
+`packaged_split2_over_local`: rounds a second of an answer split over two of them, over tokens a
+second of the fourth's, each asked by the same buyer; rounds, so that no guess flatters it; from the
+first text to the last (what then comes once an answer, its check and its pay, is `local_end_ms` and
 `split2_end_ms`). An answer of the one kind follows one of the other, and the median of these pairs
-counts: a noisy minute hits both.
-`packaged_split2_cpu_over_local` is the same of processor seconds, all daemons and workers, less what
-they use at rest: on a busy machine it says more. Neither has a bar: nobody needs to split a model
-of 0.5 GB, and the faster a machine computes it, the more the ways are of it. The bar is that of
-split_pulled.py, whose model is one to split.
+counts: a noisy minute hits both. `packaged_split2_cpu_over_local` is the same of processor seconds,
+all daemons and workers, less what they use at rest: on a busy machine it says more. Neither has a
+bar: nobody needs to split a model of half a gigabyte, and the faster a machine computes it, the
+larger the share of the ways. The bar is that of split_pulled.py, whose model is one to split.
 
 `resume_s`: from the SIGKILL of a stage, its workers included, at a random token, to the next text,
 where another peer had loaded its layers ahead; `cold_resume_s` where it had not. `books_exact` is 1
