@@ -10,6 +10,7 @@ from aivillage.models.inference.stages import (
     CONTEXT_BYTES_INCLUDED,
     INPUT_ROWS_MAX,
     MODULE,
+    RUNTIME_BYTES,
     StageInput,
     StageOutput,
     StageRequest,
@@ -196,6 +197,21 @@ def test_its_price_and_its_memory_follow_from_its_own_layers():
     )
     assert memory_bytes(included, 1, 3) == two
     assert memory_bytes(more, 1, 3) == two + 2 * 1_000
+
+
+def test_what_packing_takes_for_a_moment_is_counted():
+    """Of a layer twice, as it is read and as it is joined; or of the head."""
+    small = memory_bytes(PULLED, 1, 2)
+    for changed, more in (
+        ({"layer_parameters": 15_000_000}, 0),
+        ({"layer_parameters": 15_000_001}, 8),
+        ({"head_parameters": 30_000_000}, 0),
+        ({"head_parameters": 30_000_001}, 4),
+    ):
+        model = msgspec.structs.replace(PULLED, **changed)
+        layers = 4 * (model.layer_parameters - PULLED.layer_parameters)
+        assert memory_bytes(model, 1, 2) == small + layers + more
+    assert memory_bytes(MODEL, 5, 6) == RUNTIME_BYTES + 4 * MODEL.layer_parameters
 
 
 def test_an_engine_of_a_stage_serves_the_weights_that_are_meant_and_no_others(tmp_path):
