@@ -133,7 +133,7 @@ def _info(args: argparse.Namespace, where: Paths, _settings: Settings) -> int:
             f"{file.name}, {file.size_bytes:,} bytes, sha-256 {file.sha256}"
             for file in library.get(args.name).files
         ]
-    row |= {"path": str(path), "files": files}
+    row |= {"path": str(path), "layers": found.layers, "files": files}
     if args.json:
         show.as_json(row)
     else:

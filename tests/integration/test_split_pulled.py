@@ -59,6 +59,7 @@ def test_it_is_split_over_those_that_have_the_same_weights_and_each_is_paid(vill
     folder = buyer.data_dir / "models" / "random"
     known = pulled(manifest.read(folder), folder)
     assert (known.layers, known.width) == (tiny_models.LAYERS, tiny_models.WIDTH)
+    assert buyer.read("models", "info", "random")["layers"] == tiny_models.LAYERS
     done = asked(buyer, "--mesh")
     assert done.code == 0, done
     receipt = done.json["receipt"]

@@ -274,6 +274,131 @@ def test_a_forgotten_step_stands_when_it_is_shown(nodes):
     b.assert_right()
 
 
+def test_a_forgotten_step_stands_beside_what_became_of_other_transfers(nodes):
+    a, b, c = nodes
+    b.take(a, a.start(b, c, xid=xid_of(LATER, b"earlier1")).voucher)
+    b.advance(a, c)
+    before = b.db.serialize("main")
+    voucher = a.start(b, c).voucher
+    b.take(a, voucher)
+    (sent,) = b.advance(a, c)
+    restored(b, before)
+    shown(b, c, sent.voucher)
+    b.take(a, voucher)
+    states = books.rows(b.db, "SELECT state FROM transfer")
+    assert states == [("forwarded",), ("forwarded",)]
+    assert b.advance(a, at_ms=LATER + 1, met=(c,)) == []
+
+
+def restored(node, before, epoch=99):
+    """From a backup: it signs on another lane from now on."""
+    node.db.deserialize("main", before)
+    node.wallet = payer.Wallet(node.signer, lane_of(epoch, b"lane-two"))
+
+
+def shown(node, peer, voucher):
+    """`peer` shows it what it signed."""
+    with node.db:
+        payer.adopt(node.db, peer.id, voucher, NOW)
+
+
+def test_what_was_passed_on_and_forgotten_does_not_go_back_when_its_time_is_over(nodes):
+    a, b, c = nodes
+    b.take(a, a.start(b, c).voucher)
+    before = b.db.serialize("main")
+    (sent,) = b.advance(a, c)
+    restored(b, before)
+    shown(b, c, sent.voucher)
+    assert b.state() == "forwarded"
+    assert b.advance(a, at_ms=LATER + 1, met=(c,)) == []
+    b.assert_right()
+
+
+def test_what_was_given_back_and_forgotten_is_not_passed_on(nodes):
+    a, b, c = nodes
+    b.take(a, a.start(b, c).voucher)
+    before = b.db.serialize("main")
+    (sent,) = b.advance(a, at_ms=LATER + 1, met=(c,))
+    restored(b, before)
+    shown(b, a, sent.voucher)
+    assert b.state() == "refunded"
+    assert b.advance(a, c) == []
+    b.assert_right()
+
+
+def test_what_came_back_went_back_and_was_forgotten_goes_back_once(nodes):
+    a, b, c = nodes
+    b.take(a, a.start(b, c).voucher)
+    (passed_on,) = b.advance(a, c)
+    c.take(b, passed_on.voucher)
+    (refund,) = c.advance(b, at_ms=LATER + 1, met=(a,))
+    b.take(c, refund.voucher)
+    before = b.db.serialize("main")
+    assert b.state() == "returning"
+    (sent,) = b.advance(a, c)
+    restored(b, before)
+    shown(b, a, sent.voucher)
+    assert b.state() == "returned"
+    assert b.advance(a, c) == []
+    b.assert_right()
+
+
+def test_what_came_back_before_the_middle_remembers_that_it_passed_it_on_goes_back(nodes):
+    a, b, c = nodes
+    b.take(a, a.start(b, c).voucher)
+    before = b.db.serialize("main")
+    (passed_on,) = b.advance(a, c)
+    c.take(b, passed_on.voucher)
+    (refund,) = c.advance(b, at_ms=LATER + 1, met=(a,))
+    restored(b, before)
+    b.take(c, refund.voucher)
+    shown(b, c, passed_on.voucher)
+    assert b.state() == "returning"
+    (sent,) = b.advance(a, c)
+    assert (sent.peer, b.state()) == (a.id, "returned")
+    b.assert_right()
+
+
+@pytest.mark.parametrize("end", ["closed", "refunded"])
+def test_a_starter_that_forgot_its_ring_knows_its_end_when_it_is_shown(nodes, end):
+    a, b, c = nodes
+    before = a.db.serialize("main")
+    sent = a.start(b, c)
+    b.take(a, sent.voucher)
+    restored(a, before)
+    if end == "closed":
+        (passed_on,) = b.advance(a, c)
+        c.take(b, passed_on.voucher)
+        (last,) = c.advance(a, b)
+        a.take(c, last.voucher)
+    else:
+        (last,) = b.advance(a, at_ms=LATER + 1, met=(c,))
+        a.take(b, last.voucher)
+    shown(a, b, sent.voucher)
+    assert a.state("route") == end
+    assert books.read_pair(a.db, b.id).routed == 0
+    a.assert_right()
+
+
+def test_a_ring_has_three_to_five_members_and_moves_one_micro_credit_or_more(nodes):
+    a, b, c = nodes
+    more = [Node(number) for number in (4, 5, 6)]
+    a.trusts(*more)
+    a.start(b, c, amount=1, xid=xid_of(LATER, b"smallest"))
+    a.start(b, c, *more[:2], xid=xid_of(LATER, b"largest1"))
+    with pytest.raises(RequestError, match="3 to 5 members"):
+        a.start(b, c, *more, xid=xid_of(LATER, b"larger-1"))
+
+
+@pytest.mark.parametrize(("line", "state"), [(100, "forwarded"), (99, "refunded")])
+def test_a_middle_owes_the_next_one_up_to_its_line_and_no_more(nodes, line, state):
+    a, b, c = nodes
+    exposure.set_received(b.db, c.id, line, X)
+    b.take(a, a.start(b, c).voucher)
+    b.advance(a, c)
+    assert b.state() == state
+
+
 @pytest.mark.parametrize(
     "statement",
     [
