@@ -1,6 +1,7 @@
 """Each counter beside another peer's, each limit at its last unit: what a sample of small changes
 to the ledger's steps (`make mutation`) showed that nobody looked at."""
 
+import apsw
 import pytest
 
 from aivillage.ledger import books, exposure, payer, sync
@@ -130,6 +131,33 @@ def test_an_older_voucher_of_mine_that_comes_back_makes_its_lane_be_hashed_anew(
         payer.adopt(buyer, SELLER, vouchers[0], NOW)
     folds = dict(books.rows(buyer, "SELECT peer, fold FROM lane_out"))
     assert folds == {SELLER: None, OTHER: b"\x01"}
+
+
+def test_an_older_voucher_of_mine_that_adds_nothing_is_no_entry(buyer):
+    own = book(A)
+    vouchers = [sign(own, item(1, 10)), sign(own, item(1, 10, final=True))]
+    with buyer:
+        for voucher in reversed(vouchers):
+            payer.adopt(buyer, SELLER, voucher, NOW)
+    assert books.one(buyer, "SELECT count(*) FROM entry") == (1,)
+    assert books.one(buyer, "SELECT count(*) FROM voucher_out") == (2,)
+
+
+def test_an_older_voucher_that_says_less_of_an_item_is_not_kept(seller):
+    """Though there is money on its lane that no item explains: one of the first voucher's."""
+    take(seller, forged(2, 20, item(2, 10)))
+    take(seller, forged(1, 10, item(2, 5)))
+    assert books.rows(seller, "SELECT n FROM voucher_in") == [(2,)]
+    take(seller, forged(1, 10, item(1, 10)))
+    assert books.rows(seller, "SELECT n FROM voucher_in ORDER BY n") == [(1,), (2,)]
+    assert books.one(seller, "SELECT cum, attr FROM lane_in") == (20, 20)
+
+
+def test_a_book_is_read_by_plans_that_no_value_changes(tmp_path):
+    db = apsw.Connection(str(tmp_path / "ledger.db"))
+    books.configure(db)
+    assert db.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, -1) == 1
+    db.close()
 
 
 def test_two_copies_of_one_identity_leave_a_proof_of_it(buyer):
