@@ -42,7 +42,12 @@ class Tasks:
         self._events = events
 
     def start_soon(self, work: Callable[..., Awaitable[Any]], *args: Any) -> None:
-        """One task, named after its function."""
+        """One task, named after its function; none where the node is stopping.
+
+        Links end a moment after the services, and bring frames until then.
+        """
+        if self._nursery.cancel_scope.cancel_called:
+            return
         name = getattr(work, "__qualname__", repr(work))
         self._nursery.start_soon(guarded, self._events, name, work, *args)
 

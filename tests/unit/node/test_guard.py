@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 
 from aivillage.node.events import Events
 from aivillage.node.guard import AGAIN_SECONDS, Tasks, guarded
@@ -45,6 +46,22 @@ async def test_a_guarded_task_can_be_cancelled(autojump_clock):
         Tasks(nursery, Events()).start_soon(trio.sleep_forever)
         await trio.sleep(1)
         nursery.cancel_scope.cancel()
+
+
+async def test_what_still_arrives_when_the_services_have_ended_starts_nothing():
+    started = []
+
+    async def work():
+        started.append(1)
+
+    async with trio.open_nursery() as nursery:
+        tasks = Tasks(nursery, Events())
+        tasks.start_soon(work)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+        tasks.start_soon(work)
+    tasks.start_soon(work)
+    assert started == [1]
 
 
 @pytest.mark.parametrize("service", ["known peers", "disk", "offers", "a task"])
