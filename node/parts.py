@@ -38,8 +38,8 @@ class Parts:
         self._loaded: dict[say.Load, EngineClient] = {}
         self._ahead: dict[say.Load, Seconds] = {}
         """Those that nobody has used so far, and since when."""
-        self._bytes: dict[say.Load, int] = {}
-        """What each stage needs that was asked for."""
+        self._models: dict[str, KnownModel] = {}
+        """By the hash of their weights: those of whose layers some were asked for."""
         self._loading = trio.Lock()
 
     async def stage(self, request: StageRequest, model: KnownModel, slots: int) -> EngineClient:
@@ -73,7 +73,7 @@ class Parts:
         load, known = self._load_of(request, model, slots), set(self._loaded.values())
 
         async def find_room() -> None:
-            await self._find_room(memory_left() - self._bytes[load])
+            await self._find_room(memory_left() - self._bytes_of(load))
 
         client = await self._resident(load, find_room)
         if client not in known:
@@ -110,7 +110,8 @@ class Parts:
         load = say.Load(
             model=model.name, weights_sha256=model.sha256, slots=slots, part="stage", layers=layers
         )
-        self._bytes[load] = needed = memory_bytes(model, *layers)
+        self._models[model.sha256] = model
+        needed = self._bytes_of(load)
         if needed > self._memory_bytes_max:
             raise RefusedError(
                 f"{needed >> 20} MB are needed, a worker of this node has "
@@ -176,7 +177,11 @@ class Parts:
         return [x for x in self._alive() if x in self._ahead and not self._loaded[x].session_count]
 
     def _memory(self) -> int:
-        return sum(self._bytes[load] for load in self._alive())
+        return sum(map(self._bytes_of, self._alive()))
+
+    def _bytes_of(self, load: say.Load) -> int:
+        """What a stage needs."""
+        return memory_bytes(self._models[load.weights_sha256], *load.layers)
 
     async def _put_away(self, load: say.Load) -> None:
         self._ahead.pop(load, None)
