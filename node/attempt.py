@@ -177,8 +177,10 @@ class Attempt:
             self._fault = error
             self._scope.cancel()
 
-    async def run(self, call: Call) -> Finished:
+    async def run(self, call: Call, called: Callable[[], None]) -> Finished:
         """Calls, and returns the seller's last word once all output is stored.
+
+        `called` is once the call has left: for what nobody need wait for.
 
         Raises:
             PeerError: PEER_LOST or a breach of protocol. JobError: DEADLINE and the like.
@@ -192,7 +194,10 @@ class Attempt:
         self._parts = PartMeter(call.operation, call.request, call.delivered)
         if registry.is_served_by_engine(call.operation):
             self._logprobs = unpack(GenerateRequest, call.request).logprobs
-        link.send(call)
+        try:
+            link.send(call)
+        finally:
+            called()
         with self._scope:
             await self._acknowledge(inbox)
             finished = await self._follow(inbox)

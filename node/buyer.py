@@ -49,6 +49,8 @@ class Running:
         self.pursuit: AnyJob = pursuit
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
+        self.on_end: Callable[[], None] = _unasked
+        """Called at its end, before anything else hears of it: somebody waits."""
         self.cancelled = False
         self.error: AivillageError | None = None
 
@@ -361,11 +363,24 @@ class Buyer:
             self._trade.events.emit("end_crashed", level=40, job=row.id, error=repr(defect))
         finally:
             self._running.pop(row.id, None)
+            running.on_end()
             running.ended.set()
-            if isinstance(running.pursuit, Pursuit):
-                if running.pursuit.stand_by:
-                    running.pursuit.stand_by.stop()
-                self.on_ended(running.pursuit)
+            self._after(running)
+
+    def _after(self, running: Running) -> None:
+        """What nobody waits for once a job has ended."""
+        pursuit, error = running.pursuit, running.error
+        self._trade.events.emit(
+            "job_ended",
+            job=pursuit.row.id,
+            state=pursuit.state,
+            micro_credits=pursuit.spent,
+            code=error.code if error else "",
+        )
+        if isinstance(pursuit, Pursuit):
+            if pursuit.stand_by:
+                pursuit.stand_by.stop()
+            self.on_ended(pursuit)
 
     async def _work(self, running: Running) -> None:
         """Raises: AivillageError: why there is no result."""
@@ -408,13 +423,6 @@ class Buyer:
             await self._store_end(pursuit, error)
         if grace.cancelled_caught:  # a full disk: until there is room, or the node stops
             await self._store_end(pursuit, error)
-        self._trade.events.emit(
-            "job_ended",
-            job=pursuit.row.id,
-            state=pursuit.state,
-            micro_credits=pursuit.spent,
-            code=error.code if error else "",
-        )
 
     async def _store_end(self, pursuit: AnyJob, error: AivillageError | None) -> None:
         receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
@@ -438,6 +446,10 @@ class Buyer:
 
 def _noted() -> None:
     """Nobody asks when it was stored."""
+
+
+def _unasked() -> None:
+    """Nobody waits for the end of this job."""
 
 
 def _unheard(_frame: Frame) -> None:

@@ -5,6 +5,7 @@ Only the owner can open it (0600). One task per connection; a broken client fell
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +19,7 @@ from aivillage.node import results
 from aivillage.node.buyer import Buyer, Running
 from aivillage.node.events import Events
 from aivillage.node.framing import READ_BYTES, FrameReader
+from aivillage.node.transport.at_once import taken_at_once
 from aivillage.protocols import codec, messages
 from aivillage.protocols.errors import (
     AivillageError,
@@ -63,6 +65,10 @@ class _SocketStream:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise PeerError("the client is gone", code="PEER_LOST") from None
 
+    def taken_at_once(self, data: bytes) -> int:
+        """How many bytes of it left without waiting: from 0 to all."""
+        return taken_at_once(self._stream, data)
+
     async def close(self) -> None:
         await self._stream.aclose()
 
@@ -93,10 +99,13 @@ class Control:
             send, receive = trio.open_memory_channel[bytes](UNSENT_MAX)
             try:
                 async with trio.open_nursery() as nursery:
-                    client = _Client(send, nursery)
+                    client = _Client(send, nursery, wire)
                     nursery.start_soon(self._write, wire, receive, client)
                     client.say(self._hello())
-                    await self._read(wire, client)
+                    try:
+                        await self._read(wire, client)
+                    finally:
+                        client.jobs.clear()  # they go on, and nobody follows them
                     nursery.cancel_scope.cancel()
             except* PeerError:
                 self._events.emit("client_lost", level=10)
@@ -167,8 +176,8 @@ class Control:
         def say(frame: Frame) -> None:
             client.say(msgspec.structs.replace(frame, id=submit.id))
 
-        def recorded(job: JobId) -> None:
-            say(messages.Progress(id=0, done=0, note=f"job {job}"))
+        def recorded(job: JobId) -> None:  # its answer is often next, and takes it along
+            client.say(messages.Progress(id=submit.id, done=0, note=f"job {job}"), soon=True)
 
         try:
             if submit.follow:
@@ -178,36 +187,42 @@ class Control:
         except AivillageError as error:
             client.say(_failure(submit.id, error))
             return
-        job = {"job": running.pursuit.row.id}
         if not submit.follow:
             await self._buyer.recorded()
-            client.say(Answer(id=submit.id, value=job))
+            client.say(Answer(id=submit.id, value={"job": running.pursuit.row.id}))
             return
         client.jobs[submit.id] = running
-        await running.ended.wait()
-        del client.jobs[submit.id]
-        if running.error is not None:
-            client.say(_failure(submit.id, running.error))
+        running.on_end = functools.partial(self._tell, client, submit.id)
+
+    def _tell(self, client: _Client, call: int) -> None:
+        """The end of a job, to a client that still is there."""
+        running = client.jobs.pop(call, None)
+        if running is None:
             return
         try:
-            value = job | _outcome(running)
-        except AivillageError as error:
-            client.say(_failure(submit.id, error))
-        else:
-            client.say(Answer(id=submit.id, value=value))
+            client.say(_end(call, running))
+        except Exception as defect:  # what a client hears must not fell the job
+            self._events.emit("ask_crashed", level=40, what="submit", exc_info=defect)
+            client.say(_failure(call, NodeError(repr(defect))))
 
 
 class _Client:
     """One connection: what it follows, and its way out."""
 
-    def __init__(self, send: trio.MemorySendChannel[bytes], nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        send: trio.MemorySendChannel[bytes],
+        nursery: trio.Nursery,
+        wire: _SocketStream,
+    ) -> None:
         self.jobs: dict[int, Running] = {}
         self.nursery = nursery
         self.unsent_bytes = 0
         self._send = send
+        self._wire = wire
 
-    def say(self, frame: Frame) -> None:
-        """Queues a frame; a client that does not read is cut off, its jobs go on.
+    def say(self, frame: Frame, *, soon: bool = False) -> None:
+        """Writes a frame, or queues it; a client that does not read is cut off, its jobs go on.
 
         An answer that cannot travel becomes a typed failure; of what a job shows on its way
         (a peer wrote it) nothing is lost that the answer does not have.
@@ -218,6 +233,12 @@ class _Client:
             if not isinstance(frame, Answer):
                 return
             framed = codec.frame(_failure(frame.id, error))
+        if not (soon or self.unsent_bytes):  # it overtakes nothing that is queued or under way
+            framed = framed[self._wire.taken_at_once(framed) :]
+        if framed:
+            self._queue(framed)
+
+    def _queue(self, framed: bytes) -> None:
         self.unsent_bytes += len(framed)
         try:
             self._send.send_nowait(framed)
@@ -227,8 +248,18 @@ class _Client:
             self.nursery.cancel_scope.cancel()
 
 
+def _end(call: int, running: Running) -> Answer | Failure:
+    """What the owner sees of a job that ended."""
+    if running.error is not None:
+        return _failure(call, running.error)
+    try:
+        return Answer(id=call, value=_outcome(running))
+    except AivillageError as error:
+        return _failure(call, error)
+
+
 def _outcome(running: Running) -> dict[str, Any]:
-    """What the owner sees of a job that is done.
+    """Of a job that is done.
 
     Raises:
         RequestError: its result is none of the operation's.
@@ -236,7 +267,7 @@ def _outcome(running: Running) -> dict[str, Any]:
     pursuit = running.pursuit
     receipt = msgspec.to_builtins(pursuit.receipt())
     result = results.shown(pursuit.row.operation, pursuit.result)
-    return {"result": result, "receipt": receipt}
+    return {"job": pursuit.row.id, "result": result, "receipt": receipt}
 
 
 async def _unknown(_args: dict[str, Any]) -> Any:

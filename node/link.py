@@ -135,6 +135,8 @@ class Link:
         self._riders: list[bytes] = []
         self._has_riders = trio.Event()
         self._wake = trio.Event()
+        self._is_idle = False
+        """Nothing is queued or leaves, and the loop that writes has had its turn."""
         self._leaving = trio.lowlevel.ParkingLot()
         self._hearing = trio.lowlevel.ParkingLot()
         self._scope = trio.CancelScope()
@@ -298,7 +300,17 @@ class Link:
         self._board()
         self._queue.append(framed)
         self._queue_bytes += len(framed)
+        if self._is_idle:
+            self._is_idle = False
+            self._write_now()
         self._wake.set()
+
+    def _write_now(self) -> None:
+        """The first of a turn leaves at once; what is queued in the same turn follows together."""
+        batch = self._batch()
+        if not self._stream.write_now(batch):
+            self._queue.appendleft(batch)
+            self._queue_bytes += len(batch)
 
     def _board(self) -> None:
         """What may ride goes first: it was said first."""
@@ -331,8 +343,9 @@ class Link:
             if self.closed_because:
                 self._scope.cancel()
                 return
-            self._wake = trio.Event()
+            self._wake, self._is_idle = trio.Event(), True
             await self._wake.wait()
+            self._is_idle = False  # also where riders that found no company woke it
 
     def _batch(self) -> bytes:
         """What leaves in one write: queued frames up to `write_bytes`, at least one."""

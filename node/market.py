@@ -115,7 +115,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     price_at_most: MicroCredits
     why: str
     weighed: Weighed
-    explanation: Explanation | None = None
+    explain: Callable[[], Explanation | None] = lambda: None
+    """The choice laid open: made by whoever has the time for it, once the call has left."""
 
     @property
     def is_free(self) -> bool:
@@ -207,9 +208,12 @@ class Market:
             if seen.found:
                 break
         found = self._decide(seen)
-        if found is None or found.explanation is None:
+        explanation = None
+        if found is not None:
+            explanation = found.explanation if isinstance(found, Here) else found.explain()
+        if explanation is None:
             raise _nobody(seen)
-        return found.explanation
+        return explanation
 
     def _look(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> _Seen:
         facts = self.home(need) if need.may_stay else None
@@ -308,8 +312,9 @@ class Market:
             return Here(explanation=seen.explained(winner, why))
         choice = seen.found[winner.facts.peer]
         why = f"{choice.why}, {why}"
-        explanation = seen.explained(winner, why)
-        return msgspec.structs.replace(choice, why=why, explanation=explanation)
+        return msgspec.structs.replace(
+            choice, why=why, explain=partial(seen.explained, winner, why)
+        )
 
     async def _quoted(self, need: Need, candidate: Candidate) -> Choice:
         """A quote from one candidate, held against our budget and its patience with us."""

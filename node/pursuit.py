@@ -263,14 +263,10 @@ class Pursuit:
             ),
         )
         call = self._call(attempt)
-        self._trade.jobs.begin_attempt(
-            attempt.attempt, self.row.id, attempt.seller, quote=choice.envelope, done=attempt.done,
-            choice=msgspec.json.encode(choice.explanation),
-        )  # fmt: skip
         self._trade.attempts[choice.link, call.id] = attempt
         outcome = "stopped"
         try:
-            finished = await attempt.run(call)
+            finished = await attempt.run(call, lambda: self._called(attempt))
             await self._conclude(attempt, finished, continued=bool(call.delivered))
             outcome = "done"
         except AivillageError as error:
@@ -288,6 +284,14 @@ class Pursuit:
                 outcome = "late"
             with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
                 await self._leave(attempt, outcome)
+
+    def _called(self, attempt: Attempt) -> None:
+        """The call is on its way: time to write down that there is one, and why there."""
+        choice = attempt.choice
+        self._trade.jobs.begin_attempt(
+            attempt.attempt, self.row.id, attempt.seller, quote=choice.envelope, done=attempt.done,
+            choice=msgspec.json.encode(choice.explain()),
+        )  # fmt: skip
 
     def _acknowledged(self, need: Need, choice: Choice) -> None:
         self.move("acknowledged")

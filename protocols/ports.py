@@ -40,6 +40,13 @@ class Stream(Protocol):
         """
         ...
 
+    def write_now(self, data: bytes) -> bool:
+        """Writes all of it without a turn of the loop, or nothing; whether it did.
+
+        Not where anything is under way, is full, or broke: then `write` tells.
+        """
+        ...
+
     async def close(self) -> None:
         """Ends the stream; never raises, never blocks for longer than a second."""
         ...

@@ -18,6 +18,7 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.node.transport import circuit, rendezvous
+from aivillage.node.transport.at_once import shortcut
 from aivillage.node.transport.host import run_host
 from aivillage.node.transport.patches import PromptLock
 from aivillage.node.transport.psk import KEY_STEP, Guard, WrongKeyError
@@ -309,6 +310,7 @@ class Libp2pStream:
         self._in_order = PromptLock()
         self._closing = False
         self._peer = PeerId(str(library_stream.muxed_conn.peer_id))
+        self._shortcut = shortcut(self._muxed, nursery)
 
     @property
     def peer(self) -> PeerId:
@@ -328,6 +330,11 @@ class Libp2pStream:
             raise _lost("the stream is closed")
         call = _Call(self._write, data)
         await call.run_in(self._nursery, None, f"the stream with {self._peer} broke")
+
+    def write_now(self, data: bytes) -> bool:
+        if self._shortcut is None or self._closing or self._in_order.locked():
+            return False
+        return self._shortcut.write(data)
 
     async def close(self) -> None:
         if not self._closing:

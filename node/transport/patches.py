@@ -80,7 +80,7 @@ def contain_handler_errors() -> None:
             log.warning("stream_handler_failed", extra={"peer": peer}, exc_info=error)
             # `reset` waits for the connection's write lock: not for longer than a second.
             with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
-                await _quietly(muxed_stream.reset)
+                await quietly(muxed_stream.reset)
 
     swarm_conn._handle_muxed_stream = handle_muxed_stream
 
@@ -111,7 +111,7 @@ def end_tasks_with_their_connection() -> None:
                 await hold(self, raw, maddr, place)
         except Exception as error:
             log.debug("inbound_connection_failed", extra={"reason": repr(error)})
-        await _quietly(raw.close)
+        await quietly(raw.close)
 
     swarm._do_handle_inbound_connection = handle_inbound
 
@@ -164,7 +164,7 @@ def coalesce_window_updates() -> None:
         self.target_recv_window = grown
         self._pending_recv_release = 0
         self.recv_window += increment
-        self.conn._nursery.start_soon(_quietly, self.send_window_update, increment)
+        self.conn._nursery.start_soon(quietly, self.send_window_update, increment)
 
     yamux.YamuxStream._auto_tune_and_send_window_update = update
 
@@ -195,6 +195,20 @@ def take_free_locks_at_once() -> None:
         (yamux.YamuxStream, ("window_lock", "close_lock")),
     ):
         _give_prompt_locks(owner, names)
+
+
+def write_what_is_owed_first() -> None:
+    """Without it: the rest of a frame that was written at once (`at_once.py`) is overtaken."""
+    tcp = _library("libp2p.io.trio").TrioTCPStream
+
+    original = _original(tcp, "write")
+
+    async def write(self: Any, data: bytes) -> None:
+        owed, self.owed = self.owed, b""
+        await original(self, owed + data)
+
+    tcp.owed = b""
+    tcp.write = write
 
 
 def enforce_flow_control() -> None:
@@ -248,6 +262,7 @@ ALL: Final = (
     coalesce_window_updates,
     write_frames_cheaply,
     take_free_locks_at_once,
+    write_what_is_owed_first,
     enforce_flow_control,
     cap_inbound_streams,
 )
@@ -259,6 +274,9 @@ class PromptLock:
     def __init__(self) -> None:
         self._lock = trio.Lock()
         self._taken = 0
+
+    def locked(self) -> bool:
+        return self._lock.locked()
 
     async def __aenter__(self) -> None:
         self._taken += 1
@@ -333,10 +351,10 @@ def _end_violator(stream: Any) -> None:
     reset = struct.pack(
         yamux.YAMUX_HEADER_FORMAT, 0, yamux.TYPE_WINDOW_UPDATE, yamux.FLAG_RST, stream_id, 0
     )
-    conn._nursery.start_soon(_quietly, conn._write_frame, reset)
+    conn._nursery.start_soon(quietly, conn._write_frame, reset)
 
 
-async def _quietly(call: Any, *args: Any) -> None:
+async def quietly(call: Any, *args: Any) -> None:
     """Runs a library call on something that may be gone already."""
     try:
         await call(*args)

@@ -117,10 +117,20 @@ class Lane:
     async def write(self, data: bytes) -> None:
         # The cipher goes on with each byte, so writes must come one after the other: Noise's must.
         try:
-            await self._raw.write(data if self._out is None else self._out.encrypt(data))
+            await self._raw.write(self.sealed(data))
         except Exception as error:
             self._judge(error)
             raise
+
+    def sealed(self, data: bytes) -> bytes:
+        """As it leaves; once for each piece, in their order."""
+        out: bytes = data if self._out is None else self._out.encrypt(data)
+        return out
+
+    @property
+    def raw_socket(self) -> Any:
+        """The library's own stream of it."""
+        return self._raw.stream
 
     async def read(self, n: int | None = None) -> bytes:
         if self._unseen:

@@ -149,7 +149,7 @@ async def test_a_peer_that_does_not_read_is_dropped_at_the_queue_limit(two, auto
     async with two(limits=limits) as (a, b):
         link = await a.links.connect(b.address)
         await settle()
-        for _ in range(100):
+        for _ in range(1 + 100):  # the first leaves at once
             link.send(Accepted(id=1))
         with pytest.raises(PeerError, match="too slowly"):
             link.send(Accepted(id=1))
@@ -166,6 +166,41 @@ async def test_a_rider_joins_the_write_that_leaves_anyway(two, autojump_clock):
         link.send(Accepted(id=2))
         await settle()
         assert b.frames == [Accepted(id=2), Ledger(blobs=(b"receipt",))]
+
+
+async def test_a_frame_that_rides_alone_is_not_overtaken_by_the_next(two, autojump_clock):
+    limits = replace(LIMITS, ride_seconds=0.005)
+    # Between the moment at which it gives up waiting and its leaving; whose turn is first in a
+    # round of the loop is a draw.
+    for turns in [0, 1, 2, 3] * 15:
+        async with two(limits=limits) as (a, b):
+            link = await a.links.connect(b.address)
+            await settle()
+            link.send(Accepted(id=2), may_ride=True)
+            await trio.sleep(limits.ride_seconds)
+            for _ in range(turns):
+                await trio.lowlevel.checkpoint()
+            link.send(Progress(id=2, done=1.0))
+            await settle()
+            assert b.frames == [Accepted(id=2), Progress(id=2, done=1.0)], turns
+
+
+async def test_the_first_of_a_turn_leaves_at_once_and_the_others_together(two, autojump_clock):
+    async with two() as (a, b):
+        link = await a.links.connect(b.address)
+        await settle()
+        writes = []
+        stream = link._stream
+        plain, now = stream.write, stream.write_now
+        stream.write = lambda data: writes.append(("soon", data)) or plain(data)
+        stream.write_now = lambda data: writes.append(("now", data)) or now(data)
+        frames = [Progress(id=2, done=float(at)) for at in range(4)]
+        for frame in frames:
+            link.send(frame)
+        assert [way for way, _ in writes] == ["now"]
+        await settle()
+        assert [way for way, _ in writes] == ["now", "soon"]
+        assert b.frames == frames
 
 
 async def test_two_hundred_races_leave_one_link_that_works(hello_of, peer_of, autojump_clock):
