@@ -32,6 +32,7 @@ from aivillage.node.workers import Workers
 from aivillage.protocols.codec import unpack
 from aivillage.protocols.errors import AivillageError, PeerError, RefusedError, RequestError
 from aivillage.protocols.messages import Call, OperationInfo, QuoteReply, QuoteRequest
+from aivillage.protocols.passing import TICKET_BYTES
 from aivillage.protocols.ports import Book
 from aivillage.protocols.pricing import Terms, Usage, dearest_unit, is_free, price
 from aivillage.protocols.types import AttemptId, PeerId
@@ -153,6 +154,8 @@ class Admission:
         operation = self._workers.describe_for(call.operation, call.request)
         if len(call.attempt) != 16 or (link, call.id) in taken:
             raise RequestError("an attempt has a fresh 16-byte id, a call a free one")
+        if len(call.passing.fed_by) not in (0, TICKET_BYTES):
+            raise RequestError(f"a ticket has {TICKET_BYTES} bytes")
         if call.attempt in self._attempts:
             raise PeerError("this attempt was called before", code="REPLAYED")
         model = operation.models[0].name if operation.models else ""
@@ -181,7 +184,9 @@ class Admission:
             scope=trio.CancelScope(),
             steps=self.steps.setdefault(link.peer, StepWriter(link)),
             started=time.monotonic(),
-            inputs=Inputs(taken=registry.takes_inputs(call.operation)),
+            inputs=Inputs(
+                taken=registry.takes_inputs(call.operation), is_shared=bool(call.passing.fed_by)
+            ),
         )
 
     def _estimate(self, call: Call, quoted: Usage, seconds: float) -> tuple[Usage, float]:

@@ -390,7 +390,9 @@ class Buyer:
         if isinstance(pursuit, Pursuit) and pursuit.here:
             await self._do_here(running, pursuit, pursuit.here)
         elif isinstance(pursuit, Pursuit) and pursuit.is_split:
-            running.pursuit = split = SplitJob(pursuit, self._trade, self._stand_ins)
+            running.pursuit = split = SplitJob(
+                pursuit, self._trade, self._stand_ins, passes_on=self._settings.stage_pass_on
+            )
             await split.run()
 
     async def _do_here(self, running: Running, pursuit: Pursuit, choice: Explanation) -> None:

@@ -1,13 +1,15 @@
 """The stages of one split answer, one behind the other, and a stand-in where one is lost.
 
 Everything that a stage was fed is kept here while the answer lasts: a stand-in reads it again, and
-goes on with the same bits. States come back to the buyer between stages (a star): whoever fails is
-replaced without a word to the others, at the cost of one way more a stage than a ring would have.
+goes on with the same bits. A stage hands its states to the next one where both can, and shows them
+to the buyer, who holds against them what the next one says it was handed. Where anything is odd or
+lost, the buyer feeds the next stage itself (a star), from then on.
 """
 
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
@@ -22,6 +24,9 @@ from aivillage.protocols.types import MicroCredits
 
 STAND_INS_MAX: Final = 8
 """Of one answer: as many as a job has attempts."""
+
+PASSED_INPUTS_MAX: Final = 16
+"""Of a round whose states stages hand on: more could wait at a slow one than it takes."""
 
 Replace = Callable[["Hop", AivillageError], Awaitable[StageCall]]
 
@@ -40,13 +45,31 @@ class Hop:
         self._read_again = 0
         self._fed = trio.Event()
 
-    def feed(self, fed: StageInput) -> None:
-        """One input; a lost stage is noticed, and replaced, where its output is waited for."""
+    def feed(self, fed: StageInput, hops: int = 0, draws: int = 0) -> None:
+        """One input; a lost stage is noticed, and replaced, where its output is waited for.
+
+        `hops`, `draws`: as of `StageCall.feed`.
+        """
+        self._note(fed)
+        self._send(fed, hops, draws)
+
+    def expect(self, fed: StageInput) -> None:
+        """One input that the stage before handed over."""
+        self._note(fed)
+        try:
+            self.call.expect(fed)
+        except AivillageError:
+            return  # whoever waits for the output hears why there is none
+
+    def hands_to(self, other: Hop) -> bool:
+        """Whether what it gives can go to `other` without us."""
+        return self.call.passing.to == other.call.seller and not other.call.is_alone
+
+    def _note(self, fed: StageInput) -> None:
         del self._rows[fed.position :]
         self._rows += fed.token_ids or self._cut(fed.states)
         self._waiting.append(fed)
         self._fed.set()
-        self._send(fed)
 
     async def next(self) -> StageOutput:
         """The output of the oldest input without one, by whomever.
@@ -83,9 +106,9 @@ class Hop:
         for fed in self._waiting:
             self._send(fed)
 
-    def _send(self, fed: StageInput) -> None:
+    def _send(self, fed: StageInput, hops: int = 0, draws: int = 0) -> None:
         try:
-            self.call.feed(fed)
+            self.call.feed(fed, hops, draws)
         except AivillageError:
             return  # whoever waits for the output hears why there is none
 
@@ -99,6 +122,10 @@ class Chain:
 
     def __init__(self, hops: Sequence[Hop]) -> None:
         self.hops = tuple(hops)
+        self.passed_count = 0
+        """Inputs that one stage handed to the next."""
+        self.fed_count = 0
+        """Inputs of the first stage."""
         self._inputs: Sequence[StageInput] = ()
 
     def price_of(self, inputs: Sequence[StageInput]) -> MicroCredits:
@@ -119,8 +146,10 @@ class Chain:
     def begin(self, inputs: Sequence[StageInput]) -> None:
         """Feeds the first stage; `finish` does the rest of the round."""
         self._inputs = inputs
+        self.fed_count += len(inputs)
         for fed in inputs:
-            self.hops[0].feed(_of_draws(fed, 0) if len(self.hops) > 1 else fed)
+            first = _of_draws(fed, 0) if len(self.hops) > 1 else fed
+            self.hops[0].feed(first, *self._further(0, fed.draws))
 
     async def finish(self) -> Draws:
         """What the last stage drew. Raises: AivillageError: a stage was lost for good."""
@@ -138,8 +167,7 @@ class Chain:
                         said.append(output.logprobs)
                     else:
                         draws = fed.draws if at + 1 == last else 0
-                        passed_on = StageInput(fed.position, (), output.states, draws)
-                        self.hops[at + 1].feed(passed_on)
+                        self._go_on(at, StageInput(fed.position, (), output.states, draws), fed)
             except AivillageError as error:
                 errors.append(error)
                 nursery.cancel_scope.cancel()
@@ -153,6 +181,28 @@ class Chain:
         if errors:
             raise errors[0]
         return Draws(tuple(drawn), b"".join(said))
+
+    def _go_on(self, at: int, states: StageInput, fed: StageInput) -> None:
+        """What stage `at` gave is the next one's input: handed over, or fed by us."""
+        hop, following = self.hops[at], self.hops[at + 1]
+        if hop.call.has_passed and hop.hands_to(following):
+            self.passed_count += 1
+            following.expect(states)
+            return
+        if self._further(at, 0)[0]:  # it should have, and could not: it would come out of turn
+            following.call.is_alone = True
+        following.feed(states, *self._further(at + 1, fed.draws))
+
+    def _further(self, at: int, draws: int) -> tuple[int, int]:
+        """How many stages after `at` an input goes through without us, and what the last draws."""
+        if len(self._inputs) > PASSED_INPUTS_MAX:
+            return 0, 0
+        hops = 0
+        for one, other in itertools.pairwise(self.hops[at:]):
+            if not one.hands_to(other):
+                break
+            hops += 1
+        return (hops, draws) if hops else (0, 0)
 
     async def close(self, outcome: str) -> None:
         """Ends every stage, and settles with all of them at once."""

@@ -134,6 +134,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stage_stand_by: Annotated[
         bool, _doc("load layers ahead, unpaid and where there is room, for when a stage is lost")
     ] = True
+    stage_pass_on: Annotated[
+        bool, _doc("stages of a split answer of yours hand their states on, and so meet each other")
+    ] = True
     blob_bytes_max: Annotated[int, Meta(ge=1), _doc("largest blob that is kept here")] = 4 << 30
     blob_store_bytes_max: Annotated[
         int, Meta(ge=1), _doc("all blobs together; the longest unused and unpinned ones make room")

@@ -126,7 +126,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 class Here(msgspec.Struct, frozen=True, kw_only=True):
     """No seller: this machine does it, since none would be better."""
 
-    explanation: Explanation
+    explain: Callable[[], Explanation]
 
 
 class Quoted(msgspec.Struct, frozen=True):
@@ -208,10 +208,7 @@ class Market:
             if seen.found:
                 break
         found = self._decide(seen)
-        explanation = None
-        if found is not None:
-            explanation = found.explanation if isinstance(found, Here) else found.explain()
-        if explanation is None:
+        if found is None or (explanation := found.explain()) is None:
             raise _nobody(seen)
         return explanation
 
@@ -309,12 +306,11 @@ class Market:
         winner = pick([*own, *quoted], self.random, explore=seen.explores())
         why = why_of(winner, quoted or seen.rivals(), len(seen.reasons), seen.home)
         if winner.facts.here:
-            return Here(explanation=seen.explained(winner, why))
+            return Here(explain=partial(seen.explained, winner, why))
         choice = seen.found[winner.facts.peer]
         why = f"{choice.why}, {why}"
-        return msgspec.structs.replace(
-            choice, why=why, explain=partial(seen.explained, winner, why)
-        )
+        explain = partial(seen.explained, winner, why)
+        return msgspec.structs.replace(choice, why=why, explain=explain)
 
     async def _quoted(self, need: Need, candidate: Candidate) -> Choice:
         """A quote from one candidate, held against our budget and its patience with us."""

@@ -128,7 +128,7 @@ class Pursuit:
             if choice is None:
                 continue
             if isinstance(choice, Here):
-                self.here = choice.explanation
+                self.here = choice.explain()
                 return
             self.move("call")
             try:

@@ -53,6 +53,8 @@ class Seller:
         self._events = events
         self._nursery = nursery
         self._sales: dict[tuple[Link, int], Sale] = {}  # ids begin anew on every link
+        self._fed_by: dict[bytes, Sale] = {}
+        """By the ticket that lets a neighbour feed them."""
         self.allowances = Allowances(book)
         self.places = Places(settings, workers.places_of)
         self.door = Admission(
@@ -118,6 +120,8 @@ class Seller:
             self._refuse(link, call.id, error)
             return
         self._sales[link, call.id] = sale
+        if call.passing.fed_by:
+            self._fed_by[call.passing.fed_by] = sale
         send_or_drop(link, messages.Accepted(id=call.id), may_ride=True)
         self._nursery.start_soon(self._serve, sale)
 
@@ -134,6 +138,12 @@ class Seller:
                 sale.inputs.put(frame)
             except AivillageError as error:
                 sale.stop(error)
+
+    def on_passed(self, _link: Link, frame: messages.Passed) -> None:
+        """By the stage before, whoever that is: the ticket tells. Of an ended call it is late."""
+        sale = self._fed_by.get(frame.ticket)
+        if sale is not None:
+            sale.inputs.pass_in(frame)
 
     def stop_for(self, peer: PeerId) -> None:
         """Its owner blocked a peer: what runs for it ends."""
@@ -178,6 +188,8 @@ class Seller:
 
     def _end(self, sale: Sale, error: AivillageError | None) -> None:
         del self._sales[sale.link, sale.call.id]
+        if self._fed_by.get(sale.call.passing.fed_by) is sale:
+            del self._fed_by[sale.call.passing.fed_by]
         sale.ticket.leave(sale.worth)
         try:
             self._book.end_sale(sale.peer, sale.attempt)

@@ -21,11 +21,13 @@ from aivillage.models.inference.generate import (
 )
 from aivillage.models.inference.generate import usage as units
 from aivillage.models.inference.logprobs import require_size
-from aivillage.models.inference.stages import StageInput, StageRequest, StageResult
+from aivillage.models.inference.stages import StageInput, StageOutput, StageRequest, StageResult
 from aivillage.node.allowances import Allowances
 from aivillage.node.delivery import Delivery
 from aivillage.node.engines import EngineClient, EngineSession, Scopes
 from aivillage.node.gossip import send_or_drop
+from aivillage.node.inputs import Fed
+from aivillage.node.links import Link
 from aivillage.node.sale import Sale, beating
 from aivillage.node.workers import Workers
 from aivillage.protocols import messages
@@ -33,9 +35,10 @@ from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import JobError
 from aivillage.protocols.job import token_bytes
 from aivillage.protocols.messages import StepItem
+from aivillage.protocols.passing import PASSED_MINOR
 from aivillage.protocols.ports import Book
 from aivillage.protocols.pricing import Usage, dearest_unit, price
-from aivillage.protocols.types import AMOUNT_MAX
+from aivillage.protocols.types import AMOUNT_MAX, PeerId
 
 LOOKAHEAD_UNITS: Final = 32
 """The engine may compute one prompt slice ahead of what may be delivered."""
@@ -57,6 +60,7 @@ class SessionSales:
         self._allowances = allowances
         self._delivery = delivery
         self._scopes = Scopes()
+        self.link_to: Callable[[PeerId], Link | None] = lambda _peer: None
 
     async def compute_stage(self, sale: Sale) -> None:
         """Computes input by input until the buyer says that there are no more.
@@ -73,21 +77,38 @@ class SessionSales:
             return
         layer_tokens = head_tokens = 0
         async with engine.open_session(sale.call.request) as session:
-            while (body := await sale.inputs.next()) is not None:
-                fed = unpack(StageInput, body)
+            while (item := await sale.inputs.next()) is not None:
+                fed = unpack(StageInput, item.body)
                 more = stages.used_by(stages.rows_of(fed, request), fed.draws, request)
                 layer_tokens, head_tokens = layer_tokens + more[0], head_tokens + more[1]
                 usage = stages.units(layer_tokens, head_tokens)
                 await self._room_for(sale, usage)
-                session.feed(body)
+                session.feed(item.body)
                 output = (await anext(session)).body
                 await self._delivery.pace(sale, len(output))
                 seq = sale.number
                 out_hash = sale.fold(output)
                 await self._delivery.deliver(sale, usage, {}, out_hash)
-                part = messages.Part(id=sale.call.id, seq=seq, body=output, hash8=out_hash[:8])
+                part = messages.Part(
+                    id=sale.call.id, seq=seq, body=output, hash8=out_hash[:8],
+                    passed=self._passed_on(sale, item, fed, output),
+                    fed8=stages.input_hash8(fed) if item.is_passed else b"",
+                )  # fmt: skip
                 send_or_drop(sale.link, part)
         self._finish_stage(sale, StageResult(layer_tokens=layer_tokens, head_tokens=head_tokens))
+
+    def _passed_on(self, sale: Sale, item: Fed, fed: StageInput, output: bytes) -> bool:
+        """Whether the next stage was handed what this one gave; its buyer gets it in any case."""
+        passing = sale.call.passing
+        link = self.link_to(PeerId(passing.to)) if item.hops and passing.to else None
+        if link is None or link.hello.minor < PASSED_MINOR:
+            return False
+        draws = item.draws if item.hops == 1 else 0
+        body = pack(StageInput(fed.position, (), unpack(StageOutput, output).states, draws))
+        passed = messages.Passed(
+            ticket=passing.by, seq=item.seq, body=body, hops=item.hops - 1, draws=item.draws
+        )
+        return send_or_drop(link, passed)
 
     def _finish_stage(self, sale: Sale, result: StageResult) -> None:
         whole = pack(result)

@@ -6,8 +6,9 @@ begins anew, and what the stages had computed until then is paid.
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -26,7 +27,7 @@ from aivillage.node.market import Need
 from aivillage.node.pursuit import Pursuit
 from aivillage.node.records import Work
 from aivillage.node.split_plan import Placed, Plan, plan, stand_in
-from aivillage.node.stage_call import StageCall
+from aivillage.node.stage_call import OtherStatesError, StageCall
 from aivillage.node.stage_peers import explanation, stage_peers
 from aivillage.node.stand_ins import StandIns
 from aivillage.node.trade import Receipt, Say, Trade
@@ -34,20 +35,27 @@ from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import AivillageError, JobError, RequestError
 from aivillage.protocols.job import JobEvent, State, step
+from aivillage.protocols.passing import TICKET_BYTES, Passing
 from aivillage.protocols.ports import SessionFrame
 from aivillage.protocols.pricing import Usage
 from aivillage.protocols.types import MicroCredits, PeerId, Seconds, as_credits
 
 FATAL: Final = frozenset({"PRICE_ABOVE_CEILING", "INTERNAL", "DISK_FULL", "CONFIG"})
 """Errors that another peer would make no better."""
+ALONE: Final = Passing()
 DRAFT_ROWS_PER_TOKEN: Final = 8
 """Rejected drafts are rows too: after one, a round has four rows."""
 
 
 class SplitJob:
-    """What a `Pursuit` is for a job that one peer does. `before` is the one that chose this."""
+    """What a `Pursuit` is for a job that one peer does. `before` is the one that chose this.
 
-    def __init__(self, before: Pursuit, trade: Trade, stand_ins: StandIns) -> None:
+    `passes_on`: whether stages may hand their states to each other.
+    """
+
+    def __init__(
+        self, before: Pursuit, trade: Trade, stand_ins: StandIns, *, passes_on: bool
+    ) -> None:
         self.row: JobRow = before.row
         self.say: Say = before.say
         self.state: State = "new"
@@ -59,6 +67,7 @@ class SplitJob:
         self.seconds_left = before.seconds_left
         self._trade = trade
         self._stand_ins = stand_ins
+        self._passes_on = passes_on
         self._request = unpack(GenerateRequest, self.row.request)
         self._model = trade.workers.shelf.require_divisible(self._request.model)
         self._spent_before = before.spent
@@ -95,6 +104,10 @@ class SplitJob:
                 outcome = error.code
                 raise
             finally:
+                self._trade.events.emit(
+                    "split_ended", job=self.row.id, stages=len(chain.hops), inputs=chain.fed_count,
+                    handed_on=chain.passed_count, outcome=outcome,
+                )  # fmt: skip
                 with trio.CancelScope(shield=True):  # each call has its own end
                     await chain.close(outcome)
         if self.result is None:
@@ -142,9 +155,10 @@ class SplitJob:
             self.plan = plan(self._model, peers, before)
             self.say(messages.Progress(id=0, done=0, note=self.plan.why))
             opened: dict[Placed, StageCall] = {}
+            passing = self._passing(self.plan.stages)
             async with trio.open_nursery() as nursery:
                 for placed in self.plan.stages:
-                    nursery.start_soon(self._try_to_open, placed, opened)
+                    nursery.start_soon(self._try_to_open, placed, passing[placed], opened)
             if len(opened) == len(self.plan.stages) and not self._too_dear(opened):
                 self.move("acknowledged")
                 size = row_bytes(self._model.width)
@@ -165,13 +179,28 @@ class SplitJob:
         most = self.spent + sum(call.choice.price_at_most for call in opened.values())
         return most if most > self.row.ceiling else 0
 
-    async def _try_to_open(self, placed: Placed, opened: dict[Placed, StageCall]) -> None:
+    def _passing(self, stages: Sequence[Placed]) -> dict[Placed, Passing]:
+        """Who hands to whom: each to the next, unless the owner wants to deal with each alone."""
+        if not self._passes_on:
+            return dict.fromkeys(stages, Passing())
+        tickets = [secrets.token_bytes(TICKET_BYTES) for _ in stages[1:]]
+        to = [Passing(to=one.peer, by=by) for one, by in zip(stages[1:], tickets, strict=True)]
+        return {
+            placed: msgspec.structs.replace(passing, fed_by=fed_by)
+            for placed, passing, fed_by in zip(
+                stages, [*to, Passing()], [b"", *tickets], strict=True
+            )
+        }
+
+    async def _try_to_open(
+        self, placed: Placed, passing: Passing, opened: dict[Placed, StageCall]
+    ) -> None:
         try:
-            opened[placed] = await self._call(placed)
+            opened[placed] = await self._call(placed, passing)
         except AivillageError as error:
             self._exclude(placed.peer, error)
 
-    async def _call(self, placed: Placed) -> StageCall:
+    async def _call(self, placed: Placed, passing: Passing = ALONE) -> StageCall:
         """A stage at its peer, loaded. Raises: AivillageError: it is not to be had."""
         request = StageRequest(
             first=placed.first,
@@ -203,7 +232,8 @@ class SplitJob:
             peer=placed.peer,
         )
         choice = await self._trade.market.terms_of(placed.peer, need)
-        call = StageCall(self.row.id, choice, request, self._trade, self.row.ceiling - self.spent)
+        ceiling = self.row.ceiling - self.spent
+        call = StageCall(self.row.id, choice, request, self._trade, ceiling, passing)
         try:
             await call.open(max(1.0, self.seconds_left()), self._laid_open(placed))
         except BaseException as error:
@@ -230,25 +260,30 @@ class SplitJob:
         await hop.call.close(error.code)
         if error.code in FATAL or len(self.resumed_seconds) >= STAND_INS_MAX:
             raise error
-        self._exclude(lost.peer, error)
+        again = isinstance(error, OtherStatesError)  # it reads once more, what we were shown
+        if not again:
+            self._exclude(lost.peer, error)
         chain = [call.seller for call in self._calls if call.seller not in self.excluded]
         ready = self._stand_ins.ready(self._request.model, lost, hop.call.kernel[0])
         while True:
             peers = stage_peers(self._trade, self._model, self.excluded)
-            found = stand_in(self._model, peers, lost, chain, ready)
-            placed = msgspec.structs.replace(lost, peer=found.peer)
-            note = f"{lost.peer[-8:]} is lost; its layers go on at {found.peer[-8:]}"
+            placed = lost
+            if not again:
+                peer = stand_in(self._model, peers, lost, chain, ready).peer
+                placed = msgspec.structs.replace(lost, peer=peer)
+            note = f"{lost.peer[-8:]} is lost; its layers go on at {placed.peer[-8:]}"
             self.say(messages.Progress(id=0, done=0, note=note))
             try:
                 call = await self._call(placed)
             except AivillageError as refusal:
-                self._exclude(found.peer, refusal)
+                self._exclude(placed.peer, refusal)
+                again = False
                 continue
             hop.placed = placed
             self.resumed_seconds.append(time.monotonic() - begun)
             self._trade.events.emit(
-                "stage_replaced", job=self.row.id, peer=lost.peer, by=found.peer,
-                seconds=round(self.resumed_seconds[-1], 3), was_ready=found.peer == ready,
+                "stage_replaced", job=self.row.id, peer=lost.peer, by=placed.peer,
+                seconds=round(self.resumed_seconds[-1], 3), was_ready=placed.peer == ready,
             )  # fmt: skip
             self._have_stand_ins()
             return call

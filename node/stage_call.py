@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import secrets
 import time
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import trio
 
@@ -23,9 +23,10 @@ from aivillage.node.records import Work
 from aivillage.node.trade import Trade
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
-from aivillage.protocols.errors import AivillageError, PeerError, RequestError
+from aivillage.protocols.errors import AivillageError, JobError, PeerError, RequestError
 from aivillage.protocols.job import running_hash
 from aivillage.protocols.messages import Finished, Frame
+from aivillage.protocols.passing import PASSED_MINOR, Passing
 from aivillage.protocols.pricing import price
 from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId, Seconds
 
@@ -44,13 +45,44 @@ _SIGNS_OF_LIFE: Final = (messages.Accepted, messages.Started, messages.Progress)
 _F = TypeVar("_F", messages.Started, messages.Part, Finished)
 
 
+class OtherStatesError(JobError):
+    """Two stages contradict each other: nobody knows which of them is right."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="CANCELLED")  # an end that is held against nobody
+
+
+class _Sent(NamedTuple):
+    """An input without an output. `hops`, `draws`: as its `Input` says them."""
+
+    fed: StageInput
+    seq: int
+    rows: int
+    at: Seconds
+    is_passed: bool
+    """The stage before says that it handed it over."""
+
+
 class StageCall:
     """Opened, fed, and closed once. One task awaits at a time."""
 
     def __init__(
-        self, job: JobId, choice: Choice, request: StageRequest, trade: Trade, ceiling: MicroCredits
+        self,
+        job: JobId,
+        choice: Choice,
+        request: StageRequest,
+        trade: Trade,
+        ceiling: MicroCredits,
+        passing: Passing,
     ) -> None:
+        """`passing`: how stages hand their states on, where both sides know how to."""
         self.request = request
+        is_able = choice.link.hello.minor >= PASSED_MINOR
+        self.passing = passing if is_able else Passing()
+        self.is_alone = not self.passing.fed_by
+        """Nobody but this node feeds it."""
+        self.has_passed = False
+        """Its last output is with the next stage."""
         self.choice = choice
         self.amount: MicroCredits = 0
         self.kernel = ("", "")
@@ -64,8 +96,8 @@ class StageCall:
         self._number = 0
         self._seq = 0
         self._used = (0, 0)
-        self._sent: collections.deque[tuple[StageInput, int, float]] = collections.deque()
-        self._unsent: collections.deque[StageInput] = collections.deque()
+        self._sent: collections.deque[_Sent] = collections.deque()
+        self._unsent: collections.deque[tuple[StageInput, int, int]] = collections.deque()
         self._decoded = (0, 0.0)
         self._is_over = False
         """The seller, or the loss of it, ended the call: nothing more of it comes."""
@@ -100,15 +132,26 @@ class StageCall:
                 quote_hash=self.choice.quote_hash,
                 ceiling_micro_credits=0 if self.choice.is_free else self._ceiling,
                 deadline_seconds=deadline_seconds,
+                passing=self.passing,
             )
         )
         started = await self._await(inbox, messages.Started, START_SECONDS)
         self.kernel = (started.kernel_class, started.identical)
 
-    def feed(self, fed: StageInput) -> None:
-        """Queues one input. Raises: PeerError: PEER_LOST."""
-        self._unsent.append(fed)
+    def feed(self, fed: StageInput, hops: int = 0, draws: int = 0) -> None:
+        """Queues one input. Raises: PeerError: PEER_LOST.
+
+        `hops`: through how many more stages it goes without us, the last of which draws `draws`.
+        """
+        self._unsent.append((fed, hops, draws))
         self._send_more()
+
+    def expect(self, fed: StageInput) -> None:
+        """The stage before says that it handed this over: its output comes without our doing."""
+        if self._unsent:  # in their order: what was handed over and is sent too is dropped there
+            self.feed(fed)
+        else:
+            self._note_sent(fed, is_passed=True)
 
     async def next(self) -> StageOutput:
         """The output of the oldest input without one.
@@ -119,18 +162,26 @@ class StageCall:
         """
         assert self._inbox is not None, "an open call has an inbox"
         part = await self._await(self._inbox, messages.Part, OUTPUT_SECONDS)
-        fed, rows, at = self._sent.popleft()
+        sent = self._sent.popleft()
         self._fold(part)
         output = unpack(StageOutput, part.body)
-        if fault := stages.output_fault(output, rows, fed.draws, self.request):
+        if part.fed8 and part.fed8 != stages.input_hash8(sent.fed):
+            raise OtherStatesError("a stage was handed other states than we were shown")
+        if fault := stages.output_fault(output, sent.rows, sent.fed.draws, self.request):
             raise PeerError(fault, code="BAD_REQUEST")
-        self._count(fed, rows)
-        if rows <= SMALL_ROWS and not self._sent:
-            layers, seconds = self._decoded
-            spent = time.monotonic() - at - self.choice.link.rtt_seconds
-            self._decoded = layers + self.request.last - self.request.first, seconds + spent
+        self._count(sent.fed, sent.rows)
+        self._measure(sent)
+        self.has_passed = part.passed
         self._send_more()
         return output
+
+    def _measure(self, sent: _Sent) -> None:
+        """How fast it decodes. What was handed over left when we were shown it: one way less."""
+        if sent.rows <= SMALL_ROWS and not self._sent:
+            layers, seconds = self._decoded
+            ways = 1 if sent.is_passed else 2
+            spent = time.monotonic() - sent.at - ways * self.choice.link.rtt_seconds / 2
+            self._decoded = layers + self.request.last - self.request.first, seconds + spent
 
     async def close(self, outcome: str) -> None:
         """Ends it and settles what came; `outcome` as of an attempt. Never raises."""
@@ -161,6 +212,7 @@ class StageCall:
                 return frame
             if frame is None:
                 await self._probe()
+                self._feed_what_was_passed()
             elif not isinstance(frame, _SIGNS_OF_LIFE):
                 raise PeerError(f"{type(frame).__name__} in a stage's call", code="BAD_REQUEST")
         raise PeerError(f"no {kind.__name__.lower()} within {seconds:.0f} s", code="PEER_LOST")
@@ -185,9 +237,9 @@ class StageCall:
             while True:
                 frame = await next_frame(inbox)
                 if isinstance(frame, messages.Part) and self._sent:
-                    fed, rows, _ = self._sent.popleft()
+                    sent = self._sent.popleft()
                     self._fold(frame)
-                    self._count(fed, rows)
+                    self._count(sent.fed, sent.rows)
 
     async def _finish(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
         """Raises: PeerError: it counts something else than we do."""
@@ -201,11 +253,32 @@ class StageCall:
     # ------------------------------------------------------------------ counting
     def _send_more(self) -> None:
         while self._unsent and len(self._sent) < WINDOW:
-            fed = self._unsent.popleft()
-            body = messages.Input(id=self._call_id, seq=self._seq, body=pack(fed))
-            self._seq += 1
-            self._sent.append((fed, stages.rows_of(fed, self.request), time.monotonic()))
-            self.choice.link.send(body)
+            fed, hops, draws = self._unsent.popleft()
+            sent = self._note_sent(fed, is_passed=False)
+            self._send(sent, hops, draws)
+
+    def _note_sent(self, fed: StageInput, *, is_passed: bool) -> _Sent:
+        rows = stages.rows_of(fed, self.request)
+        sent = _Sent(fed, self._seq, rows, time.monotonic(), is_passed)
+        self._seq += 1
+        self._sent.append(sent)
+        return sent
+
+    def _send(self, sent: _Sent, hops: int = 0, draws: int = 0) -> None:
+        is_alone = self.is_alone and bool(self.passing.fed_by)
+        self.choice.link.send(
+            messages.Input(
+                id=self._call_id, seq=sent.seq, body=pack(sent.fed), hops=hops, draws=draws,
+                alone=is_alone,
+            )
+        )  # fmt: skip
+
+    def _feed_what_was_passed(self) -> None:
+        """It gives a sign of life and no output: perhaps what it was handed never came."""
+        for sent in self._sent:
+            if sent.is_passed:
+                self.is_alone = True
+                self._send(sent)
 
     def _fold(self, part: messages.Part) -> None:
         self._out_hash = running_hash(self._out_hash, self.attempt, self._number, part.body)

@@ -54,6 +54,7 @@ class Switch:
             messages.QuoteRequest: seller.on_quote_request,
             messages.Call: seller.on_call,
             messages.Input: seller.on_input,
+            messages.Passed: seller.on_passed,
             messages.Cancel: lambda link, frame: seller.on_cancel(link, frame.id),
             messages.ListOperations: lambda link, frame: seller.on_list(link, frame.id),
             messages.Standing: villagers.on_standing,
@@ -63,6 +64,7 @@ class Switch:
             messages.PairQuestion: pairs.on_question,
             messages.Reach: villagers.reachability.on_reach,
         }
+        seller.sessions.link_to = links.get
         links.on_message = self.on_message
         links.admit = villagers.admit
         links.on_up = self.on_up

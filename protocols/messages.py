@@ -14,6 +14,7 @@ import msgspec
 from aivillage.protocols.envelope import ENVELOPE_BYTES_MAX
 from aivillage.protocols.job import Fingerprint
 from aivillage.protocols.manifest import CHUNKS_MAX, HASH_BYTES, BlobName
+from aivillage.protocols.passing import Passing, Ticket
 from aivillage.protocols.pricing import UNITS_MAX, ModelPrices, Models, Terms
 from aivillage.protocols.types import (
     U32,
@@ -33,7 +34,7 @@ from aivillage.protocols.vouchers import BLOB_BYTES_MAX, Lane
 
 JOB_PROTOCOL: Final = "/aivillage/job/1"
 VERSION_MAJOR: Final = 1
-VERSION_MINOR: Final = 3
+VERSION_MINOR: Final = 4
 CALLS_PER_PAIR_MAX: Final = 256
 CERTIFICATES_MAX: Final = 8
 SUCCESSIONS_MAX: Final = 4
@@ -167,6 +168,7 @@ class Call(Message, frozen=True, kw_only=True, tag="call"):
     delivered: tuple[bytes, ...] = ()
     done: Counts = {}
     fingerprints: bool = False
+    passing: Passing = Passing()  # since 1.4
 
 
 class Accepted(Message, frozen=True, kw_only=True, tag="accepted"):
@@ -197,15 +199,34 @@ class Part(Message, frozen=True, kw_only=True, tag="part"):
     seq: Count
     body: bytes
     hash8: bytes = b""
+    passed: bool = False  # since 1.4: on to the next stage
+    fed8: bytes = b""  # since 1.4: the hash of what came by the one before
 
 
 class Input(Message, frozen=True, kw_only=True, tag="input"):
-    """Since 1.3: one more input of a running call, numbered from 0; `end`: there are no more."""
+    """Since 1.3: one more input of a running call, numbered from 0; `end`: there are no more.
+
+    Since 1.4: what it gives goes through `hops` more stages without the buyer, the last of which
+    draws `draws` tokens. `alone`: nobody but the buyer feeds from here on.
+    """
 
     id: Count
     seq: Count
     body: InputBody = b""
     end: bool = False
+    hops: Count = 0
+    draws: Count = 0
+    alone: bool = False
+
+
+class Passed(Message, frozen=True, kw_only=True, tag="passed"):
+    """Since 1.4: an `Input` by the stage before. Who knows no such ticket drops it: it is late."""
+
+    ticket: Ticket
+    seq: Count
+    body: InputBody
+    hops: Count = 0
+    draws: Count = 0
 
 
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
@@ -420,7 +441,7 @@ PEER_MESSAGES: Final = (
     Hello, Ping, Pong, Failure, ListOperations, Operations, QuoteRequest, QuoteReply, Call,
     Accepted, Started, Progress, Part, Finished, Cancel, Ledger, Gossip, Standing, Fetch, Join,
     Joined, Granted, PairQuestion, PairView, Reach, Reached, OffersQuestion, OffersAnswer,
-    Held, Input, Step,
+    Held, Input, Passed, Step,
 )  # fmt: skip
 CONTROL_MESSAGES: Final = (
     Hello, Failure, Ask, Answer, Submit, Text, Progress, Cancel, Tunnel,

@@ -30,7 +30,6 @@ class Stream(Protocol):
         Raises:
             PeerError: PEER_LOST, the stream broke.
         """
-        ...
 
     async def write(self, data: bytes) -> None:
         """Returns when the bytes are with the operating system. Never cancelled half way.
@@ -38,18 +37,12 @@ class Stream(Protocol):
         Raises:
             PeerError: PEER_LOST, the stream broke.
         """
-        ...
 
     def write_now(self, data: bytes) -> bool:
-        """Writes all of it without a turn of the loop, or nothing; whether it did.
-
-        Not where anything is under way, is full, or broke: then `write` tells.
-        """
-        ...
+        """All of it without a turn of the loop, or nothing, as where it would wait; whether so."""
 
     async def close(self) -> None:
         """Ends the stream; never raises, never blocks for longer than a second."""
-        ...
 
 
 StreamHandler = Callable[[Stream], Awaitable[None]]

@@ -7,6 +7,7 @@ library and msgspec only at the top.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Annotated, Final
 
@@ -179,6 +180,12 @@ def output_fault(out: StageOutput, rows: int, draws: int, request: StageRequest)
     if len(out.states) != (0 if is_last else STATE_BYTES * shape.width * rows):
         return "its states are not those of the rows that it got"
     return ""
+
+
+def input_hash8(fed: StageInput) -> bytes:
+    """What a stage was handed, in 8 bytes: its buyer holds it against what it was shown."""
+    head = fed.position.to_bytes(4, "big") + fed.draws.to_bytes(2, "big")
+    return hashlib.sha256(head + fed.states).digest()[:8]
 
 
 def units(layer_tokens: int, head_tokens: int) -> dict[str, int]:

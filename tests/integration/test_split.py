@@ -116,6 +116,8 @@ def test_a_stage_killed_at_a_random_token_goes_on_where_its_layers_are_loaded(vi
     assert (replaced["peer"], replaced["was_ready"]) == (victim.peer, True)
     assert replaced["by"] in found["receipt"]["sellers"]
     assert any("its layers go on at" in note for note in found["said"])
+    handed = events(buyer, "split_ended")[-1]["handed_on"]
+    assert 0 < handed < REQUEST["max_tokens"], "until one of the two was lost; then we fed it"
     settled(village, 40)
 
 
@@ -130,6 +132,8 @@ def test_a_split_answer_is_the_unsplit_one_and_all_stages_are_paid(village):
     assert found["result"]["token_ids"] == ids
     assert (found["result"]["text"], found["result"]["finish_reason"]) == (text, finished)
     receipt = found["receipt"]
+    handed = events(buyer, "split_ended")[-1]["handed_on"]
+    assert handed > REQUEST["max_tokens"] / 4, "stages handed their states to each other"
     assert len(receipt["sellers"]) == 2
     assert receipt["identical"] == "guaranteed"
     settled(village, 20)

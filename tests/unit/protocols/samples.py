@@ -31,6 +31,7 @@ from aivillage.protocols.messages import (
     PairQuestion,
     PairView,
     Part,
+    Passed,
     Ping,
     Pong,
     Progress,
@@ -46,6 +47,7 @@ from aivillage.protocols.messages import (
     Text,
     Tunnel,
 )
+from aivillage.protocols.passing import Passing
 from aivillage.protocols.pricing import Terms
 from aivillage.protocols.types import PeerId
 
@@ -103,11 +105,12 @@ FULL: tuple[Frame, ...] = (
         delivered=(b"one", b"two"),
         done={"prompt_quads": 1, "output_tokens": 2},
         fingerprints=True,
+        passing=Passing(to=PEER, by=bytes(16), fed_by=b"\1" * 16),
     ),
     Accepted(id=6),
     Started(id=6, kernel_class="torch-2.13 fp32 avx2 t1", identical="guaranteed"),
     Progress(id=6, done=0.5, total=1.0, note="half way"),
-    Part(id=6, seq=1, body=b"part", hash8=bytes(8)),
+    Part(id=6, seq=1, body=b"part", hash8=bytes(8), passed=True, fed8=b"\1" * 8),
     Finished(
         id=6,
         attempt=bytes(16),
@@ -122,7 +125,8 @@ FULL: tuple[Frame, ...] = (
     OffersQuestion(id=7, have=bytes(28), room=4),
     OffersAnswer(id=7, envelopes=(b"offer", b"")),
     Standing(line_micro_credits=10_000_000, exposure_micro_credits=20_000),
-    Input(id=7, seq=3, body=b"rows", end=True),
+    Input(id=7, seq=3, body=b"rows", end=True, hops=2, draws=4, alone=True),
+    Passed(ticket=bytes(16), seq=3, body=b"rows", hops=1, draws=4),
     Fetch(id=7, cid=bytes(range(32)), hashes=True),
     Held(id=7, size_bytes=4096, root=bytes(range(32)), hashes=bytes(range(32))),
     Join(id=7, token="invite"),
@@ -185,6 +189,7 @@ SPARE: tuple[Frame, ...] = (
     Part(id=0, seq=0, body=b""),
     Ledger(blobs=()),
     Input(id=0, seq=0),
+    Passed(ticket=b"", seq=0, body=b""),
     Fetch(id=0, cid=bytes(32)),
     Held(id=0, size_bytes=0, root=bytes(32)),
     Granted(envelope=b""),
