@@ -39,7 +39,8 @@ class NodeProcess:
                 [
                     *(sys.executable, "-m", "aivillage", "start", "--json"),
                     *("--data-dir", str(self.where.data_dir), "--listen", self.listen),
-                    *("--set", "offer_seconds=2", "--set", "verify_percent_max=0", *flags),
+                    *("--set", "offer_seconds=2", "--set", "verify_percent_max=0"),
+                    *("--set", "device=cpu", *flags),  # on a GPU no bits are promised
                 ],
                 stdout=subprocess.PIPE,
                 stderr=log,

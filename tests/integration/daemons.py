@@ -349,6 +349,7 @@ class Yard:
         self.environment = kept | {
             "PYTHONPATH": str(ROOT),
             "AIVILLAGE_CACHE_DIR": cache,
+            "AIVILLAGE_DEVICE": "cpu",  # bits are compared, which no GPU promises
             "AIVILLAGE_MDNS": "false",  # nobody on the tester's network is to hear of this
             "AIVILLAGE_VERIFY_PERCENT_MAX": "0",  # bills are counted to the credit
             "XDG_RUNTIME_DIR": str(self._runtime),

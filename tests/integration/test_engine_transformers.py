@@ -16,6 +16,7 @@ from aivillage.models.inference.engine_choice import engine_of  # noqa: E402
 from aivillage.models.inference.engine_transformers import TransformersEngine  # noqa: E402
 from aivillage.models.inference.formats import Format  # noqa: E402
 from aivillage.models.inference.generate import MODULE, GenerateRequest  # noqa: E402
+from aivillage.models.inference.placement import HOST  # noqa: E402
 from aivillage.models.library import inspection, pull, sources  # noqa: E402
 from aivillage.models.library.store import Library  # noqa: E402
 from aivillage.protocols.errors import ConfigError, RefusedError, RequestError  # noqa: E402
@@ -160,4 +161,4 @@ def test_changed_or_missing_weights_do_not_load(tmp_path):
     tensors.pop("model.norm.weight")
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(RequestError, match=r"model\.norm\.weight"):
-        safetensors_model.load(folder)
+        safetensors_model.load(folder, HOST)
