@@ -57,7 +57,7 @@ def rules(
     if on_gpu:
         found += [(path, _READ) for path in gpu.READABLE]
         found += [(path, _USE) for path in gpu.nodes()]
-        found.append((gpu.NAMED, _WRITE_FILE))
+        found.append((gpu.NAMED, _WRITE_FILE | _TRUNCATE))
     return found
 
 

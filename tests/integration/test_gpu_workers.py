@@ -1,5 +1,8 @@
 """Fenced workers that an engine on a GPU would have, with or without one here."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,53 @@ HAS_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU that torch can use is here")
 needs_none = pytest.mark.skipif(HAS_GPU, reason="there is a GPU here")
 MEMORY_BYTES = 3 << 30
+AS_LIBCUDA = """
+import json, os, socket, sys, threading
+from aivillage.models import sandbox
+from aivillage.models.file_fence import fence_files
+
+def fails(do):
+    try:
+        do()
+    except OSError as error:
+        return error.errno
+    return 0
+
+def named():
+    path = f"/proc/self/task/{threading.get_native_id()}/comm"
+    os.close(os.open(path, os.O_RDWR))  # as glibc does
+    with open(path, "w") as comm:
+        comm.write("cuda-EvtHandlr")
+
+def listens():
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as own:
+        own.bind(f"\\0cuda-uvmfd-test-{os.getpid()}")
+        own.listen()
+
+def calls():
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+        other.connect(sys.argv[2])
+
+on_gpu = sys.argv[1] == "gpu"
+no_fence = fence_files(readable=[], writable=[os.getcwd()], on_gpu=on_gpu)
+no_filter = sandbox.deny_network(on_gpu=on_gpu)
+found = {}
+def thread():
+    found["named"] = fails(named)
+one = threading.Thread(target=thread)
+one.start()
+one.join()
+found |= {
+    "listens": fails(listens),
+    "calls": fails(calls),
+    "internet": fails(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM)),
+    "processes": fails(lambda: open("/proc/1/comm", "w")),
+    "clock": fails(lambda: open("/proc/sys/vm/overcommit_memory", "w")),
+}
+print(json.dumps([no_fence, no_filter, found]))
+"""
+"""What libcuda is known to do as it starts, and what nobody may, under the fences of a worker."""
+EPERM, EACCES = 1, 13
 
 
 def data_limit(pid: int) -> str:
@@ -52,6 +102,31 @@ async def test_only_a_worker_on_a_gpu_has_no_limit_of_data(tmp_path):
         await plain.stop()
         await on_gpu.stop()
         nursery.cancel_scope.cancel()
+
+
+def tried(folder, fences):
+    done = subprocess.run(
+        [sys.executable, "-c", AS_LIBCUDA, fences, str(folder / "nobody")],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    no_fence, no_filter, found = json.loads(done.stdout)
+    if no_fence or no_filter:
+        pytest.skip(f"{no_fence} {no_filter}")
+    return found
+
+
+def test_what_libcuda_does_as_it_starts_passes_the_fences_of_an_engine_on_a_gpu(tmp_path):
+    """As others traced it: its own threads' names, and an abstract socket that nobody calls."""
+    found = tried(tmp_path, "gpu")
+    assert (found.pop("named"), found.pop("listens")) == (0, 0)
+    assert set(found.values()) <= {EPERM, EACCES}, found
+
+
+def test_no_other_worker_can_do_that(tmp_path):
+    found = tried(tmp_path, "plain")
+    assert len(found) == 6
+    assert set(found.values()) <= {EPERM, EACCES}, found
 
 
 @needs_none

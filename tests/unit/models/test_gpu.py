@@ -30,7 +30,7 @@ def test_an_engine_on_a_gpu_has_what_every_worker_has_and_exactly_this_more(node
         [
             *((path, READ) for path in gpu.READABLE),
             *((path, use) for path in nodes),
-            ("/proc/self/task", WRITE),
+            ("/proc/self/task", WRITE | file_fence._TRUNCATE),
         ]
     )
     assert all(path.startswith("/proc/") for path in gpu.READABLE)

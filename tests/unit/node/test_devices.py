@@ -7,6 +7,7 @@ from aivillage.models import gpu
 from aivillage.models import worker_messages as say
 from aivillage.models.inference.catalogue import DEFAULT
 from aivillage.models.inference.stages import StageRequest
+from aivillage.node import config
 from aivillage.node import workers as node_workers
 from aivillage.node.config import Settings
 from aivillage.node.daemon import worker_settings
@@ -63,6 +64,17 @@ def test_the_settings_say_so():
     found = worker_settings(Settings(device="cuda:1", gpu_memory_mb=3))
     assert (found.device, found.gpu_memory_bytes_max) == ("cuda:1", 3 << 20)
     assert (Settings().device, WorkerSettings().device) == (gpu.AUTO, gpu.CPU)
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_a_device_can_be_named(tmp_path, name):
+    assert config.load(tmp_path, {"device": name}, {})[0].device == name
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:123", "", "mps"])
+def test_what_is_no_device_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="device"):
+        config.load(tmp_path, {"device": name}, {})
 
 
 @pytest.fixture
