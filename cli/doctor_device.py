@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
+import msgspec
+
 from aivillage.models import gpu
 from aivillage.node.config import Settings
 
@@ -13,7 +15,11 @@ WHAT: Final = "device"
 
 
 def told(settings: Settings, status: dict[str, Any] | None) -> Told:
-    """Whether torch can use a GPU shows only in a worker that loads a model."""
+    """Whether torch can use a GPU shows only in a worker that loads a model.
+
+    Where a node runs, its settings count: it may have been started with others.
+    """
+    settings = msgspec.structs.replace(settings, **(status or {}).get("wanted", {}))
     wish = f"device = {settings.device}"
     why_none = gpu.why_none()
     wanted = gpu.wanted(settings.device, settings.engine, why_none)

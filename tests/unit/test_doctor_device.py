@@ -32,3 +32,11 @@ def test_the_device_is_told_as_it_is(monkeypatch, device, engine, why_none, stat
     found = told(Settings(device=device, engine=engine), status)
     assert (found[0], about in found[2]) == (level, True), found
     assert bool(found[3]) == (level != "ok")
+
+
+def test_a_running_nodes_own_settings_count(monkeypatch):
+    monkeypatch.setattr(gpu, "why_none", lambda: NO_DRIVER)
+    status = engines() | {"wanted": {"engine": "auto", "device": "cuda:2"}}
+    assert told(Settings(), status)[:1] == ("FAIL",)
+    assert "device = cuda:2" in told(Settings(), status)[2]
+    assert told(Settings(device="cuda"), engines() | {"wanted": {"device": "cpu"}})[0] == "ok"
