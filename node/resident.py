@@ -178,16 +178,22 @@ class Resident:
     async def _load(self, model: str, slots: int) -> EngineClient:
         load = say.Load(model=model, slots=slots, engine=self._engine)
         found = self._shelf.find(model)
+        if found is not None and found.format == "remote":  # another server's device computes
+            worker = await self._start(model, load.device)
+            return await self._or_spoiled(model, self._load_in(worker, load))
+        return await self._or_spoiled(model, self._devices.loaded(load, self._load_once))
+
+    async def _or_spoiled(self, model: str, loading: Awaitable[EngineClient]) -> EngineClient:
         try:
-            if found is not None and found.format == "remote":  # another server's device computes
-                return await self._load_once(load)
-            return await self._devices.loaded(load, self._load_once)
+            return await loading
         except (ConfigError, RequestError) as error:  # it will not load the next time either
             self._shelf.spoil(model, error)
             raise
 
     async def _load_once(self, load: say.Load) -> EngineClient:
-        worker = await self._start(load.model, load.device)
+        return await self._load_in(await self._start(load.model, load.device), load)
+
+    async def _load_in(self, worker: WorkerProcess, load: say.Load) -> EngineClient:
         load = msgspec.structs.replace(load, way_out=worker.way_out)
         return await load_engine(self._nursery, worker, load)
 
