@@ -17,14 +17,20 @@ import socket
 import stat
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from aivillage import __version__
 from aivillage.cli import show
-from aivillage.cli.packages import MODEL_PACKAGES, PACKAGES, fits, installed, numbers
+from aivillage.cli.packages import (
+    MODEL_PACKAGES,
+    PACKAGES,
+    fits,
+    headers_missing,
+    installed,
+    numbers,
+)
 from aivillage.protocols.errors import EXIT_CONFIG, EXIT_OK, AivillageError
 
 if TYPE_CHECKING:
@@ -162,7 +168,7 @@ def _packages(_patient: Patient) -> Findings:
             yield Finding("ok", name, version)
             continue
         detail = f"{version} is here, {wish} is needed" if version else f"missing ({wish})"
-        if name == "libp2p" and not version and (lacks := _headers_missing()):
+        if name == "libp2p" and not version and (lacks := headers_missing()):
             lack = ", ".join(lacks)
             yield Finding(
                 "FAIL", name, f"{detail}; building it needs {lack}",
@@ -249,6 +255,12 @@ def _sandbox(_patient: Patient) -> Findings:
         yield Finding("warn", "sandbox", f"workers cannot be fenced in: {why_not}", step)
     else:
         yield Finding("ok", "sandbox", "workers have no network (seccomp)")
+
+
+def _device(patient: Patient) -> Findings:
+    from aivillage.cli.doctor_device import told
+
+    yield Finding(*told(patient.settings, patient.status))
 
 
 # --------------------------------------------------------------------------- what is on the disk
@@ -463,6 +475,7 @@ CHECKS: Final[tuple[tuple[str, Check], ...]] = (
     ("config", _config),
     ("model packages", _models),
     ("packaged model", _weights),
+    ("device", _device),
     ("sandbox", _sandbox),
     ("ray", _ray),
     ("clock", _clock),
@@ -482,17 +495,3 @@ CHECKS: Final[tuple[tuple[str, Check], ...]] = (
 def _install(what: str) -> str:
     quoted = f"'{what}'" if re.search(r"[<>=]", what) and "'" not in what else what
     return f"{sys.executable} -m pip install {quoted}"
-
-
-def _headers_missing() -> dict[str, str]:
-    """What compiling fastecdsa, which libp2p needs, lacks here -> its Debian package."""
-    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
-    folders = ("/usr/include", f"/usr/include/{multiarch}", "/usr/local/include")
-    lacks = {}
-    if not (shutil.which("gcc") or shutil.which("cc")):
-        lacks["a C compiler"] = "gcc"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        lacks["Python.h"] = "python3-dev"
-    if not any((Path(folder) / "gmp.h").exists() for folder in folders):
-        lacks["gmp.h"] = "libgmp-dev"
-    return lacks

@@ -109,7 +109,7 @@ def _row(
     price = told["price_micro_credits"] if told else model.price_micro_credits()
     state = "no node runs" if told is None else told["why_not"] or "offered"
     if told and told["is_loaded"]:
-        state += ", loaded"
+        state += f", loaded on {told['device']}"
     return known | {
         "source": source,
         "size_bytes": size_bytes,

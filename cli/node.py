@@ -163,7 +163,10 @@ def status(args: argparse.Namespace) -> int:
 
 
 def _engines(found: list[dict[str, Any]]) -> str:
-    named = [f"{each['model']} {each['sessions']} of {each['slots']} slots" for each in found]
+    named = [
+        f"{each['model']} {each['sessions']} of {each['slots']} slots on {each['device']}"
+        for each in found
+    ]
     return ", ".join(named) or "none"
 
 

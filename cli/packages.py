@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Final
 
 PACKAGES: Final = {
@@ -51,3 +54,17 @@ def fits(version: str, wish: str) -> bool:
 
 def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:4])
+
+
+def headers_missing() -> dict[str, str]:
+    """What compiling fastecdsa, which libp2p needs, lacks here -> its Debian package."""
+    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
+    folders = ("/usr/include", f"/usr/include/{multiarch}", "/usr/local/include")
+    lacks = {}
+    if not (shutil.which("gcc") or shutil.which("cc")):
+        lacks["a C compiler"] = "gcc"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        lacks["Python.h"] = "python3-dev"
+    if not any((Path(folder) / "gmp.h").exists() for folder in folders):
+        lacks["gmp.h"] = "libgmp-dev"
+    return lacks

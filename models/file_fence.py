@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from aivillage.models import gpu
+
 _CREATE_RULESET: Final = 444
 _ADD_RULE: Final = 445
 _RESTRICT_SELF: Final = 446
@@ -28,6 +30,9 @@ _REFER, _TRUNCATE, _DEVICE = 1 << 13, 1 << 14, 1 << 15
 _SINCE_VERSION: Final = {2: _REFER, 3: _TRUNCATE, 5: _DEVICE}
 _FIRST_VERSION: Final = (1 << 13) - 1
 _READ: Final = _EXECUTE | _READ_FILE | _READ_DIR
+_ALL: Final = _FIRST_VERSION | sum(_SINCE_VERSION.values())
+_USE: Final = _READ_FILE | _WRITE_FILE | _DEVICE
+"""Of a GPU's device: opened, mapped, and spoken to by ioctl."""
 _OF_FILES: Final = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _DEVICE
 _SCOPE_ALL: Final = 3
 """Abstract sockets and signals stay among the fenced; version 6."""
@@ -39,7 +44,24 @@ _SYSTEM: Final = (
 _DEVICES: Final = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
-def fence_files(*, readable: Iterable[str], writable: Iterable[str]) -> str:
+def rules(
+    *, readable: Iterable[str], writable: Iterable[str], on_gpu: bool = False
+) -> list[tuple[str, int]]:
+    """What may be done beneath which path; several rules for one add up.
+
+    `on_gpu`: as an engine on a GPU needs it, which runs our code only; nobody else is let that.
+    """
+    python = (sys.prefix, sys.base_prefix, *filter(None, sys.path))
+    found = [(path, _READ) for path in sorted({*_SYSTEM, *python, *readable})]
+    found += [(path, _ALL) for path in sorted({*_DEVICES, *writable})]
+    if on_gpu:
+        found += [(path, _READ) for path in gpu.READABLE]
+        found += [(path, _USE) for path in gpu.nodes()]
+        found.append((gpu.NAMED, _WRITE_FILE | _TRUNCATE))
+    return found
+
+
+def fence_files(*, readable: Iterable[str], writable: Iterable[str], on_gpu: bool = False) -> str:
     """Fences this process in for good. Gives why not; empty: it is on."""
     if sys.platform != "linux":
         return f"no file fence on {sys.platform}"
@@ -49,11 +71,8 @@ def fence_files(*, readable: Iterable[str], writable: Iterable[str]) -> str:
         return "this kernel has no Landlock"
     handled = _FIRST_VERSION | sum(bit for v, bit in _SINCE_VERSION.items() if v <= version)
     ruleset = _ruleset(libc, version, handled)
-    python = (sys.prefix, sys.base_prefix, *filter(None, sys.path))
-    for path in {*_SYSTEM, *python, *readable}:
-        _allow(libc, ruleset, path, _READ & handled)
-    for path in {*_DEVICES, *writable}:
-        _allow(libc, ruleset, path, handled)
+    for path, rights in rules(readable=readable, writable=writable, on_gpu=on_gpu):
+        _allow(libc, ruleset, path, rights & handled)
     zero = ctypes.c_ulong(0)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), zero, zero, zero)
     failed = libc.syscall(_RESTRICT_SELF, ruleset, ctypes.c_uint(0))

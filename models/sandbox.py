@@ -42,11 +42,16 @@ _DENIED: Final = {
     "aarch64": (198, 203, 202, 200, 201, 242, 211, 269, 117, 270, 271, 425, 434, 438, 424, 130),
 }
 _KILL_AND_TGKILL: Final = {"x86_64": (62, 234), "aarch64": (129, 131)}
+# socket bind listen
+_OF_GPU: Final = {"x86_64": (41, 49, 50), "aarch64": (198, 200, 201)}
+_AF_UNIX: Final = 1
 _SENDTO: Final = {"x86_64": 44, "aarch64": 206}
 _ARCHITECTURE: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 FILE_BYTES_MAX: Final = 2 << 30
 OPEN_FILES_MAX: Final = 256
+NO_LIMIT: Final = (1 << 63) - 1
+"""Of memory in bytes: more than there is. A number, so that a hard limit can still be lower."""
 CPU_SECONDS_MAX: Final = 86_400.0
 """For whoever sets no sensible end: a longer one does not fit the kernel's number."""
 
@@ -80,12 +85,16 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def deny_network() -> str:
-    """Denies the network and other processes for good. Gives why not; empty: it is on."""
+def deny_network(*, on_gpu: bool = False) -> str:
+    """Denies the network and other processes for good. Gives why not; empty: it is on.
+
+    `on_gpu`: libcuda does not start where it may not listen at a Unix socket. It may then make one
+    and listen; nobody can be let in there, and nobody be called.
+    """
     machine = platform.machine()
     if sys.platform != "linux" or machine not in _DENIED or sys.byteorder != "little":
         return f"no system call filter for {sys.platform} on {machine}"
-    program = _program(machine)
+    program = _program(machine, on_gpu=on_gpu)
     buffer = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -98,7 +107,7 @@ def deny_network() -> str:
     return ""
 
 
-def _program(machine: str) -> bytes:
+def _program(machine: str, *, on_gpu: bool = False) -> bytes:
     """The filter: another architecture's numbers and the denied calls fail with EPERM."""
     code = [
         _instruction(_LOAD, 0, 0, _OFFSET_ARCHITECTURE),
@@ -108,7 +117,12 @@ def _program(machine: str) -> bytes:
     ]
     if machine == "x86_64":  # the same kernel answers x32 numbers under the same architecture
         code += [_instruction(_JUMP_AT_LEAST, 0, 1, _X32_BIT), _instruction(_RETURN, 0, 0, _DENY)]
+    unix_only, *listening = _OF_GPU[machine]
+    if on_gpu:
+        code += _only_where(unix_only, {_OFFSET_ARGUMENTS: _AF_UNIX})
     for number in _DENIED[machine]:
+        if on_gpu and number in listening:
+            continue
         code += [_instruction(_JUMP_EQUAL, 0, 1, number), _instruction(_RETURN, 0, 0, _DENY)]
     for number in _KILL_AND_TGKILL[machine]:  # itself only
         code += _only_where(number, {_OFFSET_ARGUMENTS: os.getpid()})

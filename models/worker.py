@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, cast, runtime_checkable
 
 import msgspec
 
@@ -35,6 +35,9 @@ from aivillage.protocols.ports import (
     ResultEvent,
 )
 from aivillage.protocols.prefixes import PrefixTokens, ReusingEngine
+
+if TYPE_CHECKING:
+    from aivillage.models.inference.engine_stage import StageEngine
 
 COMMANDS_WAITING_MAX: Final = 4_096
 """A daemon waits at the pipe beyond this."""
@@ -152,14 +155,16 @@ def _restrict(pipes: Pipes) -> None:
     start = pipes.read()
     if not isinstance(start, say.Start):
         sys.exit("the first command says the limits")
-    sandbox.limit(memory_bytes_max=start.memory_bytes_max, nice=start.nice)
+    # CUDA reserves far more than it uses; what it takes of the GPU has a limit of its own.
+    data_bytes_max = sandbox.NO_LIMIT if start.gpu else start.memory_bytes_max
+    sandbox.limit(memory_bytes_max=data_bytes_max, nice=start.nice)
     scratch = start.scratch or str(Path.cwd())
     os.chdir(scratch)
     catalogue.use_library(start.library)
     no_fence = no_filter = "switched off in the settings"
     if start.sandbox:
-        no_fence = fence_files(readable=start.readable, writable=[scratch])
-        no_filter = sandbox.deny_network()
+        no_fence = fence_files(readable=start.readable, writable=[scratch], on_gpu=start.gpu)
+        no_filter = sandbox.deny_network(on_gpu=start.gpu)
     pipes.write(
         say.Started(
             sandboxed=not no_filter, fenced=not no_fence, why_not=f"{no_filter} {no_fence}".strip()
@@ -255,10 +260,7 @@ def _engine(load: say.Load) -> tuple[Any, type[msgspec.Struct], float]:
     known = catalogue.known(load.model)
     engine: Any
     if load.part == "stage":
-        from aivillage.models.inference.engine_stage import StageEngine
-
-        catalogue.require_same(known, load.weights_sha256)
-        engine = StageEngine(known, *load.layers, slots=load.slots)
+        engine = _stage(known, load)
         return engine, stages.StageRequest, engine.load_seconds
     if load.part == "driver":
         from aivillage.models.inference.split import SplitDriver
@@ -271,8 +273,20 @@ def _engine(load: say.Load) -> tuple[Any, type[msgspec.Struct], float]:
         engine = OpenaiEngine(known, slots=load.slots, dial=WayOut(load.way_out).dial)
         return engine, generate.GenerateRequest, engine.load_seconds
     threads = int(os.environ["OMP_NUM_THREADS"])  # by the daemon, as its owner set them
-    engine = engine_choice.engine_of(known, slots=load.slots, threads=threads, engine=load.engine)
+    engine = engine_choice.engine_of(
+        known, slots=load.slots, threads=threads, engine=load.engine, device=load.device
+    )
     return engine, generate.GenerateRequest, engine.load_seconds
+
+
+def _stage(known: catalogue.KnownModel, load: say.Load) -> StageEngine:
+    from aivillage.models.inference import engine_choice, placement
+    from aivillage.models.inference.engine_stage import StageEngine
+
+    catalogue.require_same(known, load.weights_sha256)
+    at = placement.prepare(load.device)
+    with engine_choice.short_of_memory("torch", known, load.device):
+        return StageEngine(known, *load.layers, slots=load.slots, at=at)
 
 
 def _apply(

@@ -10,7 +10,8 @@ from typing import Final, Literal
 
 import msgspec
 
-from aivillage.models.inference.engine_choice import DEFAULT_ENGINE
+from aivillage.models import gpu
+from aivillage.models.inference.engine_choice import DEFAULT_ENGINE, ON_CPU
 from aivillage.protocols.errors import AivillageError, NodeError
 from aivillage.protocols.messages import OperationInfo
 from aivillage.protocols.ports import (
@@ -41,6 +42,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     readable: tuple[str, ...] = ()
     library: str = ""
     """Where models were pulled to."""
+    gpu: bool = False
+    """An engine will compute on a GPU here: its devices are open, and data memory has no limit."""
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
@@ -55,6 +58,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
     """Of the model that is meant by its name; a stage's."""
     way_out: int = -1
     """The descriptor over which the daemon hands connections to a remote model's server."""
+    device: gpu.Device = ON_CPU
 
 
 class Add(msgspec.Struct, frozen=True, kw_only=True, tag="add"):

@@ -14,6 +14,8 @@ _KEPT_VARIABLES: Final = (
     "PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "ATEN_CPU_CAPABILITY",
 )  # fmt: skip
 """The last one is torch's: an owner may say which instructions it is to use."""
+_GPU_VARIABLES: Final = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+"""Which devices there are, and which is `cuda:0`, as the owner's other programs have it."""
 
 
 def command() -> list[str]:
@@ -21,9 +23,12 @@ def command() -> list[str]:
     return [sys.executable, "-m", "aivillage.models.worker", str(os.getpid())]
 
 
-def environment(scratch: Path, threads: int) -> dict[str, str]:
+def environment(scratch: Path, threads: int, *, on_gpu: bool = False) -> dict[str, str]:
     """Only what a worker needs: the owner's variables may hold secrets."""
-    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    names = (*_KEPT_VARIABLES, *(_GPU_VARIABLES if on_gpu else ()))
+    kept = {name: os.environ[name] for name in names if name in os.environ}
+    if on_gpu:  # else products of the same rows differ from run to run; read before CUDA starts
+        kept["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     source = str(Path(aivillage.__file__).parent.parent)
     paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {

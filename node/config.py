@@ -118,6 +118,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(pattern="^(auto|openvino|torch)$"),
         _doc("what computes answers; auto: openvino where its self-test passes, else torch"),
     ] = "auto"
+    device: Annotated[
+        str,
+        Meta(pattern="^(auto|cpu|cuda(:[0-9]{1,2})?)$"),
+        _doc("what engines compute on: cpu, cuda, cuda:N; auto: a GPU where torch can use one"),
+    ] = "cpu"
+    gpu_memory_mb: Annotated[
+        int, Meta(ge=0), _doc("of the GPU's memory, for one engine; 0: nine tenths of it")
+    ] = 0
     worker_idle_seconds: Annotated[Positive, _doc("an idle worker process ends after")] = 600.0
     worker_memory_mb: Annotated[int, Meta(ge=256), _doc("data memory of one worker")] = 4096
     worker_cores: Annotated[

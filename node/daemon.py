@@ -237,6 +237,8 @@ def worker_settings(settings: Settings, library: Path | None = None) -> WorkerSe
         ray_address=settings.ray_address if settings.executor == "ray" else "",
         models_memory_bytes_max=settings.models_memory_mb << 20,
         engine=settings.engine,
+        device=settings.device,
+        gpu_memory_bytes_max=settings.gpu_memory_mb << 20,
         stands_by=settings.stage_stand_by,
         limits=WorkerLimits(
             memory_bytes_max=settings.worker_memory_mb << 20,

@@ -125,6 +125,7 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
             "sales_waiting": self.seller.places.queue.waiting,
             "slots_free": self.seller.free_slots(),
             "engines": self.seller.engines(),
+            "wanted": {key: settings[key] for key in ("engine", "device")},
             "serves": [operation.name for operation in self.seller.operations()],
             "balance_micro_credits": (await self.ledger.balance()).net,
             "dev_mode": settings["dev_mode"],

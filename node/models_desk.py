@@ -43,6 +43,7 @@ class ModelsDesk:
                     "memory_bytes": model.memory_bytes,
                     "is_loaded": model.name in warm,
                     "is_busy": model.name in warm and warm[model.name].is_busy,
+                    "device": warm[model.name].device if model.name in warm else "",
                 }
                 | _figures(warm.get(model.name))
             )

@@ -7,9 +7,11 @@ from typing import Final
 
 import trio
 
+from aivillage.models import gpu
 from aivillage.models import worker_messages as say
 from aivillage.models.inference.catalogue import KnownModel
 from aivillage.models.inference.stages import StageRequest, memory_bytes
+from aivillage.node.devices import Devices
 from aivillage.node.engines import EngineClient, load_engine
 from aivillage.node.worker_process import WorkerProcess
 from aivillage.protocols.errors import RefusedError
@@ -19,6 +21,7 @@ SESSIONS_MAX: Final = 64
 """Of a driver: as many as an owner may have jobs; each is a list of numbers."""
 STAGES_MAX: Final = 2
 """Loaded at once, each in a worker's memory: a buyer names the layers, in one of 465 ways."""
+ON_CPU: Final = Devices()
 AHEAD_SECONDS_MIN: Final[Seconds] = 60.0
 """Layers that were loaded ahead stay so long, whoever else wants some: who asks pays nothing."""
 
@@ -29,12 +32,15 @@ class Parts:
     def __init__(
         self,
         nursery: trio.Nursery,
-        start: Callable[[], Awaitable[WorkerProcess]],
+        start: Callable[[gpu.Device], Awaitable[WorkerProcess]],
         memory_bytes_max: int,
+        devices: Devices = ON_CPU,
     ) -> None:
+        """`start` gives a worker that may use that device."""
         self._nursery = nursery
         self._start = start
         self._memory_bytes_max = memory_bytes_max
+        self._devices = devices
         self._loaded: dict[say.Load, EngineClient] = {}
         self._ahead: dict[say.Load, Seconds] = {}
         """Those that nobody has used so far, and since when."""
@@ -134,7 +140,12 @@ class Parts:
         return client
 
     async def _load(self, load: say.Load) -> EngineClient:
-        return await load_engine(self._nursery, await self._start(), load)
+        if load.part == "driver":  # it has no layers
+            return await self._load_once(load)
+        return await self._devices.loaded(load, self._load_once)
+
+    async def _load_once(self, load: say.Load) -> EngineClient:
+        return await load_engine(self._nursery, await self._start(load.device), load)
 
     # ------------------------------------------------------------------ room
     async def _make_room(self) -> None:

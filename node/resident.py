@@ -13,9 +13,10 @@ from typing import Final
 import msgspec
 import trio
 
-from aivillage.models import registry
+from aivillage.models import gpu, registry
 from aivillage.models import worker_messages as say
 from aivillage.models.inference.catalogue import KnownModel
+from aivillage.node.devices import Devices
 from aivillage.node.engines import EngineClient, load_engine
 from aivillage.node.shelf import Shelf
 from aivillage.node.warmth import Use, Warm, bytes_with, slots_that_fit, to_unload, worth
@@ -53,15 +54,16 @@ class Resident:
     def __init__(
         self,
         nursery: trio.Nursery,
-        start: Callable[[str], Awaitable[WorkerProcess]],
+        start: Callable[[str, gpu.Device], Awaitable[WorkerProcess]],
         shelf: Shelf,
         memory: Memory,
         *,
         slots_max: int,
         engine: str,
+        devices: Devices,
         make_way: Callable[[int], Awaitable[None]],
     ) -> None:
-        """`start` gives a worker fit to load that model.
+        """`start` gives a worker fit to load that model on that device.
 
         `make_way` leaves to stages of models no more than so many bytes.
         """
@@ -71,6 +73,7 @@ class Resident:
         self._memory = memory
         self._slots_max = slots_max
         self._engine = engine
+        self._devices = devices
         self._make_way = make_way
         self._engines: dict[str, EngineClient] = {}
         self._loading = trio.Lock()
@@ -97,6 +100,7 @@ class Resident:
                 memory_bytes=_bytes_of(held[name], client.slots) if name in held else 0,
                 worth=worth(self._uses.get(name, Use()), client.token_price, now),
                 is_busy=client.session_count > 0,
+                device=client.info.device,
                 load_seconds=client.load_seconds,
                 prefix_tokens=client.prefix_tokens,
             )
@@ -125,6 +129,7 @@ class Resident:
                 "sessions": self._engines[warm.name].session_count,
                 "memory_bytes_max": warm.memory_bytes,
                 "pid": self._engines[warm.name].pid,
+                "device": warm.device,
             }
             for warm in self.warm()
         ]
@@ -171,13 +176,26 @@ class Resident:
             await self._engines.pop(name).put_away()
 
     async def _load(self, model: str, slots: int) -> EngineClient:
-        worker = await self._start(model)
-        load = say.Load(model=model, slots=slots, engine=self._engine, way_out=worker.way_out)
+        load = say.Load(model=model, slots=slots, engine=self._engine)
+        found = self._shelf.find(model)
+        if found is not None and found.format == "remote":  # another server's device computes
+            worker = await self._start(model, load.device)
+            return await self._or_spoiled(model, self._load_in(worker, load))
+        return await self._or_spoiled(model, self._devices.loaded(load, self._load_once))
+
+    async def _or_spoiled(self, model: str, loading: Awaitable[EngineClient]) -> EngineClient:
         try:
-            return await load_engine(self._nursery, worker, load)
+            return await loading
         except (ConfigError, RequestError) as error:  # it will not load the next time either
             self._shelf.spoil(model, error)
             raise
+
+    async def _load_once(self, load: say.Load) -> EngineClient:
+        return await self._load_in(await self._start(load.model, load.device), load)
+
+    async def _load_in(self, worker: WorkerProcess, load: say.Load) -> EngineClient:
+        load = msgspec.structs.replace(load, way_out=worker.way_out)
+        return await load_engine(self._nursery, worker, load)
 
 
 def _bytes_of(model: KnownModel, slots: int) -> int:

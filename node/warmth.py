@@ -37,6 +37,7 @@ class Warm(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     worth: float
     is_busy: bool
+    device: str = "cpu"
     load_seconds: Seconds = 0.0
     prefix_tokens: PrefixTokens = PrefixTokens()
 

@@ -201,18 +201,21 @@ async def start_worker(
     *,
     far: Sequence[str] = (),
     place: Place | None = None,
+    on_gpu: bool = False,
 ) -> WorkerProcess:
     """A worker that has put its limits on. Its tasks run in `nursery`; the caller stops it.
 
     `far`: the command of a process whose pipes lead to a worker on another machine, in a folder of
-    its own there. `place`: where it may be connected to, and nowhere else.
+    its own there. `place`: where it may be connected to, and nowhere else. `on_gpu`: whether the
+    GPUs are open to it, which is for engines alone.
 
     Raises:
         JobError: it did not come up.
     """
     scratch = Path(tempfile.mkdtemp(prefix="worker-", dir=scratch_folder))
     hatch = Hatch(place) if place else None
-    worker = WorkerProcess(_spawn(scratch, limits, far, hatch), scratch)
+    environment = worker_start.environment(scratch, limits.threads, on_gpu=on_gpu)
+    worker = WorkerProcess(_spawn(environment, limits, far, hatch), scratch)
     worker.work_folder = "" if far else str(scratch)
     if hatch is not None and place is not None:
         worker.way_out = hatch.theirs.fileno()
@@ -223,7 +226,7 @@ async def start_worker(
     nursery.start_soon(worker.keep_last_words)
     try:
         with trio.fail_after(START_SECONDS_MAX):
-            await _greet(worker, limits)
+            await _greet(worker, limits, on_gpu=on_gpu)
     except trio.TooSlowError:
         await worker.stop()
         raise NodeError(f"a worker did not start within {START_SECONDS_MAX:.0f} s") from None
@@ -233,7 +236,7 @@ async def start_worker(
     return worker
 
 
-async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
+async def _greet(worker: WorkerProcess, limits: WorkerLimits, *, on_gpu: bool) -> None:
     worker.send(
         say.Start(
             scratch=worker.work_folder,
@@ -242,6 +245,7 @@ async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
             sandbox=limits.sandbox,
             readable=tuple(filter(None, (*limits.readable_folders, limits.library))),
             library=limits.library,
+            gpu=on_gpu,
         )
     )
     started = await worker.next()
@@ -251,7 +255,7 @@ async def _greet(worker: WorkerProcess, limits: WorkerLimits) -> None:
 
 
 def _spawn(
-    scratch: Path, limits: WorkerLimits, far: Sequence[str], hatch: Hatch | None
+    environment: dict[str, str], limits: WorkerLimits, far: Sequence[str], hatch: Hatch | None
 ) -> subprocess.Popen[bytes]:
     """From this very thread: a worker ends with the thread that started it, not only the daemon."""
     process = subprocess.Popen(
@@ -259,7 +263,7 @@ def _spawn(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=worker_start.environment(scratch, limits.threads),
+        env=environment,
         start_new_session=True,  # a Ctrl-C at the terminal is the daemon's to handle
         pass_fds=[hatch.theirs.fileno()] if hatch else [],
     )

@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 import trio
 
-from aivillage.models import registry
+from aivillage.models import gpu, registry
 from aivillage.models import worker_messages as say
 from aivillage.models.description import checked, described
 from aivillage.models.inference import catalogue, endpoint
@@ -26,6 +26,7 @@ from aivillage.models.inference.engine_choice import DEFAULT_ENGINE
 from aivillage.models.inference.generate import GenerateRequest
 from aivillage.models.inference.stages import StageRequest
 from aivillage.models.library.fit import machine_bytes
+from aivillage.node.devices import devices
 from aivillage.node.engines import EngineClient
 from aivillage.node.module_runs import ModuleRun, OnCall, WorkerPool, ask
 from aivillage.node.parts import Parts
@@ -71,6 +72,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     models_memory_bytes_max: int = 0
     """That loaded models share; 0: half of the machine's."""
     engine: str = DEFAULT_ENGINE
+    device: str = gpu.CPU
+    gpu_memory_bytes_max: int = 0
+    """Of the GPU's, for one engine; 0: most of it."""
     stands_by: bool = True
     """Whether buyers may have layers loaded here before they need them."""
     limits: WorkerLimits = WorkerLimits()
@@ -98,7 +102,11 @@ class Workers:
             )
         self._pool = WorkerPool(self._start_for_run, settings.module_workers_max)
         self._short = WorkerPool(self._start, SHORT_CALLS_AT_ONCE)
-        self._parts = Parts(nursery, self._start, settings.limits.memory_bytes_max)
+        where = devices(
+            settings.device, settings.engine, settings.gpu_memory_bytes_max, gpu.why_none()
+        )
+        limit = settings.limits.memory_bytes_max
+        self._parts = Parts(nursery, self._start_engine, limit, where)
         self._infos: dict[str, OperationInfo] = {}
         self.fences: say.Started | None = None
         """What fences the worker started last; None where none was started yet."""
@@ -108,7 +116,7 @@ class Workers:
         self.shelf = Shelf(settings.library, min(memory.all_bytes, memory.one_bytes))
         self._resident = Resident(
             nursery, self._start_for, self.shelf, memory, slots_max=self._slots,
-            engine=settings.engine, make_way=self._parts.make_way,
+            engine=settings.engine, devices=where, make_way=self._parts.make_way,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ what there is
@@ -353,18 +361,22 @@ class Workers:
         self.shelf.require_divisible(model)
         return await self._parts.driver(model)
 
-    async def _start_for(self, model: str) -> WorkerProcess:
+    async def _start_for(self, model: str, device: gpu.Device) -> WorkerProcess:
         """Where its worker is connected to: only a remote model's is. Raises: ConfigError."""
         held = self.shelf.require(model)
         if held.format != "remote":
-            return await self._start()
+            return await self._start_engine(device)
         found = await trio.to_thread.run_sync(endpoint.read, Path(held.folder))
         address = endpoint.address_of(found)
         return await self._start(Place(address.host, address.port, found.key_file))
 
-    async def _start(self, place: Place | None = None) -> WorkerProcess:
+    async def _start_engine(self, device: gpu.Device) -> WorkerProcess:
+        """One that loads what is ours to run: no module, of whomever, gets a GPU's devices."""
+        return await self._start(on_gpu=device.is_gpu)
+
+    async def _start(self, place: Place | None = None, *, on_gpu: bool = False) -> WorkerProcess:
         limits, scratch = self._settings.limits, self._scratch_folder
-        worker = await start_worker(self._nursery, limits, scratch, place=place)
+        worker = await start_worker(self._nursery, limits, scratch, place=place, on_gpu=on_gpu)
         self.fences = worker.fences
         return worker
 

@@ -426,6 +426,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     weights_sha256: str
     rechecks: bool = False
     """Whether it is a `RecheckingEngine`."""
+    device: str = "cpu"
+    """What computes: `cpu`, `cuda:N`, or `remote` where another server does."""
 
 
 class SessionFrame(msgspec.Struct, frozen=True, array_like=True):

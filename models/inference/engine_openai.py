@@ -78,6 +78,7 @@ class OpenaiEngine:
             context_tokens=model.context_tokens,
             vocabulary=remote.VOCABULARY,
             weights_sha256=model.sha256,
+            device="remote",
         )
         self.load_seconds = time.monotonic() - begun
 

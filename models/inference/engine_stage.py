@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from aivillage.models.inference import catalogue, constraint, sameness, tokenizer
-from aivillage.models.inference.engine_torch import SLOTS, kernel_class
+from aivillage.models.inference.engine_torch import SLOTS, kernel_class, promise
 from aivillage.models.inference.linear import ROW_SIZES
 from aivillage.models.inference.llama import Span
+from aivillage.models.inference.placement import HOST, Placement, no_memory, on_host
 from aivillage.models.inference.session_engine import in_turn, slots_taken
 from aivillage.models.inference.stage import ProbedStage, Stage, bytes_of, spans_of, states_of
 from aivillage.models.inference.stage_draws import StageDraws
@@ -53,7 +54,13 @@ class StageEngine:
     """
 
     def __init__(
-        self, model: catalogue.KnownModel, first: int, last: int, *, slots: int = SLOTS
+        self,
+        model: catalogue.KnownModel,
+        first: int,
+        last: int,
+        *,
+        slots: int = SLOTS,
+        at: Placement = HOST,
     ) -> None:
         """Loads and tests itself: seconds.
 
@@ -65,7 +72,7 @@ class StageEngine:
         begun = time.monotonic()
         self.stage = Stage(
             catalogue.weights_path(model), first, last,
-            slots=slots, context_tokens=model.context_tokens,
+            slots=slots, context_tokens=model.context_tokens, at=at,
         )  # fmt: skip
         catalogue.require_same(model, self.stage.sha256)
         same = sameness.probe(
@@ -75,12 +82,13 @@ class StageEngine:
         self._info = EngineInfo(
             engine="torch",
             model=model.name,
-            kernel_class=kernel_class(self.stage.sha256, f"{first}-{last}-{same.digest}"),
-            identical="guaranteed" if same.passed else "best effort",
+            kernel_class=kernel_class(self.stage.sha256, f"{first}-{last}-{same.digest}", at),
+            identical=promise(same, at),
             active_parameters=model.layer_parameters * (last - first),
             context_tokens=self.stage.context_tokens,
             vocabulary=self.stage.shape.vocabulary,
             weights_sha256=self.stage.sha256,
+            device=str(at.device),
         )
         self._free_slots = list(range(slots))
         self._sessions: dict[int, _Session] = {}
@@ -144,7 +152,7 @@ class StageEngine:
                 fed, rows = session.waiting.popleft()
                 rows_left -= rows
                 plan.append((session, fed, rows))
-        frames = self._forward(plan) if plan else []
+        frames = self._try_forward(plan) if plan else []
         for session in [one for one in self._sessions.values() if one.error]:
             frames.append(_frame(session.number, error=session.error))
             self.cancel(session.number)
@@ -171,6 +179,16 @@ class StageEngine:
         self._turn += 1
         return in_turn(self._sessions.values(), self._turn)
 
+    def _try_forward(self, plan: Sequence[tuple[_Session, StageInput, int]]) -> list[SessionFrame]:
+        """A GPU that is full fails the sessions of the pass, and neither the engine nor others."""
+        try:
+            return self._forward(plan)
+        except torch.OutOfMemoryError as error:
+            why = no_memory(error)
+            for session, _, _ in plan:
+                session.error = why
+            return []
+
     def _forward(self, plan: Sequence[tuple[_Session, StageInput, int]]) -> list[SessionFrame]:
         spans: list[Span] = []
         for session, fed, rows in plan:
@@ -196,7 +214,7 @@ class StageEngine:
             return _frame(session.number, StageOutput(bytes_of(states)))
         if not fed.draws:
             return _frame(session.number, StageOutput())
-        lines = self.stage.logits(states[-fed.draws :])  # (draws, vocabulary)
+        lines = on_host(self.stage.logits(states[-fed.draws :]))  # (draws, vocabulary)
         position = fed.position + len(states) - fed.draws + 1 - session.request.prompt_tokens
         try:
             drawn, said = session.draws.draw(lines, position)

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from aivillage.models.inference import catalogue, constraint, grammar, safetensors_model
+from aivillage.models.inference import (
+    catalogue,
+    constraint,
+    grammar,
+    placement,
+    safetensors_model,
+)
+from aivillage.models.inference.placement import HOST, Placement, no_memory, on_host
 from aivillage.models.inference.session import Session
 from aivillage.models.inference.session_engine import prompt_of, slots_taken
 from aivillage.models.inference.template_tokenizer import TemplateTokenizer
@@ -35,7 +42,12 @@ class TransformersEngine:
     """Serves one safetensors model. Keeps nothing of a session: sameness is not promised."""
 
     def __init__(
-        self, model: catalogue.KnownModel, *, slots: int = SLOTS, threads: int = 1
+        self,
+        model: catalogue.KnownModel,
+        *,
+        slots: int = SLOTS,
+        threads: int = 1,
+        at: Placement = HOST,
     ) -> None:
         """Loads: seconds.
 
@@ -48,19 +60,21 @@ class TransformersEngine:
         folder = catalogue.weights_path(model)
         require_whole(folder, manifests.read(folder))
         self.tokenizer = TemplateTokenizer(folder, model.end_token_ids)
-        self._model: Any = safetensors_model.load(folder)
+        self._model: Any = safetensors_model.load(folder, at)
+        self._device = at.device
         self._slots = slots
         self._sessions: dict[int, Session] = {}
         self._caches: dict[int, DynamicCache] = {}
         self._info = EngineInfo(
             engine="transformers",
             model=model.name,
-            kernel_class=_kernel_class(model),
+            kernel_class=_kernel_class(model, at),
             identical="best effort",
             active_parameters=model.active_parameters,
             context_tokens=model.context_tokens,
             vocabulary=model.vocabulary,
             weights_sha256=model.sha256,
+            device=str(at.device),
         )
         constraint.make_ready(self.tokenizer, model.vocabulary)
         self.load_seconds = time.monotonic() - begun
@@ -87,7 +101,7 @@ class TransformersEngine:
 
     def step(self) -> list[SessionFrame]:
         """A token of every session that may have one, or a slice of its prompt."""
-        moved = {number for number, session in self._sessions.items() if self._advance(session)}
+        moved = {number for number, session in self._sessions.items() if self._moves(session)}
         frames = [s.report() for n, s in self._sessions.items() if n in moved or s.has_news]
         for number in [n for n, s in self._sessions.items() if s.finished]:
             self.cancel(number)
@@ -97,6 +111,14 @@ class TransformersEngine:
         """Frees the slot before the next step; an unknown session is no error."""
         self._sessions.pop(session, None)
         self._caches.pop(session, None)
+
+    def _moves(self, session: Session) -> bool:
+        """A GPU that is full fails this session, and neither the engine nor others."""
+        try:
+            return self._advance(session)
+        except torch.OutOfMemoryError as error:
+            session.fail(no_memory(error))
+            return True
 
     @torch.inference_mode()
     def _advance(self, session: Session) -> bool:
@@ -108,18 +130,18 @@ class TransformersEngine:
 
             self._caches[session.number] = DynamicCache(config=self._model.config)
         found = self._model(
-            input_ids=torch.tensor([span.token_ids]),
+            input_ids=torch.tensor([span.token_ids], device=self._device),
             cache=self._caches[session.number],
             use_cache=True,
             logits_to_keep=1,
         )
         session.read(len(span.token_ids))
         if session.draws_next:
-            session.draw(found.logits[0, -1].float())  # (vocabulary,)
+            session.draw(on_host(found.logits[0, -1]))  # (vocabulary,)
         return True
 
 
-def _kernel_class(model: catalogue.KnownModel) -> str:
+def _kernel_class(model: catalogue.KnownModel, at: Placement) -> str:
     import transformers
 
     parts = (
@@ -127,9 +149,8 @@ def _kernel_class(model: catalogue.KnownModel) -> str:
         transformers.__version__,
         torch.__version__,
         model.sha256[:16],
-        "float32",
-        "cpu",
-        torch.backends.cpu.get_cpu_capability(),
+        placement.type_name(at),
+        placement.hardware(at),
         f"threads{torch.get_num_threads()}",
         grammar.version(),
     )

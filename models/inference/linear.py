@@ -24,14 +24,14 @@ def padded_rows(count: int) -> int:
     return next(size for size in ROW_SIZES if size >= count)
 
 
-def rule() -> str:
-    """The name of the product kernel, for the kernel class."""
-    return "onednn-packed" if _can_pack() else "mm"
+def rule(like: Tensor) -> str:
+    """The name of the product kernel of weights like that one, for the kernel class."""
+    return "onednn-packed" if _can_pack(like) else "mm"
 
 
 def linear(weight: Tensor) -> Linear:
     """`x -> x @ weight.T` for `weight` (out, in), packed where this build of torch can."""
-    if not _can_pack():
+    if not _can_pack(weight):
         return lambda rows: torch.mm(weight, rows.T).T
     ops = torch.ops.mkldnn
     packed = ops._reorder_linear_weight(weight, ROW_SIZES[1])  # noqa: SLF001 - no public name
@@ -43,6 +43,8 @@ def linear(weight: Tensor) -> Linear:
     return product
 
 
-def _can_pack() -> bool:
+def _can_pack(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return False
     has_ops = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return has_ops and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]

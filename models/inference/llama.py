@@ -82,16 +82,19 @@ class Layers:
         """Uses `layers` up, one at a time."""
         self.shape = shape
         self._blocks = [_packed(layer) for layer in layers]
-        size = (len(self._blocks), slots, shape.key_heads, context_tokens)
-        self._keys = _lazy_zeros(*size, shape.head_width)
-        self._values = _lazy_zeros(*size, shape.head_width)
-        self._cos, self._sin = _rotations(shape.head_width, shape.rope_base, context_tokens)
+        self.like = self._blocks[0].attention_norm
+        """Every tensor of a step is where this one is; states are of its type."""
+        size = (len(self._blocks), slots, shape.key_heads, context_tokens, shape.head_width)
+        self._keys, self._values = (_lazy_zeros(self.like, *size) for _ in range(2))
+        turns = _rotations(shape.head_width, shape.rope_base, context_tokens)
+        self._cos, self._sin = (turn.to(self.like.device) for turn in turns)
 
     @torch.inference_mode()
     def forward(self, state: Tensor, spans: Sequence[Span]) -> Tensor:
         """Reads `spans` into their slots; `state` is (rows padded, width), as is what it gives."""
         places = [span.position + n for span in spans for n in range(len(span.token_ids))]
-        at = torch.tensor(places + [0] * (len(state) - len(places)))
+        places += [0] * (len(state) - len(places))
+        at = torch.tensor(places, device=self.like.device)
         turn = self._cos[at].unsqueeze(1), self._sin[at].unsqueeze(1)  # (rows, 1, head_width) each
         masks = [self._mask(span) for span in spans]
         for index, block in enumerate(self._blocks):
@@ -122,7 +125,7 @@ class Layers:
         turned = _rotate(mixed[:, : -shape.key_heads], turn)
         query = turned[:, : shape.heads] * shape.head_width**-0.5  # (rows, heads, head_width)
         key, value = turned[:, shape.heads :], mixed[:, -shape.key_heads :]
-        result = torch.zeros(len(state), shape.heads * shape.head_width)
+        result = state.new_zeros(len(state), shape.heads * shape.head_width)
         row = 0
         for span, mask in zip(spans, masks, strict=True):
             rows = slice(row, row + len(span.token_ids))
@@ -138,11 +141,12 @@ class Layers:
     def _mask(self, span: Span) -> Tensor:
         """0 where a query row may look, -inf where not: (query rows, keys)."""
         group = self.shape.heads // self.shape.key_heads
-        places = torch.arange(span.position, span.position + len(span.token_ids))
+        device, end = self.like.device, span.position + len(span.token_ids)
+        places = torch.arange(span.position, end, device=device)
         places = places.repeat_interleave(group)
         places = functional.pad(places, (0, max(0, QUERY_ROWS_MIN - len(places))))
-        hidden = torch.arange(span.key_count) > places.unsqueeze(1)
-        return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        hidden = torch.arange(span.key_count, device=device) > places.unsqueeze(1)
+        return self.like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
     def _normed(self, state: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(state, weight.shape, weight, self.shape.norm_epsilon)
@@ -199,7 +203,7 @@ def embedded(table: Tensor, spans: Sequence[Span]) -> Tensor:
     """The states that the first layer gets: (rows padded, width)."""
     ids = [token for span in spans for token in span.token_ids]
     padding = [0] * (padded_rows(len(ids)) - len(ids))
-    return functional.embedding(torch.tensor(ids + padding), table)
+    return functional.embedding(torch.tensor(ids + padding, device=table.device), table)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -221,7 +225,9 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     grouped = grouped.reshape(key_heads, rows * group, width)
     grouped = functional.pad(grouped, (0, 0, 0, len(mask) - rows * group))
     scores = torch.bmm(grouped, keys.transpose(1, 2)).add_(mask)  # (key_heads, rows * group, keys)
-    mixed = torch.bmm(torch.softmax(scores, dim=-1), values)[:, : rows * group]
+    # Summed in float32 whatever the type: in bfloat16 a long text's weights would be lost.
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+    mixed = torch.bmm(weights, values)[:, : rows * group]
     return (
         mixed.reshape(key_heads, rows, group * width).transpose(0, 1).reshape(rows, heads * width)
     )
@@ -238,10 +244,15 @@ def _packed(layer: Layer) -> _Block:
     )
 
 
-def _lazy_zeros(*size: int) -> Tensor:
-    """Zeros whose pages become real when they are written, so that memory follows use."""
-    pages = mmap.mmap(-1, 4 * math.prod(size))
-    return torch.frombuffer(pages, dtype=torch.float32).view(size)
+def _lazy_zeros(like: Tensor, *size: int) -> Tensor:
+    """Zeros beside `like`; in the machine's memory their pages become real when they are written.
+
+    Memory follows use there. A GPU gives all of it at once.
+    """
+    if like.device.type != "cpu":
+        return like.new_zeros(size)
+    pages = mmap.mmap(-1, like.element_size() * math.prod(size))
+    return torch.frombuffer(pages, dtype=like.dtype).view(size)
 
 
 def _rotations(width: int, base: float, count: int) -> tuple[Tensor, Tensor]:
@@ -256,4 +267,4 @@ def _rotate(heads: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     """`heads` (rows, heads, head_width) turned by their position's angle, halves as pairs."""
     cos, sin = turn
     swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
-    return heads * cos + swapped * sin
+    return (heads * cos + swapped * sin).to(heads.dtype)

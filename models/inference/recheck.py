@@ -118,6 +118,10 @@ class Recheck:
         if self._read_tokens == len(self._ids):
             self.finished = "rechecked"
 
+    def fail(self, why: str) -> None:
+        """Ends it: the engine can do no more for it."""
+        self.finished, self._error = "error", why
+
     @property
     def has_news(self) -> bool:
         return bool(self.finished)

@@ -16,6 +16,8 @@ from aivillage.protocols.errors import ConfigError, RequestError
 if TYPE_CHECKING:
     import torch
 
+    from aivillage.models.inference.placement import Placement
+
 FOREIGN_CODE: Final = (
     "auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation",
 )  # fmt: skip
@@ -134,20 +136,18 @@ def key_value_bytes(config: Any) -> int:
     return int(2 * 4 * config.num_hidden_layers * heads * width)
 
 
-def load(folder: Path) -> torch.nn.Module:
-    """The model in `folder`, in float32, ready to answer.
+def load(folder: Path, at: Placement) -> torch.nn.Module:
+    """The model in `folder`, where `at` says and of that type, ready to answer.
 
     Raises:
         RequestError: weights are missing, too many, or of other shapes.
     """
-    import torch
-
     config = read_config(folder)
     try:
         model, told = _auto().AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=torch.float32,
+            dtype=at.dtype,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -160,7 +160,7 @@ def load(folder: Path) -> torch.nn.Module:
         raise RequestError(
             f"the files have no fitting weights for {str(min(map(str, wrong)))[:200]}"
         )
-    found: torch.nn.Module = model.eval()
+    found: torch.nn.Module = model.eval().to(at.device)
     return found
 
 

@@ -52,10 +52,11 @@ def probe(model: Probed, *, slots: int, context_tokens: int) -> Sameness:
         and _same(reference[-12:], _sliced(model, ids, (28, 3, 5, 4))[-12:])
         and _decodes_alike(model, ids, reference)
         and _batches_alike(model, ids, reference, slots)
-        and _attention_alike(model, context_tokens)
+        and _attention_alike(model, context_tokens, reference)
     )
     logits = model.logits(reference[-1:])
-    return Sameness(passed=passed, digest=hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:8])
+    said = logits.float().cpu().numpy().tobytes()
+    return Sameness(passed=passed, digest=hashlib.sha256(said).hexdigest()[:8])
 
 
 def _sliced(model: Probed, ids: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -97,16 +98,19 @@ def _slice_alike(model: Probed, ids: tuple[int, ...], reference: Tensor) -> bool
     return _same(reference[last:], states[:1]) and _same(reference[:32], states[1:33])
 
 
-def _attention_alike(model: Probed, context_tokens: int) -> bool:
-    """A query row among 32 others and alone, over every number of keys that occurs."""
+def _attention_alike(model: Probed, context_tokens: int, like: Tensor) -> bool:
+    """A query row among 32 others and alone, over every number of keys that occurs.
+
+    Drawn in float32 on the CPU, the same everywhere, and computed where and as `like` is.
+    """
     shape, draw = model.shape, torch.Generator().manual_seed(1)
     group = shape.heads // shape.key_heads
-    keys = torch.randn(shape.key_heads, context_tokens, shape.head_width, generator=draw)
-    query = torch.randn(32, shape.heads, shape.head_width, generator=draw)
+    keys = torch.randn(shape.key_heads, context_tokens, shape.head_width, generator=draw).to(like)
+    query = torch.randn(32, shape.heads, shape.head_width, generator=draw).to(like)
     for end in range(KEY_STEP, context_tokens + 1, KEY_STEP):
         seen = keys[:, :end]
-        many = attend(query, seen, seen, torch.zeros(32 * group, end))
-        alone_mask = torch.zeros(max(group, QUERY_ROWS_MIN), end)
+        many = attend(query, seen, seen, like.new_zeros(32 * group, end))
+        alone_mask = like.new_zeros(max(group, QUERY_ROWS_MIN), end)
         for row in (0, 13, 31):
             if not _same(many[row : row + 1], attend(query[row : row + 1], seen, seen, alone_mask)):
                 return False
@@ -114,7 +118,8 @@ def _attention_alike(model: Probed, context_tokens: int) -> bool:
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(left.contiguous().view(torch.int32), right.contiguous().view(torch.int32))
+    bits = torch.int32 if left.element_size() == 4 else torch.int16
+    return torch.equal(left.contiguous().view(bits), right.contiguous().view(bits))
 
 
 def rule() -> str:

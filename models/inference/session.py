@@ -129,6 +129,10 @@ class Session:
         self._recorder.add(states[0])
         self.draw(logits[0])
 
+    def fail(self, why: str) -> None:
+        """Ends it: the engine can do no more for it."""
+        self.finished, self._error = "error", why
+
     def draw(self, logits: Tensor) -> None:
         """Takes the next token from `logits` (vocabulary,)."""
         if not bool(torch.isfinite(logits).all()):

@@ -16,6 +16,7 @@ from aivillage.models.inference.generate import GenerateRequest, conversation
 from aivillage.models.inference.kept import Slots, to_read
 from aivillage.models.inference.linear import ROW_SIZES
 from aivillage.models.inference.llama import RowModel, Span
+from aivillage.models.inference.placement import no_memory, on_host
 from aivillage.models.inference.recheck import Recheck
 from aivillage.models.inference.session import Session
 from aivillage.models.inference.tokenizer import Prompt, Speaker
@@ -127,7 +128,7 @@ class SessionEngine:
                 slice_rows -= len(span.token_ids) - 1
                 plan.append((session, span))
         if plan:
-            self._forward(plan)
+            self._try_forward(plan)
         moved = {session.number for session, _ in plan}
         frames = [s.report() for s in self._sessions.values() if s.number in moved or s.has_news]
         for session in [s for s in self._sessions.values() if s.finished]:
@@ -154,6 +155,15 @@ class SessionEngine:
         self._turn += 1
         return in_turn(self._sessions.values(), self._turn)
 
+    def _try_forward(self, plan: Sequence[tuple[Session | Recheck, Span]]) -> None:
+        """A GPU that is full fails the sessions of the step, and neither the engine nor others."""
+        try:
+            self._forward(plan)
+        except torch.OutOfMemoryError as error:
+            why = no_memory(error)
+            for session, _ in plan:
+                session.fail(why)
+
     def _forward(self, plan: Sequence[tuple[Session | Recheck, Span]]) -> None:
         states = self._model.forward([span for _, span in plan])  # (rows, width)
         due: list[tuple[Session | Recheck, int]] = []
@@ -166,10 +176,10 @@ class SessionEngine:
                 due.append((session, count))
                 rows += range(end - count, end)
         if due:
-            wanted = states[rows]
+            wanted = states[torch.tensor(rows, device=states.device)]
             logits = self._model.logits(wanted)  # (rows due, vocabulary)
             sizes = [count for _, count in due]
-            parts = torch.split(wanted, sizes), torch.split(logits, sizes)
+            parts = torch.split(on_host(wanted), sizes), torch.split(on_host(logits), sizes)
             for (session, _), own_states, own_logits in zip(due, *parts, strict=True):
                 session.take(own_states, own_logits)
 

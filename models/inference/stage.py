@@ -19,6 +19,7 @@ from aivillage.models.inference import gguf_model
 from aivillage.models.inference.gguf_model import Shape
 from aivillage.models.inference.linear import padded_rows
 from aivillage.models.inference.llama import KEY_STEP, Head, Layers, Span, embedded
+from aivillage.models.inference.placement import HOST, Placement, on_host, placed_stage
 
 _PROBE_STATES: Final = 64
 
@@ -27,10 +28,17 @@ class Stage:
     """Layers first..last-1 of the model in a GGUF file; nothing else of it is in memory."""
 
     def __init__(
-        self, path: Path, first: int, last: int, *, slots: int, context_tokens: int
+        self,
+        path: Path,
+        first: int,
+        last: int,
+        *,
+        slots: int,
+        context_tokens: int,
+        at: Placement = HOST,
     ) -> None:
         """Raises: RequestError: the file is damaged, of another kind, or has no such layers."""
-        weights = gguf_model.load_stage(path, first, last)
+        weights = placed_stage(gguf_model.load_stage(path, first, last), at)
         self.shape: Shape = weights.shape
         self.sha256 = weights.sha256
         self.context_tokens = min(context_tokens, self.shape.context_tokens)
@@ -56,7 +64,7 @@ class Stage:
 
         Args:
             spans: whose rows these are; their ids count at the first stage only.
-            states: (rows, width) of the stage before; None at the first.
+            states: (rows, width) of the stage before, wherever they lie; None at the first.
 
         Returns:
             (rows padded, width); rows beyond those of the spans mean nothing.
@@ -66,6 +74,7 @@ class Stage:
         else:
             assert states is not None, "only the first stage embeds"
             state = functional.pad(states, (0, 0, 0, padded_rows(len(states)) - len(states)))
+            state = state.to(self._layers.like)
         state = self._layers.forward(state, spans)
         return state if self._head is None else self._head.normed(state)
 
@@ -112,5 +121,6 @@ def states_of(body: bytes, width: int) -> Tensor:
 
 
 def bytes_of(states: Tensor) -> bytes:
-    body: bytes = states.contiguous().numpy().tobytes()
+    """As float32, whatever computed them."""
+    body: bytes = on_host(states).contiguous().numpy().tobytes()
     return body

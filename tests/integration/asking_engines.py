@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from aivillage.models import gpu
 from aivillage.models.inference import catalogue, engine_choice, logprobs
 from aivillage.models.inference.engine_torch import TorchEngine
 from aivillage.models.inference.generate import Piece, joined, piece_of
@@ -19,9 +20,10 @@ def torch_engine() -> TorchEngine:
 
 
 @functools.cache
-def packaged(name):
+def packaged(name, device="cpu"):
     """This process's engine `name` of the packaged model: another one than `torch_engine`."""
-    return engine_choice.engine_of(catalogue.known(catalogue.DEFAULT), slots=8, engine=name)
+    model, where = catalogue.known(catalogue.DEFAULT), gpu.Device(device)
+    return engine_choice.engine_of(model, slots=8, engine=name, device=where)
 
 
 def forget(engine):

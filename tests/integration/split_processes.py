@@ -110,7 +110,7 @@ async def stages(parts: int, folder: Path) -> AsyncIterator[Stages]:
     async with trio.open_nursery() as nursery:
         limits = WorkerLimits(nice=0)
         nodes = [
-            Parts(nursery, lambda: start_worker(nursery, limits, folder), limits.memory_bytes_max)
+            Parts(nursery, lambda _: start_worker(nursery, limits, folder), limits.memory_bytes_max)
             for _ in range(parts)
         ]
         clients: dict[int, EngineClient] = {}

@@ -48,11 +48,26 @@ def _nothing_is_kept(request):
         forget(request.getfixturevalue("engine"))
 
 
-@pytest.fixture(scope="module", params=engine_choice.installed())
+@pytest.fixture(scope="module", params=[*engine_choice.installed(), "torch on a GPU"])
 def engine(request):
-    return packaged(request.param)
+    if request.param != "torch on a GPU":
+        return packaged(request.param)
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU that torch can use is here")
+    return packaged("torch", "cuda")
 
 
+@pytest.fixture
+def _same_bits(engine):
+    if engine.info().device != "cpu":
+        pytest.skip("on a GPU no bits are promised")
+
+
+promises_bits = pytest.mark.usefixtures("_same_bits")
+
+
+@promises_bits
 def test_it_says_what_it_is_and_what_its_bits_depend_on(engine):
     info = engine.info()
     version = importlib.metadata.version(info.engine)
@@ -69,6 +84,7 @@ def test_classes_of_two_engines_differ():
     assert len({packaged(name).info().kernel_class for name in names}) == len(names)
 
 
+@promises_bits
 @pytest.mark.parametrize("count", [2, 5, SLOTS])
 def test_a_batch_is_what_each_is_alone(engine, count):
     requests = [
@@ -80,6 +96,7 @@ def test_a_batch_is_what_each_is_alone(engine, count):
     assert together(engine, requests) == [alone(engine, request) for request in requests]
 
 
+@promises_bits
 @pytest.mark.parametrize("request_", [STORY, SAMPLED], ids=["greedy", "sampled"])
 def test_an_answer_goes_on_bit_for_bit_after_any_cut_and_in_company(engine, request_):
     ids, text, end = alone(engine, request_)
@@ -90,6 +107,7 @@ def test_an_answer_goes_on_bit_for_bit_after_any_cut_and_in_company(engine, requ
     assert together(engine, [STORY, request_], [(), ids[:2]])[1][0] == ids
 
 
+@promises_bits
 def test_the_conversation_is_read_by_the_models_template(engine):
     """Roles matter, and a mark that a message spells is text."""
     plain = alone(engine, GenerateRequest(prompt="Say one word.", max_tokens=8))
@@ -116,12 +134,14 @@ def test_the_conversation_is_read_by_the_models_template(engine):
     assert (first[2], "8" in first[1]) == ("eos", True)
 
 
+@promises_bits
 def test_a_draw_is_keyed_by_seed_and_position_alone(engine):
     first, second = (msgspec.structs.replace(SAMPLED, seed=seed) for seed in (1, 2))
     assert alone(engine, first) == alone(engine, first)
     assert alone(engine, first)[0] != alone(engine, second)[0]
 
 
+@promises_bits
 def test_a_stop_string_ends_the_answer_before_it(engine):
     ids, text, _ = alone(engine, STORY)
     stop = text[5:9]
@@ -132,6 +152,7 @@ def test_a_stop_string_ends_the_answer_before_it(engine):
     assert alone(engine, stopped, got[:1])[0] == got
 
 
+@promises_bits
 @pytest.mark.parametrize("request_", [STORY, SAMPLED], ids=["greedy", "sampled"])
 def test_an_honest_answer_is_read_again_without_a_difference(engine, request_):
     claim = claimed(engine, request_)
@@ -171,6 +192,7 @@ def test_it_makes_as_many_tokens_as_were_asked_for(engine, tokens):
     assert MODULE.check(request, result).ok
 
 
+@promises_bits
 def test_nothing_moves_without_allowance_and_no_further_than_it(engine):
     whole = alone(engine, STORY)[0]
     engine.add(0, STORY, ())
@@ -186,6 +208,7 @@ def test_nothing_moves_without_allowance_and_no_further_than_it(engine):
     engine.cancel(0)
 
 
+@promises_bits
 def test_cancel_frees_the_slot_before_the_next_step(engine):
     for number in range(SLOTS):
         engine.add(number, STORY, ())
@@ -235,7 +258,8 @@ def test_english_has_the_perplexity_of_the_files_weights(engine):
     ids = tuple(engine.tokenizer.encode(text))[:40]
     states = engine._model.forward([Span(0, 0, ids)])[: len(ids)]
     logits = torch.cat([engine._model.logits(part) for part in states.split(8)])
-    losses = torch.nn.functional.cross_entropy(logits[:-1].clone(), torch.tensor(ids[1:]))
+    said = logits[:-1].clone().float().cpu()
+    losses = torch.nn.functional.cross_entropy(said, torch.tensor(ids[1:]))
     assert math.exp(float(losses)) == pytest.approx(15.3215, rel=0.02)
 
 
@@ -243,6 +267,7 @@ NEAR = 0.002
 """Nats: logits of float32 engines differ by 1e-4 here, of one that rounds its inputs by 1."""
 
 
+@promises_bits
 def test_the_fast_engine_answers_as_the_reference_does(engine):
     """Whichever engine an owner has, a question gets the same answer; rounding flips near-ties."""
     torch = pytest.importorskip("torch")
@@ -261,6 +286,7 @@ def test_the_fast_engine_answers_as_the_reference_does(engine):
         assert alone(engine, request) == alone(reference, request)
 
 
+@promises_bits
 @pytest.mark.parametrize("request_", [STORY, SAMPLED], ids=["greedy", "sampled"])
 def test_engines_find_each_others_answers_honest(engine, request_):
     """Their classes are of one family: what is said there is held against nobody wrongly."""

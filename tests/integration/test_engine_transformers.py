@@ -16,6 +16,7 @@ from aivillage.models.inference.engine_choice import engine_of  # noqa: E402
 from aivillage.models.inference.engine_transformers import TransformersEngine  # noqa: E402
 from aivillage.models.inference.formats import Format  # noqa: E402
 from aivillage.models.inference.generate import MODULE, GenerateRequest  # noqa: E402
+from aivillage.models.inference.placement import HOST, Placement  # noqa: E402
 from aivillage.models.library import inspection, pull, sources  # noqa: E402
 from aivillage.models.library.store import Library  # noqa: E402
 from aivillage.protocols.errors import ConfigError, RefusedError, RequestError  # noqa: E402
@@ -79,6 +80,34 @@ def test_greedy_answers_are_the_librarys(tmp_path, kind, changes):
     assert found == wanted
     assert len(set(found)) > 2, "it says more than one thing over and over"
     assert answers(engine, other) == [beside]
+
+
+def test_in_bfloat16_it_answers_by_the_same_code(tmp_path):
+    """What a GPU computes with, on the CPU."""
+    known, _ = held(tmp_path, initializer_range=0.4)
+    half = TransformersEngine(known, slots=2, at=Placement(torch.device("cpu"), torch.bfloat16))
+    assert "/bfloat16/" in half.info().kernel_class
+    request = GenerateRequest(prompt=PROMPT, model="qwen2", max_tokens=TOKENS)
+    (found,) = answers(half, request)
+    assert 0 < len(found) <= TOKENS
+
+
+def test_a_full_gpu_fails_the_session_whose_step_it_was(tmp_path, monkeypatch):
+    known, _ = held(tmp_path, initializer_range=0.4)
+    engine = engine_of(known, slots=2)
+    request = GenerateRequest(prompt=PROMPT, model="qwen2", max_tokens=2)
+
+    def full(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._model, "forward", full)
+        engine.add(1, request, ())
+        engine.allow(1, 10_000)
+        (frame,) = engine.step()
+    assert (frame.session, frame.finished) == (1, "error")
+    assert "the GPU's memory is full" in frame.error
+    assert answers(engine, request)[0]
 
 
 def request_message(request):
@@ -160,4 +189,4 @@ def test_changed_or_missing_weights_do_not_load(tmp_path):
     tensors.pop("model.norm.weight")
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(RequestError, match=r"model\.norm\.weight"):
-        safetensors_model.load(folder)
+        safetensors_model.load(folder, HOST)

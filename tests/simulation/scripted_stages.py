@@ -179,7 +179,7 @@ class StageWorkers(ScriptedWorkers):
     ) -> None:
         super().__init__(nursery, folder, script, settings)
         limit = self._settings.limits.memory_bytes_max
-        self._parts = self.parts = ScriptedParts(nursery, self._start, limit)
+        self._parts = self.parts = ScriptedParts(nursery, self._start_engine, limit)
         self.parts.script = script
 
     async def check(self, operation: str, request: bytes, result: bytes) -> Verdict:

@@ -122,7 +122,7 @@ def test_another_libp2p_fails(examined, monkeypatch):
 def test_a_missing_libp2p_says_what_building_it_lacks(examined, monkeypatch, tmp_path):
     _pretend(monkeypatch, libp2p=None)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    monkeypatch.setattr(doctor_file.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(packages.sysconfig, "get_path", lambda _: str(tmp_path))
     assert_fails(examined, "libp2p", "a C compiler, Python.h", "apt-get install -y gcc python3-dev")
 
 

@@ -12,12 +12,12 @@ ALLOW = 0x7FFF0000
 DENY = 0x00050000 | errno.EPERM
 
 
-def verdict(machine, number, *arguments, architecture=None):
+def verdict(machine, number, *arguments, architecture=None, on_gpu=False):
     """What the filter says to a call: classic BPF, as the kernel runs it."""
     words = [*arguments, 0, 0, 0, 0, 0, 0][:6]
     architecture = architecture or sandbox._ARCHITECTURE[machine]
     data = struct.pack("=IIQ6Q", number, architecture, 0, *words)
-    program = list(struct.iter_unpack("=HBBI", sandbox._program(machine)))
+    program = list(struct.iter_unpack("=HBBI", sandbox._program(machine, on_gpu=on_gpu)))
     at = accumulator = 0
     while True:
         code, if_true, if_false, value = program[at]
@@ -68,3 +68,22 @@ def test_bytes_go_to_no_named_socket(machine, address):
 def test_other_numberings_of_the_same_kernel_are_denied():
     assert verdict("x86_64", 0x40000000) == DENY  # x32
     assert verdict("x86_64", 3, architecture=0x40000003) == DENY  # i386
+
+
+UNIX, INTERNET = 1, 2
+
+
+@pytest.mark.parametrize("machine", sorted(NUMBERS))
+def test_an_engine_on_a_gpu_may_listen_at_a_unix_socket_and_nothing_more(machine):
+    def said(number, *arguments):
+        return verdict(machine, number, *arguments, on_gpu=True)
+
+    a_socket, *listening = sandbox._OF_GPU[machine]
+    assert a_socket == NUMBERS[machine]["socket"]
+    assert said(a_socket, UNIX) == ALLOW
+    assert said(a_socket, INTERNET) == said(a_socket, 10) == said(a_socket, 16) == DENY
+    assert [said(number) for number in listening] == [ALLOW, ALLOW]
+    rest = set(sandbox._DENIED[machine]) - set(sandbox._OF_GPU[machine])
+    assert len(rest) == len(sandbox._DENIED[machine]) - 3
+    assert {said(number) for number in rest} == {DENY}
+    assert said(NUMBERS[machine]["kill"], 1, 9) == DENY
