@@ -298,6 +298,10 @@ class Workers:
         """The loaded models, and what each is worth."""
         return self._resident.warm()
 
+    def loaded(self) -> list[EngineClient]:
+        """The engines of whole models that are warm."""
+        return self._resident.loaded()
+
     def engines(self) -> list[dict[str, object]]:
         """The loaded models, and how full each is."""
         return self._resident.shown()

@@ -380,6 +380,8 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     verify: bool = False
     stand_by: bool = False
     """Another peer is to have the model loaded, should the first one be lost."""
+    draft: str = ""
+    """A model of this node's that guesses where the answer's is split; `none`: no model does."""
 
 
 class Text(Message, frozen=True, kw_only=True, tag="text"):

@@ -426,6 +426,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     weights_sha256: str
     rechecks: bool = False
     """Whether it is a `RecheckingEngine`."""
+    vocabulary_sha256: str = ""
+    """Who shares it means the same by every token id; empty: not known."""
 
 
 class SessionFrame(msgspec.Struct, frozen=True, array_like=True):

@@ -16,6 +16,7 @@ from aivillage.models.inference import catalogue, constraint, grammar, safetenso
 from aivillage.models.inference.session import Session
 from aivillage.models.inference.session_engine import prompt_of, slots_taken
 from aivillage.models.inference.template_tokenizer import TemplateTokenizer
+from aivillage.models.inference.tokenizer import vocabulary_sha256
 from aivillage.models.library import manifest as manifests
 from aivillage.models.library.hashing import require_whole
 from aivillage.protocols.errors import RequestError
@@ -61,6 +62,7 @@ class TransformersEngine:
             context_tokens=model.context_tokens,
             vocabulary=model.vocabulary,
             weights_sha256=model.sha256,
+            vocabulary_sha256=vocabulary_sha256(self.tokenizer, model.vocabulary),
         )
         constraint.make_ready(self.tokenizer, model.vocabulary)
         self.load_seconds = time.monotonic() - begun

@@ -87,11 +87,22 @@ class Rounds:
         for token in self._unread:
             self._lookup.append(token)
 
-    def inputs(self) -> tuple[StageInput, ...]:
-        """What the first stage reads in the next round, in slices; the last one draws."""
-        room = self._max_tokens - len(self.token_ids) - 1
-        decodes = len(self._unread) == 1
-        self._guesses = self._lookup.guess(min(self._drafts, room)) if decodes else []
+    @property
+    def tokens_left(self) -> int:
+        """How many the answer may still get."""
+        return self._max_tokens - len(self.token_ids)
+
+    @property
+    def places(self) -> int:
+        """Guesses of somebody else's that the next round takes: none beside those of lookup."""
+        return 0 if self._looked_up() or not self._decodes else self._guesses_max
+
+    def inputs(self, guesses: Sequence[int] = ()) -> tuple[StageInput, ...]:
+        """What the first stage reads in the next round, in slices; the last one draws.
+
+        `guesses`: somebody else's, for where lookup has none; right or wrong, they change no draw.
+        """
+        self._guesses = self._looked_up() or list(guesses)[: self.places]
         ids = [*self._unread, *self._guesses]
         slices = [ids[at : at + INPUT_ROWS_MAX] for at in range(0, len(ids), INPUT_ROWS_MAX)]
         made = tuple(
@@ -121,6 +132,18 @@ class Rounds:
         self._unread = [self.token_ids[-1]]
         self._learn(right)
         return tuple(self.token_ids[-1 - right :])
+
+    @property
+    def _decodes(self) -> bool:
+        """Not while the prompt is read; a prompt of one token is as good as decoded."""
+        return len(self._unread) == 1
+
+    @property
+    def _guesses_max(self) -> int:
+        return max(0, min(self._drafts, self.tokens_left - 1))
+
+    def _looked_up(self) -> list[int]:
+        return self._lookup.guess(self._guesses_max) if self._decodes else []
 
     def _learn(self, right: int) -> None:
         """Guesses more after a round that was guessed whole, and few after one that was not."""
@@ -232,6 +255,7 @@ class SplitDriver:
         """Raises: ConfigError: the model's tokenizer is not on this machine."""
         self._slots = slots
         self._tokens = tokenizer.of_model(model)
+        self._vocabulary_sha256 = tokenizer.vocabulary_sha256(self._tokens, model.vocabulary)
         self._model = model
         self._answers: dict[int, SplitAnswer] = {}
         self._frames: list[SessionFrame] = []
@@ -247,6 +271,7 @@ class SplitDriver:
             context_tokens=self._model.context_tokens,
             vocabulary=self._model.vocabulary,
             weights_sha256="",
+            vocabulary_sha256=self._vocabulary_sha256,
         )
 
     def add(self, session: int, request: Any, delivered: Sequence[int]) -> None:
