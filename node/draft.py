@@ -145,9 +145,10 @@ class Draft:
             self._stop(f"nothing came within {limit:.1f} s")
         return found
 
-    def round_begins(self, inputs: Sequence[StageInput], own: int) -> None:
-        """`own`: how many of its guesses are in it."""
-        self._inputs, self._own, self._began = inputs, own, trio.current_time()
+    def round_begins(self, inputs: Sequence[StageInput], *, own: bool) -> None:
+        """`own`: whether the guesses in it are ours."""
+        self._own = inputs[-1].draws - 1 if own else 0
+        self._inputs, self._began = inputs, trio.current_time()
 
     def round_ended(self, right: int) -> None:
         """So many guesses of it were right, whosever they were."""

@@ -364,7 +364,7 @@ class SplitJob:
         is_paid = self.spent + chain.price_of(inputs) <= self.row.ceiling
         if is_paid:
             if self._draft:
-                self._draft.round_begins(inputs, len(own))
+                self._draft.round_begins(inputs, own=bool(own))
             chain.begin(inputs)
         return is_paid
 

@@ -10,6 +10,7 @@ al., arXiv 2211.17192, for draws that are a function of their position.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Final
 
@@ -101,8 +102,10 @@ class Rounds:
         """What the first stage reads in the next round, in slices; the last one draws.
 
         `guesses`: somebody else's, for where lookup has none; right or wrong, they change no draw.
+        Those from an end on are left out: the token before it says as much.
         """
-        self._guesses = self._looked_up() or list(guesses)[: self.places]
+        goes_on = itertools.takewhile(lambda token: token not in self._end_token_ids, guesses)
+        self._guesses = self._looked_up() or list(goes_on)[: self.places]
         ids = [*self._unread, *self._guesses]
         slices = [ids[at : at + INPUT_ROWS_MAX] for at in range(0, len(ids), INPUT_ROWS_MAX)]
         made = tuple(

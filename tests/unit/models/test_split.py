@@ -122,6 +122,11 @@ def test_all_right_guesses_of_somebody_else_take_few_rounds():
     assert rounds.count <= 8
 
 
+def test_nothing_is_read_of_a_guess_that_the_answer_ends():
+    rounds = Rounds([8], max_tokens=9, end_token_ids={END})
+    assert rounds.inputs([1, END, 2])[-1].token_ids == (8, 1)
+
+
 def test_a_copied_prompt_takes_few_rounds():
     prompt = [0, 1, 2, 3, 4, 5, 6, 7] * 4
     driver, rounds, _ = answered(prompt, prompt)
