@@ -1,4 +1,4 @@
-"""A small model of the buyer's that guesses for a split one: same answer, paid, and never needed."""
+"""A small model of the buyer's that guesses for a split one: the same answer, and never needed."""
 
 from __future__ import annotations
 
