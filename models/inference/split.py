@@ -62,6 +62,19 @@ class PromptLookup:
         return []
 
 
+class Eagerness:
+    """How many guesses a round has of one that guesses: more after it was right, few after not."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.count = min(DRAFT_TOKENS_MIN, most)
+
+    def learn(self, made: int, right: int) -> None:
+        if made:
+            more = 2 * self.count + 1 if right == made else DRAFT_TOKENS_MIN
+            self.count = min(more, self._most)
+
+
 class Rounds:
     """What is read next, round by round, as token ids alone say it: whoever feeds knows it too."""
 
@@ -82,8 +95,9 @@ class Rounds:
         self._unread = list(prompt_ids)
         self._position = 0
         self._guesses: list[int] = []
-        self._drafts_max = drafts_max
-        self._drafts = min(DRAFT_TOKENS_MIN, drafts_max)
+        self._of_lookup, self._of_others = Eagerness(drafts_max), Eagerness(drafts_max)
+        self._is_lookup = True
+        """Whose guesses are in the round."""
         self._lookup = PromptLookup()
         for token in self._unread:
             self._lookup.append(token)
@@ -96,7 +110,7 @@ class Rounds:
     @property
     def places(self) -> int:
         """Guesses of somebody else's that the next round takes: none beside those of lookup."""
-        return 0 if self._looked_up() or not self._decodes else self._guesses_max
+        return 0 if self._looked_up() or not self._decodes else self._room(self._of_others)
 
     def inputs(self, guesses: Sequence[int] = ()) -> tuple[StageInput, ...]:
         """What the first stage reads in the next round, in slices; the last one draws.
@@ -105,7 +119,9 @@ class Rounds:
         Those from an end on are left out: the token before it says as much.
         """
         goes_on = itertools.takewhile(lambda token: token not in self._end_token_ids, guesses)
-        self._guesses = self._looked_up() or list(goes_on)[: self.places]
+        looked_up = self._looked_up()
+        self._is_lookup = bool(looked_up)
+        self._guesses = looked_up or list(goes_on)[: self.places]
         ids = [*self._unread, *self._guesses]
         slices = [ids[at : at + INPUT_ROWS_MAX] for at in range(0, len(ids), INPUT_ROWS_MAX)]
         made = tuple(
@@ -133,7 +149,8 @@ class Rounds:
             self._append(token)
         self._position += len(self._unread) + right
         self._unread = [self.token_ids[-1]]
-        self._learn(right)
+        eager = self._of_lookup if self._is_lookup else self._of_others
+        eager.learn(len(self._guesses), right)
         return tuple(self.token_ids[-1 - right :])
 
     @property
@@ -141,18 +158,11 @@ class Rounds:
         """Not while the prompt is read; a prompt of one token is as good as decoded."""
         return len(self._unread) == 1
 
-    @property
-    def _guesses_max(self) -> int:
-        return max(0, min(self._drafts, self.tokens_left - 1))
+    def _room(self, eager: Eagerness) -> int:
+        return max(0, min(eager.count, self.tokens_left - 1))
 
     def _looked_up(self) -> list[int]:
-        return self._lookup.guess(self._guesses_max) if self._decodes else []
-
-    def _learn(self, right: int) -> None:
-        """Guesses more after a round that was guessed whole, and few after one that was not."""
-        if self._guesses:
-            more = 2 * self._drafts + 1 if right == len(self._guesses) else DRAFT_TOKENS_MIN
-            self._drafts = min(more, self._drafts_max)
+        return self._lookup.guess(self._room(self._of_lookup)) if self._decodes else []
 
     def _append(self, token: int) -> None:
         self.token_ids.append(token)
