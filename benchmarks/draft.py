@@ -15,7 +15,7 @@ away, from first text to last; the median of prompts. `thin_right`: of its guess
 the same of the split model's own guesses where stages are near and no guess pays; `near_guesses`:
 how many it made all the same. `thin_cost`: what an answer costs, over one without its guesses.
 
-`--quick`: one prompt, without `thin`.
+`--quick`: one prompt and fewer tokens, without `thin`; its gain is told without a bar.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tests.integration.daemons import Daemon, DaemonError, Yard
 TOKENS, TOKENS_QUICK = 64, 24
 LEFT_OUT = (12, 17)
 """Layers that `thin` does not have."""
-GAIN_BAR, NEAR_BAR = 1.5, 0.85
+GAIN_BAR = 1.5
 THIN = "thin"
 PROMPTS = (
     "Explain in a few sentences why the sky is blue, and why the evening sky is red.",
@@ -155,13 +155,12 @@ def compare(
 def tell(claims: Claims, name: str, gains: list[float], found: list[Asked]) -> None:
     gain, made = statistics.median(gains), sum(one.made for one in found)
     if name == "near":
-        claims.add("near_ratio", gain, at_least=NEAR_BAR)
-    elif name == "draft":
-        claims.add("draft_gain", gain, at_least=GAIN_BAR)
+        claims.add("near_ratio", gain)
     else:
-        claims.add(f"{name}_gain", gain)
+        is_whole = name == "draft" and len(found) == len(PROMPTS)
+        claims.add(f"{name}_gain", gain, at_least=GAIN_BAR if is_whole else None)
     claims.note(f"{name}_gains", [round(one, 2) for one in gains])
-    claims.note(f"{name}_guesses", made)
+    claims.add(f"{name}_guesses", made, at_most=0 if name == "near" else None)
     claims.add(f"{name}_right", sum(one.right for one in found) / max(1, made))
 
 
