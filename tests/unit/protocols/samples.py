@@ -155,6 +155,7 @@ FULL: tuple[Frame, ...] = (
         prefer="cheap",
         verify=True,
         stand_by=True,
+        draft="small",
     ),
     Text(id=10, text="Zürich 🏔"),
     Step(
