@@ -315,12 +315,16 @@ class SplitJob:
             self._draft_lost(draft.model, draft.lost)
 
     async def _own_guesses(self, chain: Chain, rounds: Rounds) -> list[int]:
-        """Only what leaves enough to pay the rest of the answer without a right guess."""
+        """Only what leaves enough to pay the rest of the answer without a right guess.
+
+        And what a stand-in for one lost stage would read again.
+        """
         draft = self._draft
         if draft is None or draft.lost or not rounds.places:
             return []
         rows = (self.row.ceiling - self.spent) // max(1, chain.row_price)
-        found = await draft.guesses(rounds, rows - rounds.tokens_left)
+        again = (self._prompt_tokens + len(rounds.token_ids)) // len(chain.hops)
+        found = await draft.guesses(rounds, rows - rounds.tokens_left - again)
         if draft.lost:
             self._draft_lost(draft.model, draft.lost)
         return found
