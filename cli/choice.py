@@ -26,6 +26,7 @@ def dry_run(args: argparse.Namespace, client: Client, wanted: Submit) -> int:
         local=wanted.local,
         mesh=wanted.mesh,
         prefer=wanted.prefer,
+        draft=wanted.draft,
     )
     if args.json:
         show.as_json(found)

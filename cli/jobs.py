@@ -63,6 +63,7 @@ def _wanted(args: argparse.Namespace, call: int, request: dict[str, Any]) -> mes
         local=args.local,
         verify=args.verify,
         stand_by=args.stand_by,
+        draft=args.draft or "",
         mesh=args.mesh,
         prefer=args.prefer or "",
     )

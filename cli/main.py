@@ -208,6 +208,9 @@ def _job_commands(command: Command, common: argparse.ArgumentParser) -> None:
     submit.add_argument(
         "--stand-by", action="store_true", help="another peer loads the model, in case one is lost"
     )
+    submit.add_argument(
+        "--draft", metavar="MODEL", help="a model here that guesses if it is split; none: no model"
+    )
     submit.add_argument("--detach", action="store_true", help="print the job's id and return")
     submit.add_argument("-h", "--help", action="store_true", dest="wants_help", help="all flags")
     submit.epilog = "Further flags come from the operation: `submit OPERATION --help`."

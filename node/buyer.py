@@ -15,13 +15,14 @@ from aivillage.models import registry
 from aivillage.node.blob_fetch import BlobFetch
 from aivillage.node.choice import RATES, Explanation
 from aivillage.node.config import Settings
+from aivillage.node.draft import NONE, require_possible
 from aivillage.node.jobs import JobRow
 from aivillage.node.links import Link
 from aivillage.node.local import LocalJob
 from aivillage.node.market import Need
 from aivillage.node.pursuit import SETTLE_SECONDS, Pursuit
 from aivillage.node.split_job import SplitJob
-from aivillage.node.stage_peers import explanation, plan_for
+from aivillage.node.stage_peers import explanation, plan_for, with_draft
 from aivillage.node.stand_by import StandBy
 from aivillage.node.stand_ins import StandIns
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
@@ -98,6 +99,8 @@ class Buyer:
                 pursuit.verify = self.verify
             if submit.stand_by and isinstance(pursuit, Pursuit):
                 pursuit.stand_by = StandBy(self._trade, self._nursery, say)
+            if isinstance(pursuit, Pursuit):
+                pursuit.draft = submit.draft
             return self._start(pursuit)
         finally:
             self._starting -= 1
@@ -189,6 +192,7 @@ class Buyer:
             )
         await self._trade.workers.estimate(submit.operation, submit.request)
         await self._trade.workers.validate(submit.operation, submit.request)
+        require_possible(submit, self._trade.workers.shelf)
         ceiling = submit.ceiling_micro_credits
         return JobRow(
             id=JobId(secrets.token_hex(16)),
@@ -228,6 +232,7 @@ class Buyer:
             )
         usage, seconds = await self._trade.workers.estimate(submit.operation, submit.request)
         await self._trade.workers.validate(submit.operation, submit.request)
+        require_possible(submit, self._trade.workers.shelf)
         ceiling = submit.ceiling_micro_credits
         need = Need(
             operation=submit.operation,
@@ -248,7 +253,8 @@ class Buyer:
                 split = None if need.peer else plan_for(self._trade, need.work.model, before)
             if split is None:
                 raise
-            return explanation(split, need.prefer)
+            named = submit.draft if submit.draft != NONE else ""
+            return explanation(with_draft(split, named), need.prefer)
 
     async def resume(self) -> None:
         """Starts again what a stop or crash of this node interrupted."""
@@ -391,8 +397,9 @@ class Buyer:
             await self._do_here(running, pursuit, pursuit.here)
         elif isinstance(pursuit, Pursuit) and pursuit.is_split:
             running.pursuit = split = SplitJob(
-                pursuit, self._trade, self._stand_ins, passes_on=self._settings.stage_pass_on
-            )
+                pursuit, self._trade, self._stand_ins, self._nursery,
+                passes_on=self._settings.stage_pass_on,
+            )  # fmt: skip
             await split.run()
 
     async def _do_here(self, running: Running, pursuit: Pursuit, choice: Explanation) -> None:

@@ -134,6 +134,12 @@ class Chain:
         last = self.hops[-1]
         return sum(hop.call.price_of(rows, draws if hop is last else 0) for hop in self.hops)
 
+    @property
+    def row_price(self) -> MicroCredits:
+        """Of a row through all stages, with its draw."""
+        last = self.hops[-1]
+        return sum(hop.call.price_of(1, int(hop is last)) for hop in self.hops)
+
     async def round(self, inputs: Sequence[StageInput]) -> Draws:
         """What the last stage drew for `inputs` of the first one.
 

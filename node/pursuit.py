@@ -74,6 +74,8 @@ class Pursuit:
         """Done before anybody gets the result, where its owner asked for that."""
         self.stand_by: StandBy | None = None
         """Has another seller load the model, where its owner asked for that."""
+        self.draft = ""
+        """Which model guesses where the answer is split; empty: one that is loaded anyhow."""
         self.checked = ""
         self.is_kept = False
         """Its result is stored: a restart has only to end it."""

@@ -108,6 +108,9 @@ class Resident:
             if not client.dead
         ]
 
+    def loaded(self) -> list[EngineClient]:
+        return [client for client in self._engines.values() if not client.dead]
+
     def is_loaded(self, model: str) -> bool:
         client = self._engines.get(model)
         return client is not None and not client.dead

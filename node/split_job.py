@@ -17,18 +17,21 @@ import trio
 from aivillage.models.inference import stages
 from aivillage.models.inference.generate import GenerateRequest, piece_of
 from aivillage.models.inference.logprobs import token_size
+from aivillage.models.inference.pace import Pace
 from aivillage.models.inference.split import Begun, Draws, Rounds
 from aivillage.models.inference.stages import ROWS_MAX, StageRequest
 from aivillage.node.attempt import Output
 from aivillage.node.chain import STAND_INS_MAX, Chain, Hop, row_bytes
-from aivillage.node.engines import EngineSession
+from aivillage.node.choice import RATES
+from aivillage.node.draft import Draft, engine_of
+from aivillage.node.engines import EngineClient, EngineSession
 from aivillage.node.jobs import JobRow
 from aivillage.node.market import Need
 from aivillage.node.pursuit import Pursuit
 from aivillage.node.records import Work
 from aivillage.node.split_plan import Placed, Plan, plan, stand_in
 from aivillage.node.stage_call import OtherStatesError, StageCall
-from aivillage.node.stage_peers import explanation, stage_peers
+from aivillage.node.stage_peers import explanation, stage_peers, with_draft
 from aivillage.node.stand_ins import StandIns
 from aivillage.node.trade import Receipt, Say, Trade
 from aivillage.protocols import messages
@@ -36,7 +39,7 @@ from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.errors import AivillageError, JobError, RequestError
 from aivillage.protocols.job import JobEvent, State, step
 from aivillage.protocols.passing import TICKET_BYTES, Passing
-from aivillage.protocols.ports import SessionFrame
+from aivillage.protocols.ports import EngineInfo, SessionFrame
 from aivillage.protocols.pricing import Usage
 from aivillage.protocols.types import MicroCredits, PeerId, Seconds, as_credits
 
@@ -54,7 +57,13 @@ class SplitJob:
     """
 
     def __init__(
-        self, before: Pursuit, trade: Trade, stand_ins: StandIns, *, passes_on: bool
+        self,
+        before: Pursuit,
+        trade: Trade,
+        stand_ins: StandIns,
+        nursery: trio.Nursery,
+        *,
+        passes_on: bool,
     ) -> None:
         self.row: JobRow = before.row
         self.say: Say = before.say
@@ -68,6 +77,9 @@ class SplitJob:
         self._trade = trade
         self._stand_ins = stand_ins
         self._passes_on = passes_on
+        self._nursery = nursery
+        self._draft: Draft | None = None
+        self._draft_said = before.draft
         self._request = unpack(GenerateRequest, self.row.request)
         self._model = trade.workers.shelf.require_divisible(self._request.model)
         self._spent_before = before.spent
@@ -89,13 +101,15 @@ class SplitJob:
         """
         self.move("seek")
         driver = await self._trade.workers.driver(self._request.model)
+        guesser = await self._guesser(driver.info)
         async with driver.open_session(self.row.request) as session:
             begun = unpack(Begun, (await anext(session)).body)
             self._prompt_tokens = len(begun.prompt_ids)
             self._rows = self._prompt_tokens + DRAFT_ROWS_PER_TOKEN * self._request.max_tokens
-            chain = await self._open()
+            chain = await self._open(guesser.info.model if guesser else "")
             self._hops = chain.hops
             self._have_stand_ins()
+            reading = self._begin_draft(guesser, chain)
             outcome = "stopped"
             try:
                 body = await self._answer(session, chain, begun)
@@ -104,6 +118,7 @@ class SplitJob:
                 outcome = error.code
                 raise
             finally:
+                reading.cancel()
                 self._trade.events.emit(
                     "split_ended", job=self.row.id, stages=len(chain.hops), inputs=chain.fed_count,
                     handed_on=chain.passed_count, outcome=outcome,
@@ -124,7 +139,7 @@ class SplitJob:
             price_micro_credits=self.spent,
             attempts=len(self._calls),
             identical=self._identical(),
-            why=self.plan.why,
+            why=f"{self.plan.why}; {self._draft.told()}" if self._draft else self.plan.why,
         )
 
     def move(self, event: JobEvent) -> None:
@@ -142,8 +157,10 @@ class SplitJob:
         return "guaranteed" if same else "best effort"
 
     # ------------------------------------------------------------------ opening
-    async def _open(self) -> Chain:
+    async def _open(self, guesser: str) -> Chain:
         """A chain whose stages are all loaded; who refuses is left out of the next plan.
+
+        `guesser`: the model that guesses for it, if any.
 
         Raises:
             AivillageError: the rest do not hold the model.
@@ -152,7 +169,7 @@ class SplitJob:
         while True:
             peers = stage_peers(self._trade, self._model, self.excluded)
             before = self._stand_ins.before(self._request.model)
-            self.plan = plan(self._model, peers, before)
+            self.plan = with_draft(plan(self._model, peers, before), guesser)
             self.say(messages.Progress(id=0, done=0, note=self.plan.why))
             opened: dict[Placed, StageCall] = {}
             passing = self._passing(self.plan.stages)
@@ -302,6 +319,60 @@ class SplitJob:
             "attempt_failed", job=self.row.id, peer=peer, code=error.code, reason=error.message
         )
 
+    # ------------------------------------------------------------------ guesses of a model here
+    async def _guesser(self, driver: EngineInfo) -> EngineClient | None:
+        """Whoever guesses, if anybody does.
+
+        Raises:
+            RequestError: the model that was said cannot: it means other words by its ids.
+        """
+        try:
+            return await engine_of(self._draft_said, driver, self._trade.workers)
+        except RequestError:
+            raise
+        except AivillageError as error:  # it would have made the answer faster, and no other
+            self._draft_lost(self._draft_said, error.message)
+            return None
+
+    def _begin_draft(self, guesser: EngineClient | None, chain: Chain) -> trio.CancelScope:
+        """Has it read the prompt, beside the stages, until what this gives is cancelled."""
+        scope = trio.CancelScope()
+        if guesser is not None:
+            second = RATES[self.row.prefer or "balanced"]
+            pace = Pace(row_price=chain.row_price, second_price=second)
+            self._draft = Draft(guesser, self._request, pace)
+            self._nursery.start_soon(self._read, self._draft, scope)
+        return scope
+
+    async def _read(self, draft: Draft, scope: trio.CancelScope) -> None:
+        with scope:
+            try:
+                await draft.read()
+            except Exception as defect:  # an answer without guesses is an answer
+                self._trade.events.emit("draft_crashed", level=40, error=repr(defect))
+        if draft.lost:
+            self._draft_lost(draft.model, draft.lost)
+
+    async def _own_guesses(self, chain: Chain, rounds: Rounds) -> list[int]:
+        """Only what leaves enough to pay the rest of the answer without a right guess.
+
+        And what a stand-in for one lost stage would read again.
+        """
+        draft = self._draft
+        if draft is None or draft.lost or not rounds.places:
+            return []
+        rows = (self.row.ceiling - self.spent) // max(1, chain.row_price)
+        again = (self._prompt_tokens + len(rounds.token_ids)) // len(chain.hops)
+        found = await draft.guesses(rounds, rows - rounds.tokens_left - again)
+        if draft.lost:
+            self._draft_lost(draft.model, draft.lost)
+        return found
+
+    def _draft_lost(self, model: str, why: str) -> None:
+        self._trade.events.emit("draft_lost", job=self.row.id, model=model, reason=why)
+        note = f"{model} does not guess: {why}; going on without"
+        self.say(messages.Progress(id=0, done=0, note=note))
+
     # ------------------------------------------------------------------ the answer
     async def _answer(self, session: EngineSession, chain: Chain, begun: Begun) -> bytes:
         """Round by round until the driver says that it is finished.
@@ -314,32 +385,37 @@ class SplitJob:
             max_tokens=self._request.max_tokens,
             end_token_ids=begun.end_token_ids,
         )
-        goes_on = self._begin(chain, rounds)
+        goes_on = await self._begin(chain, rounds)
         while True:
             if not goes_on:
                 raise _above(self.spent + chain.price_of(rounds.inputs()), self.row.ceiling)
             session.feed(pack(self._counted(rounds, await chain.finish())))
             goes_on = is_ahead = not (self._request.stop or rounds.ended)
             if is_ahead:
-                goes_on = self._begin(chain, rounds)
+                goes_on = await self._begin(chain, rounds)
             frame = await anext(session)
             self._take(frame)
             if frame.finished:
                 return pack(self.output.result(self._request, frame.finished))
             if not is_ahead:
-                goes_on = self._begin(chain, rounds)
+                goes_on = await self._begin(chain, rounds)
 
-    def _begin(self, chain: Chain, rounds: Rounds) -> bool:
+    async def _begin(self, chain: Chain, rounds: Rounds) -> bool:
         """Whether the next round is within the ceiling, and so has begun."""
-        inputs = rounds.inputs()
+        own = await self._own_guesses(chain, rounds)
+        inputs = rounds.inputs(own)
         is_paid = self.spent + chain.price_of(inputs) <= self.row.ceiling
         if is_paid:
+            if self._draft:
+                self._draft.round_begins(inputs, own=bool(own))
             chain.begin(inputs)
         return is_paid
 
     def _counted(self, rounds: Rounds, draws: Draws) -> Draws:
         """Those draws of a round that belong to the answer."""
         new = rounds.take(draws.token_ids)
+        if self._draft:
+            self._draft.round_ended(len(new) - 1)
         return Draws(new, draws.logprobs[: len(new) * token_size(self._request.logprobs)])
 
     def _take(self, frame: SessionFrame) -> None:

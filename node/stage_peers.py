@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from aivillage.models.inference import stages
 from aivillage.models.inference.catalogue import KnownModel
 from aivillage.node.choice import RATES, Explanation
@@ -47,6 +49,13 @@ def explanation(found: Plan, prefer: str) -> Explanation:
     """A plan as every choice is laid open; it had no candidates one by one."""
     rate = RATES[prefer]
     return Explanation(why=found.why, prefer=prefer, micro_credits_a_second=rate, candidates=())
+
+
+def with_draft(found: Plan, model: str) -> Plan:
+    """As a plan reads where `model`, if any, guesses for the stages."""
+    if not model:
+        return found
+    return msgspec.structs.replace(found, why=f"{found.why}; {model} guesses where that pays")
 
 
 def may_be_split(trade: Trade, model: str) -> bool:

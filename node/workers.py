@@ -96,23 +96,20 @@ class Workers:
         self._scratch_folder = scratch_folder
         self._ids = itertools.count(1)
         self._cluster: RayExecutor | None = None
+        limits = settings.limits
         if settings.ray_address:
-            self._cluster = RayExecutor(
-                nursery, settings.ray_address, settings.limits, scratch_folder
-            )
+            self._cluster = RayExecutor(nursery, settings.ray_address, limits, scratch_folder)
         self._pool = WorkerPool(self._start_for_run, settings.module_workers_max)
         self._short = WorkerPool(self._start, SHORT_CALLS_AT_ONCE)
         where = devices(
             settings.device, settings.engine, settings.gpu_memory_bytes_max, gpu.why_none()
         )
-        limit = settings.limits.memory_bytes_max
-        self._parts = Parts(nursery, self._start_engine, limit, where)
+        self._parts = Parts(nursery, self._start_engine, limits.memory_bytes_max, where)
         self._infos: dict[str, OperationInfo] = {}
-        self.fences: say.Started | None = None
-        """What fences the worker started last; None where none was started yet."""
+        self.fences: say.Started | None = None  # of the worker that was started last
         self.machine = Machine(cpu_count=os.cpu_count() or 1, memory_bytes=machine_bytes())
         budget_bytes = settings.models_memory_bytes_max or machine_bytes() // 2
-        memory = Memory(all_bytes=budget_bytes, one_bytes=settings.limits.memory_bytes_max)
+        memory = Memory(all_bytes=budget_bytes, one_bytes=limits.memory_bytes_max)
         self.shelf = Shelf(settings.library, min(memory.all_bytes, memory.one_bytes))
         self._resident = Resident(
             nursery, self._start_for, self.shelf, memory, slots_max=self._slots,
@@ -305,6 +302,10 @@ class Workers:
     def warm(self) -> list[Warm]:
         """The loaded models, and what each is worth."""
         return self._resident.warm()
+
+    def loaded(self) -> list[EngineClient]:
+        """The engines of whole models that are warm."""
+        return self._resident.loaded()
 
     def engines(self) -> list[dict[str, object]]:
         """The loaded models, and how full each is."""

@@ -394,13 +394,13 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     peer: PeerId | None = None
     follow: bool = True
     local: bool = False
-    mesh: bool = False
-    """Never on this machine."""
+    mesh: bool = False  # never on this machine
     prefer: str = ""
     """fast, cheap or balanced; empty: as the settings say."""
     verify: bool = False
     stand_by: bool = False
     """Another peer is to have the model loaded, should the first one be lost."""
+    draft: str = ""  # a model of this node's that guesses where the answer's is split; `none`
 
 
 class Text(Message, frozen=True, kw_only=True, tag="text"):

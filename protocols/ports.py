@@ -424,10 +424,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int
     vocabulary: int
     weights_sha256: str
-    rechecks: bool = False
-    """Whether it is a `RecheckingEngine`."""
+    rechecks: bool = False  # whether it is a `RecheckingEngine`
     device: str = "cpu"
     """What computes: `cpu`, `cuda:N`, or `remote` where another server does."""
+    vocabulary_sha256: str = ""  # who shares it means the same by every token id; empty: unknown
 
 
 class SessionFrame(msgspec.Struct, frozen=True, array_like=True):

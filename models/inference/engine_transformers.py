@@ -23,6 +23,7 @@ from aivillage.models.inference.placement import HOST, Placement, no_memory, on_
 from aivillage.models.inference.session import Session
 from aivillage.models.inference.session_engine import prompt_of, slots_taken
 from aivillage.models.inference.template_tokenizer import TemplateTokenizer
+from aivillage.models.inference.tokenizer import vocabulary_sha256
 from aivillage.models.library import manifest as manifests
 from aivillage.models.library.hashing import require_whole
 from aivillage.protocols.errors import RequestError
@@ -75,6 +76,7 @@ class TransformersEngine:
             vocabulary=model.vocabulary,
             weights_sha256=model.sha256,
             device=str(at.device),
+            vocabulary_sha256=vocabulary_sha256(self.tokenizer, model.vocabulary),
         )
         constraint.make_ready(self.tokenizer, model.vocabulary)
         self.load_seconds = time.monotonic() - begun

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeVar
 
+import msgspec
 import torch
 
 from aivillage.models.inference import constraint
@@ -19,7 +20,7 @@ from aivillage.models.inference.llama import RowModel, Span
 from aivillage.models.inference.placement import no_memory, on_host
 from aivillage.models.inference.recheck import Recheck
 from aivillage.models.inference.session import Session
-from aivillage.models.inference.tokenizer import Prompt, Speaker
+from aivillage.models.inference.tokenizer import Prompt, Speaker, vocabulary_sha256
 from aivillage.protocols.errors import RefusedError, RequestError
 from aivillage.protocols.ports import EngineInfo, SessionFrame
 from aivillage.protocols.prefixes import PrefixTokens
@@ -42,7 +43,9 @@ class SessionEngine:
         """`model` has room for `slots` sessions of `info.context_tokens` each."""
         self.tokenizer = tokenizer
         self._model = model
-        self._info = info
+        self._info = msgspec.structs.replace(
+            info, vocabulary_sha256=vocabulary_sha256(tokenizer, info.vocabulary)
+        )
         self._slots = Slots(
             slots,
             keeps=info.identical == "guaranteed",

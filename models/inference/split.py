@@ -10,6 +10,7 @@ al., arXiv 2211.17192, for draws that are a function of their position.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Final
 
@@ -61,6 +62,19 @@ class PromptLookup:
         return []
 
 
+class Eagerness:
+    """How many guesses a round has of one that guesses: more after it was right, few after not."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.count = min(DRAFT_TOKENS_MIN, most)
+
+    def learn(self, made: int, right: int) -> None:
+        if made:
+            more = 2 * self.count + 1 if right == made else DRAFT_TOKENS_MIN
+            self.count = min(more, self._most)
+
+
 class Rounds:
     """What is read next, round by round, as token ids alone say it: whoever feeds knows it too."""
 
@@ -81,17 +95,33 @@ class Rounds:
         self._unread = list(prompt_ids)
         self._position = 0
         self._guesses: list[int] = []
-        self._drafts_max = drafts_max
-        self._drafts = min(DRAFT_TOKENS_MIN, drafts_max)
+        self._of_lookup, self._of_others = Eagerness(drafts_max), Eagerness(drafts_max)
+        self._is_lookup = True
+        """Whose guesses are in the round."""
         self._lookup = PromptLookup()
         for token in self._unread:
             self._lookup.append(token)
 
-    def inputs(self) -> tuple[StageInput, ...]:
-        """What the first stage reads in the next round, in slices; the last one draws."""
-        room = self._max_tokens - len(self.token_ids) - 1
-        decodes = len(self._unread) == 1
-        self._guesses = self._lookup.guess(min(self._drafts, room)) if decodes else []
+    @property
+    def tokens_left(self) -> int:
+        """How many the answer may still get."""
+        return self._max_tokens - len(self.token_ids)
+
+    @property
+    def places(self) -> int:
+        """Guesses of somebody else's that the next round takes: none beside those of lookup."""
+        return 0 if self._looked_up() or not self._decodes else self._room(self._of_others)
+
+    def inputs(self, guesses: Sequence[int] = ()) -> tuple[StageInput, ...]:
+        """What the first stage reads in the next round, in slices; the last one draws.
+
+        `guesses`: somebody else's, for where lookup has none; right or wrong, they change no draw.
+        Those from an end on are left out: the token before it says as much.
+        """
+        goes_on = itertools.takewhile(lambda token: token not in self._end_token_ids, guesses)
+        looked_up = self._looked_up()
+        self._is_lookup = bool(looked_up)
+        self._guesses = looked_up or list(goes_on)[: self.places]
         ids = [*self._unread, *self._guesses]
         slices = [ids[at : at + INPUT_ROWS_MAX] for at in range(0, len(ids), INPUT_ROWS_MAX)]
         made = tuple(
@@ -119,14 +149,20 @@ class Rounds:
             self._append(token)
         self._position += len(self._unread) + right
         self._unread = [self.token_ids[-1]]
-        self._learn(right)
+        eager = self._of_lookup if self._is_lookup else self._of_others
+        eager.learn(len(self._guesses), right)
         return tuple(self.token_ids[-1 - right :])
 
-    def _learn(self, right: int) -> None:
-        """Guesses more after a round that was guessed whole, and few after one that was not."""
-        if self._guesses:
-            more = 2 * self._drafts + 1 if right == len(self._guesses) else DRAFT_TOKENS_MIN
-            self._drafts = min(more, self._drafts_max)
+    @property
+    def _decodes(self) -> bool:
+        """Not while the prompt is read; a prompt of one token is as good as decoded."""
+        return len(self._unread) == 1
+
+    def _room(self, eager: Eagerness) -> int:
+        return max(0, min(eager.count, self.tokens_left - 1))
+
+    def _looked_up(self) -> list[int]:
+        return self._lookup.guess(self._room(self._of_lookup)) if self._decodes else []
 
     def _append(self, token: int) -> None:
         self.token_ids.append(token)
@@ -232,6 +268,7 @@ class SplitDriver:
         """Raises: ConfigError: the model's tokenizer is not on this machine."""
         self._slots = slots
         self._tokens = tokenizer.of_model(model)
+        self._vocabulary_sha256 = tokenizer.vocabulary_sha256(self._tokens, model.vocabulary)
         self._model = model
         self._answers: dict[int, SplitAnswer] = {}
         self._frames: list[SessionFrame] = []
@@ -247,6 +284,7 @@ class SplitDriver:
             context_tokens=self._model.context_tokens,
             vocabulary=self._model.vocabulary,
             weights_sha256="",
+            vocabulary_sha256=self._vocabulary_sha256,
         )
 
     def add(self, session: int, request: Any, delivered: Sequence[int]) -> None:

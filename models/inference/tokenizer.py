@@ -7,6 +7,7 @@ message cannot end itself.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,6 +153,18 @@ def byte_of_letter() -> dict[str, int]:
     hidden = [byte for byte in range(256) if byte not in visible]
     letters = {chr(byte): byte for byte in visible}
     return letters | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
+
+def vocabulary_sha256(speaker: Speaker, count: int) -> str:
+    """Of what each of `count` token ids says, in turn, and of those that end an answer.
+
+    Two models that share it guess for each other: what an id is to one, it is to the other.
+    """
+    digest = hashlib.sha256(repr((count, sorted(speaker.end_token_ids))).encode())
+    for token in range(count):
+        said = speaker.token_bytes(token)
+        digest.update(len(said).to_bytes(4, "big") + said)
+    return digest.hexdigest()
 
 
 def of_model(model: catalogue.KnownModel) -> Speaker:

@@ -283,6 +283,8 @@ class Daemon:
         peer: str = "",
         follow: bool = True,
         stand_by: bool = False,
+        mesh: bool = False,
+        draft: str = "",
         **request: Any,
     ) -> Iterator[messages.Frame]:
         """Hands in a job and yields what comes; closing the iterator leaves the job running."""
@@ -296,6 +298,8 @@ class Daemon:
                     peer=peer or None,
                     follow=follow,
                     stand_by=stand_by,
+                    mesh=mesh,
+                    draft=draft,
                 )
             )
             yield from client.frames(call)

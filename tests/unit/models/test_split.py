@@ -11,6 +11,7 @@ from aivillage.models.inference.split import (
     Begun,
     Draws,
     PromptLookup,
+    Rounds,
     SplitAnswer,
     SplitDriver,
 )
@@ -31,7 +32,7 @@ class Letters:
         self._ids = tuple(ids)
 
     def token_bytes(self, token):
-        return b"" if token == END else bytes([ord("a") + token])
+        return b"" if token == END else bytes([(ord("a") + token) % 256])
 
     def prompt(self, _messages):
         return Prompt(self._ids, tuple(range(1, len(self._ids) + 1)))
@@ -88,6 +89,46 @@ def test_a_guess_that_was_wrong_is_no_part_of_the_answer():
     driver, rounds, _ = answered([0, 1, 2, 0, 1, 2], answer)
     assert any(len(inputs[-1].token_ids) > 1 for inputs in rounds), "nothing was guessed"
     assert driver.token_ids == answer
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    st.sets(st.integers(0, 60)),
+)
+def test_guesses_of_somebody_else_change_no_answer_and_come_after_those_of_lookup(
+    prompt, answer, wrong
+):
+    rounds = Rounds(prompt, max_tokens=len(answer), end_token_ids=())
+    while not rounds.ended:
+        at, places = len(rounds.token_ids), rounds.places
+        own = len(rounds.inputs()[-1].token_ids) - 1 if rounds.count else 0
+        offered = [(token + (n in wrong)) % 4 for n, token in enumerate(answer)][at:]
+        inputs = rounds.inputs(offered)
+        draws = inputs[-1].draws
+        assert not (own and places), "lookup is free"
+        assert draws - 1 == (own or min(places, len(offered)))
+        guessed = inputs[-1].token_ids[len(inputs[-1].token_ids) - draws + 1 :]
+        read = [guess == token for guess, token in zip(guessed, answer[at:], strict=False)]
+        drawn = [token if all(read[:n]) else 8 for n, token in enumerate(answer[at : at + draws])]
+        rounds.take([*drawn, *[8] * draws][:draws])
+    assert rounds.token_ids == answer
+
+
+def test_all_right_guesses_of_somebody_else_take_few_rounds():
+    answer = [n // 2 % 7 if n % 2 else n % 5 for n in range(40)]
+    rounds = Rounds([8], max_tokens=len(answer), end_token_ids=())
+    while not rounds.ended:
+        at = len(rounds.token_ids)
+        draws = rounds.inputs(answer[at:])[-1].draws
+        rounds.take(answer[at : at + draws])
+    assert rounds.token_ids == answer
+    assert rounds.count <= 8
+
+
+def test_nothing_is_read_of_a_guess_that_the_answer_ends():
+    rounds = Rounds([8], max_tokens=9, end_token_ids={END})
+    assert rounds.inputs([1, END, 2])[-1].token_ids == (8, 1)
 
 
 def test_a_copied_prompt_takes_few_rounds():

@@ -20,7 +20,7 @@ ACTIVE = LINEARS + len(WORDS) * WIDTH
 PARAMETERS = ACTIVE + (2 * LAYERS + 1) * WIDTH
 
 
-def write_gguf(path, seed=3, template=CHAT_TEMPLATE, scale=0.2, inner=INNER):
+def write_gguf(path, seed=3, template=CHAT_TEMPLATE, scale=0.2, inner=INNER, words=WORDS):
     """A random Llama with the tokenizer of bytes, by the reference writer."""
     draw = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
@@ -38,7 +38,7 @@ def write_gguf(path, seed=3, template=CHAT_TEMPLATE, scale=0.2, inner=INNER):
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_string("tokenizer.ggml.model", "gpt2")
     writer.add_string("tokenizer.ggml.pre", "smollm")
-    writer.add_array("tokenizer.ggml.tokens", WORDS)
+    writer.add_array("tokenizer.ggml.tokens", words)
     writer.add_array("tokenizer.ggml.token_type", [3] * len(MARKS) + [1] * (len(LETTERS) + 1))
     writer.add_array("tokenizer.ggml.merges", ["h e"])
     writer.add_uint32("tokenizer.ggml.eos_token_id", 2)

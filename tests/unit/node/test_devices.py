@@ -63,7 +63,7 @@ async def test_without_a_gpu_nothing_is_tried_on_one():
 def test_the_settings_say_so():
     found = worker_settings(Settings(device="cuda:1", gpu_memory_mb=3))
     assert (found.device, found.gpu_memory_bytes_max) == ("cuda:1", 3 << 20)
-    assert (Settings().device, WorkerSettings().device) == (gpu.AUTO, gpu.CPU)
+    assert (Settings().device, WorkerSettings().device) == (gpu.CPU, gpu.CPU)
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])

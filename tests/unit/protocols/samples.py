@@ -159,6 +159,7 @@ FULL: tuple[Frame, ...] = (
         prefer="cheap",
         verify=True,
         stand_by=True,
+        draft="small",
     ),
     Text(id=10, text="Zürich 🏔"),
     Step(
