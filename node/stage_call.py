@@ -61,6 +61,8 @@ class _Sent(NamedTuple):
     at: Seconds
     is_passed: bool
     """The stage before says that it handed it over."""
+    is_sent: bool
+    """By us."""
 
 
 class StageCall:
@@ -165,6 +167,8 @@ class StageCall:
         sent = self._sent.popleft()
         self._fold(part)
         output = unpack(StageOutput, part.body)
+        if sent.is_passed and not part.fed8:
+            self.is_alone = True  # it took ours: what was handed over never came
         if part.fed8 and part.fed8 != stages.input_hash8(sent.fed):
             raise OtherStatesError("a stage was handed other states than we were shown")
         if fault := stages.output_fault(output, sent.rows, sent.fed.draws, self.request):
@@ -259,7 +263,7 @@ class StageCall:
 
     def _note_sent(self, fed: StageInput, *, is_passed: bool) -> _Sent:
         rows = stages.rows_of(fed, self.request)
-        sent = _Sent(fed, self._seq, rows, time.monotonic(), is_passed)
+        sent = _Sent(fed, self._seq, rows, time.monotonic(), is_passed, is_sent=not is_passed)
         self._seq += 1
         self._sent.append(sent)
         return sent
@@ -274,10 +278,13 @@ class StageCall:
         )  # fmt: skip
 
     def _feed_what_was_passed(self) -> None:
-        """It gives a sign of life and no output: perhaps what it was handed never came."""
-        for sent in self._sent:
-            if sent.is_passed:
-                self.is_alone = True
+        """It gives a sign of life and no output: perhaps what it was handed never came.
+
+        What it has it drops; what it is slow with goes on being handed over.
+        """
+        for at, sent in enumerate(self._sent):
+            if not sent.is_sent:
+                self._sent[at] = sent._replace(is_sent=True)
                 self._send(sent)
 
     def _fold(self, part: messages.Part) -> None:

@@ -31,6 +31,7 @@ from aivillage.node.parts import Parts
 from aivillage.node.split_plan import Placed
 from aivillage.node.worker_process import WorkerLimits, start_worker
 from aivillage.protocols.codec import pack, unpack
+from aivillage.protocols.passing import Passing
 from tests.integration.asking_engines import together, torch_engine
 from tests.integration.split_chain import MODEL, cuts
 
@@ -91,11 +92,14 @@ class Answered(NamedTuple):
 class Pipe:
     """Where a `StageCall` would be: fed and read over a worker's pipes instead of a link."""
 
+    passing, seller, is_alone, has_passed = Passing(), "nobody", True, False
+
     def __init__(self, session: EngineSession, away_seconds: float) -> None:
         self._session = session
         self._away_seconds = away_seconds
 
-    def feed(self, fed: StageInput) -> None:
+    def feed(self, fed: StageInput, hops: int = 0, draws: int = 0) -> None:
+        assert (hops, draws) == (0, 0), "none of them hands anything on"
         self._session.feed(pack(fed))
 
     async def next(self) -> StageOutput:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+import trio
 
 from aivillage.models.inference.stages import OPERATION, StageInput
+from aivillage.node.stage_call import QUIET_SECONDS
 from aivillage.protocols import messages
 from aivillage.protocols.codec import pack, unpack
 from aivillage.protocols.passing import TICKET_BYTES
@@ -138,6 +140,18 @@ async def test_what_a_stage_says_it_handed_over_and_did_not_is_fed_by_the_buyer(
         alone = [frame for seller in sellers for frame in said(seller, messages.Input)]
         assert any(frame.alone for frame in alone)
         await all_settled(buyer, sellers)
+
+
+async def test_a_slow_stage_is_no_reason_to_hand_nothing_on(tmp_path):
+    async with lenders(tmp_path, count=2) as (mesh, buyer, sellers):
+        await linked(mesh, sellers)
+        running, paused = await begun(buyer, sellers, SLICES + 4)
+        await trio.sleep(QUIET_SECONDS + 0.3)
+        paused.script.go.set()
+        assert result_of(await ended(running)) == expected(REQUEST)
+        last = buyer.events("split_ended")[-1]
+        assert last["handed_on"] == last["inputs"]
+        assert not any(frame.alone for s in sellers for frame in said(s, messages.Input))
 
 
 async def test_a_lost_link_between_two_stages_is_no_loss_of_a_stage(tmp_path):
