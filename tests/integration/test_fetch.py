@@ -307,7 +307,7 @@ async def test_a_blob_in_use_by_a_sale_is_not_evicted(tmp_path):
         await bob.offers_of("mesh.fetch")
         gate = ann.desk.seller.door._gate
         await gate.set_limits(
-            msgspec.structs.replace(gate.limits, sent_bytes_per_second_max=4 * MIB)
+            msgspec.structs.replace(gate.limits, sent_bytes_per_second_max=2 * MIB)
         )
         running = await bob.begin("mesh.fetch", cid=cid.hex())
         with trio.fail_after(20):
