@@ -6,7 +6,7 @@ import time
 from collections import ChainMap, Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from random import Random
 from typing import Final
 
@@ -70,7 +70,7 @@ Clear = Callable[[PeerId, MicroCredits], Awaitable[MicroCredits]]
 """(creditor, amount) -> how much of it was moved."""
 
 
-class Need(msgspec.Struct, frozen=True, kw_only=True):
+class Need(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """What is to be bought: at most `usage`, of which `done` is had already."""
 
     operation: str
@@ -91,11 +91,11 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the owner named this peer, by its id or the end of it."""
         return bool(self.peer) and peer.endswith(self.peer)
 
-    @property
+    @cached_property  # each candidate is held against it, and a request may be long
     def work(self) -> Work:
         return work_of(self.operation, self.request)
 
-    @property
+    @cached_property
     def rest(self) -> Usage:
         """What is still to do."""
         return {unit: max(0, n - self.done.get(unit, 0)) for unit, n in self.usage.items()}
