@@ -159,9 +159,13 @@ class Clearing:
         """Nets by itself what would soon stop us, where somebody owes us as much."""
         while True:
             await trio.sleep(self._netting_seconds)
-            for view in self._book.views():
-                if view.owed_by_me * NETTING_PART > view.received_line > 0 and view.synced:
-                    await self._net(view.peer)
+            await self.net_all()
+
+    async def net_all(self) -> None:
+        """What is too much by now, creditor by creditor."""
+        for view in self._book.views():
+            if view.owed_by_me * NETTING_PART > view.received_line > 0 and view.synced:
+                await self._net(view.peer)
 
     async def _net(self, creditor: PeerId) -> None:
         """Only what others owe us: each such ring makes two debts smaller."""
