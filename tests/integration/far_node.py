@@ -19,11 +19,11 @@ WAY_SECONDS = 0.05
 _near = inputs.Inputs.next
 
 
-async def far(waiting: Any) -> bytes | None:
+async def far(waiting: Any) -> inputs.Fed | None:
     """In place of `Inputs.next`."""
-    body = await _near(waiting)
+    fed = await _near(waiting)
     await trio.sleep(2 * WAY_SECONDS)
-    return body
+    return fed
 
 
 if __name__ == "__main__":

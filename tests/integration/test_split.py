@@ -49,7 +49,11 @@ def village(tmp_path_factory):
         yield nodes
 
 
-def answered(buyer: Daemon, on_text=lambda _job, _count: None, **changed: Any) -> dict[str, Any]:
+def unheard(_job: str, _count: int) -> None:
+    """Nobody waits for a piece of text."""
+
+
+def answered(buyer: Daemon, on_text=unheard, **changed: Any) -> dict[str, Any]:
     """The job at its end; `on_text` hears its id, and how many pieces of text have come."""
     job, pieces, said = "", 0, []
     for frame in buyer.follow("inference.generate", **(REQUEST | changed)):

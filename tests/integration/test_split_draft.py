@@ -11,10 +11,10 @@ pytest.importorskip("torch", reason="the extra `models` is not installed")
 pytest.importorskip("gguf")
 
 from aivillage.models.inference import stages
-from aivillage.protocols import messages
+from tests.integration import test_split
 from tests.integration.daemons import Daemon, Yard, settled, wait_for
-from tests.integration.test_split import events, kill_workers
-from tests.integration.test_split_pulled import LENDS, PROMPT, WIDE, nets
+from tests.integration.test_split import events, kill_workers, unheard
+from tests.integration.test_split_pulled import LENDS, PROMPT, WIDE, nets, pull
 from tests.unit.models import tiny_models
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -40,9 +40,9 @@ def village(tmp_path_factory):
         buyer, *lenders = [yard.daemon(name) for name in ("buyer", "one", "two", "three")]
         for node in (buyer, *lenders):
             assert node.run("init").code == 0
-            pulled(node, source, "random")
-        pulled(buyer, bad, "bad")
-        pulled(buyer, alien, "alien")
+            pull(node, source)
+        pull(buyer, bad, "bad")
+        pull(buyer, alien, "alien")
         buyer.start("--set", "serve=false", "--set", "engine=torch", "--set", "offer_seconds=2")
         for lender in lenders:
             lender.module = "tests.integration.far_node"
@@ -53,27 +53,9 @@ def village(tmp_path_factory):
         print(yard.logs())
 
 
-def pulled(node: Daemon, file, name: str) -> None:
-    done = node.run("models", "pull", f"file:{file}", "--name", name, "--json")
-    assert done.code == 0, done
-
-
-def answered(
-    buyer: Daemon, draft: str, on_text=lambda _job, _count: None, **changed: Any
-) -> dict[str, Any]:
-    """The job at its end; `on_text` hears its id, and how many pieces of text have come."""
-    job, pieces, said = "", 0, []
-    options = {"draft": draft, "mesh": True}
-    for frame in buyer.follow("inference.generate", **options, **(ASKED | changed)):
-        if isinstance(frame, messages.Progress):
-            said.append(frame.note)
-            job = frame.note.removeprefix("job ") if frame.note.startswith("job ") else job
-        if isinstance(frame, messages.Text):
-            pieces += 1
-            on_text(job, pieces)
-        if isinstance(frame, messages.Failure):
-            raise AssertionError((frame, said, buyer.log_end()))
-    return buyer.job_ended(job, 30) | {"said": said}
+def answered(buyer: Daemon, draft: str, on_text=unheard, **changed: Any) -> dict[str, Any]:
+    """As of any split answer, with that model guessing."""
+    return test_split.answered(buyer, on_text, draft=draft, mesh=True, **(ASKED | changed))
 
 
 @pytest.fixture(scope="module")

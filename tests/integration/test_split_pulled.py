@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("torch", reason="the extra `models` is not installed")
@@ -37,9 +39,7 @@ def village(tmp_path_factory):
         buyer, *lenders = [yard.daemon(name) for name in ("buyer", "one", "two", "three", "stray")]
         for node in (buyer, *lenders):
             assert node.run("init").code == 0
-            file = folder / "stray.gguf" if node is lenders[3] else source
-            done = node.run("models", "pull", f"file:{file}", "--name", "random", "--json")
-            assert done.code == 0, done
+            pull(node, folder / "stray.gguf" if node is lenders[3] else source)
         buyer.start("--set", "serve=false", "--set", "engine=torch", "--set", "offer_seconds=2")
         for lender in lenders:
             lender.start("--join", buyer.ask("invite")["token"], *LENDS)
@@ -47,6 +47,11 @@ def village(tmp_path_factory):
         wait_for(lambda: everybody <= buyer.sellers_known(stages.OPERATION), 40, yard.logs)
         yield buyer, lenders
         print(yard.logs())
+
+
+def pull(node: Daemon, file: Path, name: str = "random") -> None:
+    done = node.run("models", "pull", f"file:{file}", "--name", name, "--json")
+    assert done.code == 0, done
 
 
 def asked(buyer: Daemon, *words: str):
