@@ -95,12 +95,12 @@ class Buyer:
             row = await self._record(submit, order.parent if order else "")
             self._trade.jobs.add_soon(row, functools.partial(recorded, row.id))
             pursuit = self._pursuit(row, say, order.sub_jobs if order else None)
-            if submit.verify and isinstance(pursuit, Pursuit):
-                pursuit.verify = self.verify
-            if submit.stand_by and isinstance(pursuit, Pursuit):
-                pursuit.stand_by = StandBy(self._trade, self._nursery, say)
             if isinstance(pursuit, Pursuit):
                 pursuit.draft = submit.draft
+                if submit.verify:
+                    pursuit.verify = self.verify
+                if submit.stand_by:
+                    pursuit.stand_by = StandBy(self._trade, self._nursery, say)
             return self._start(pursuit)
         finally:
             self._starting -= 1

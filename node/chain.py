@@ -9,7 +9,6 @@ lost, the buyer feeds the next stage itself (a star), from then on.
 from __future__ import annotations
 
 import collections
-import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
@@ -190,25 +189,26 @@ class Chain:
 
     def _go_on(self, at: int, states: StageInput, fed: StageInput) -> None:
         """What stage `at` gave is the next one's input: handed over, or fed by us."""
-        hop, following = self.hops[at], self.hops[at + 1]
-        if hop.call.has_passed and hop.hands_to(following):
-            self.passed_count += 1
-            following.expect(states)
-            return
-        if self._further(at, 0)[0]:  # it should have, and could not: it would come out of turn
-            following.call.is_alone = True
+        following = self.hops[at + 1]
+        if self._hands_on(at):
+            if self.hops[at].call.has_passed:
+                self.passed_count += 1
+                following.expect(states)
+                return
+            following.call.is_alone = True  # what could not be passed now would come out of turn
         following.feed(states, *self._further(at + 1, fed.draws))
+
+    def _hands_on(self, at: int) -> bool:
+        """Whether what stage `at` gives in this round goes to the next one without us."""
+        is_short = len(self._inputs) <= PASSED_INPUTS_MAX
+        return is_short and self.hops[at].hands_to(self.hops[at + 1])
 
     def _further(self, at: int, draws: int) -> tuple[int, int]:
         """How many stages after `at` an input goes through without us, and what the last draws."""
-        if len(self._inputs) > PASSED_INPUTS_MAX:
-            return 0, 0
-        hops = 0
-        for one, other in itertools.pairwise(self.hops[at:]):
-            if not one.hands_to(other):
-                break
-            hops += 1
-        return (hops, draws) if hops else (0, 0)
+        end = at
+        while end + 1 < len(self.hops) and self._hands_on(end):
+            end += 1
+        return end - at, draws if end > at else 0
 
     async def close(self, outcome: str) -> None:
         """Ends every stage, and settles with all of them at once."""

@@ -83,11 +83,6 @@ class Carrier:
         self._count(len(data))
         await self._stream.write(data)
 
-    def write_now(self, data: bytes) -> bool:
-        is_written = self._stream.write_now(data)
-        self._count(len(data) if is_written else 0)
-        return is_written
-
     async def close(self) -> None:
         self.closed.set()
         await self._stream.close()

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Final, Protocol
+from typing import Final
 
 import trio
 
 from aivillage.protocols.codec import LENGTH_BYTES
 from aivillage.protocols.errors import PeerError
+from aivillage.protocols.ports import Stream
 
 READ_BYTES: Final = 64 * 1024
 """One read costs about as much for 64 B as for 64 KiB, so take what is there."""
 
 
-class Readable(Protocol):
-    """What of a `Stream` is read."""
-
-    async def read(self, size_bytes_max: int) -> bytes: ...
-
-
 class FrameReader:
     """Splits a stream into payloads. `ready` holds those that are whole."""
 
-    def __init__(self, stream: Readable, frame_bytes_max: int) -> None:
+    def __init__(self, stream: Stream, frame_bytes_max: int) -> None:
         self.ready: deque[bytes] = deque()
         self._stream = stream
         self._frame_bytes_max = frame_bytes_max

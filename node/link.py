@@ -41,7 +41,7 @@ from aivillage.protocols.messages import (
     Text,
     Tunnel,
 )
-from aivillage.protocols.ports import Stream
+from aivillage.protocols.ports import PromptStream
 from aivillage.protocols.types import PeerId, Seconds
 
 log = logging.getLogger("aivillage.links")
@@ -106,7 +106,7 @@ class Link:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: PromptStream,
         reader: FrameReader,
         hello: Hello,
         *,

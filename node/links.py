@@ -26,7 +26,7 @@ from aivillage.protocols.messages import (
     Frame,
     Hello,
 )
-from aivillage.protocols.ports import Stream, Transport
+from aivillage.protocols.ports import PromptStream, Stream, Transport
 from aivillage.protocols.types import PeerId
 
 __all__ = ["Link", "LinkLimits", "Links", "open_links"]
@@ -130,7 +130,7 @@ class Links:
                 return await self._open(peer)
             await attempt.over.wait()
 
-    async def accept(self, stream: Stream) -> None:
+    async def accept(self, stream: PromptStream) -> None:
         """The handler of inbound streams: lives as long as the link."""
         if self._closing:
             return
@@ -264,7 +264,9 @@ class Links:
 
     # ------------------------------------------------------------------ living
 
-    def _make(self, stream: Stream, reader: FrameReader, hello: Hello, *, dialled: bool) -> Link:
+    def _make(
+        self, stream: PromptStream, reader: FrameReader, hello: Hello, *, dialled: bool
+    ) -> Link:
         return Link(stream, reader, hello, dialled=dialled, limits=self._limits, owner=self)
 
     async def _run(self, link: Link) -> None:

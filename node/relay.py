@@ -21,7 +21,7 @@ from aivillage.node.framing import RateLimit
 from aivillage.node.relay_tab import Tab, Toll
 from aivillage.node.relay_talk import ask, hear, refusal, say
 from aivillage.protocols.errors import AivillageError, PeerError, RefusedError
-from aivillage.protocols.ports import Stream, StreamHandler, Transport
+from aivillage.protocols.ports import PromptStream, Stream, StreamHandler, Transport
 from aivillage.protocols.relaying import (
     RELAY_PROTOCOL,
     Granted,
@@ -153,7 +153,7 @@ class Relay:
                 value = msgspec.msgpack.encode((self._day.number, known))
                 await self._shelf.set_setting(DAY_SETTING, value)
 
-    async def accept(self, stream: Stream) -> None:
+    async def accept(self, stream: PromptStream) -> None:
         """The handler of inbound streams: lives as long as the reservation or circuit."""
         try:
             with trio.fail_after(TALK_SECONDS):

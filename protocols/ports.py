@@ -38,14 +38,18 @@ class Stream(Protocol):
             PeerError: PEER_LOST, the stream broke.
         """
 
-    def write_now(self, data: bytes) -> bool:
-        """All of it without a turn of the loop, or nothing, as where it would wait; whether so."""
-
     async def close(self) -> None:
         """Ends the stream; never raises, never blocks for longer than a second."""
 
 
-StreamHandler = Callable[[Stream], Awaitable[None]]
+class PromptStream(Stream, Protocol):
+    """One that a transport opened."""
+
+    def write_now(self, data: bytes) -> bool:
+        """All of it without a turn of the loop, or nothing, as where it would wait; whether so."""
+
+
+StreamHandler = Callable[[PromptStream], Awaitable[None]]
 
 
 class SomebodyElseError(PeerError):
@@ -91,7 +95,6 @@ class Transport(Protocol):
             PeerError: PEER_LOST, nobody there.
             RequestError: `address` is malformed.
         """
-        ...
 
     async def probe(self, address: str) -> None:
         """Returns once the peer that `address` names has proved to be there.
@@ -102,13 +105,12 @@ class Transport(Protocol):
             PeerError: PEER_LOST, nobody there, or somebody else.
             RequestError: `address` is malformed.
         """
-        ...
 
     def host_of(self, peer: PeerId) -> str:
         """Where a connected peer comes from, as in an address; empty where that is not known."""
         ...
 
-    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+    async def open_stream(self, peer: PeerId, protocol: str) -> PromptStream:
         """Raises: PeerError: PEER_LOST, not connected, or the peer does not speak it."""
         ...
 
@@ -132,7 +134,6 @@ class Transport(Protocol):
             SomebodyElseError: PEER_LOST, another peer is at the other end.
             PeerError: PEER_LOST, nobody is.
         """
-        ...
 
     async def seen_by(self, peer: PeerId) -> Seen | None:
         """Where `peer` sees this node; None: it does not say, or there is no telling here.
@@ -140,7 +141,6 @@ class Transport(Protocol):
         Raises:
             PeerError: PEER_LOST, it is not connected directly.
         """
-        ...
 
     async def meet(self, source: tuple[str, int], address: str, *, begins: bool) -> None:
         """Connects from `source` with the node at `address`, which dials us at this moment.
@@ -150,7 +150,6 @@ class Transport(Protocol):
         Raises:
             PeerError: PEER_LOST, they did not meet, or it is somebody else.
         """
-        ...
 
     def met(self) -> tuple[PeerId, ...]:
         """With whom this node met: that they are connected does not say that others can dial."""
@@ -196,7 +195,6 @@ class Book(Protocol):
 
         `minor` is the protocol's minor version that the peer's hello says.
         """
-        ...
 
     def disconnected(self, peer: PeerId) -> None: ...
 
@@ -206,7 +204,6 @@ class Book(Protocol):
         Raises:
             PeerError: the blob is malformed or forged.
         """
-        ...
 
     def take_receipt(self, peer: PeerId) -> bytes | None:
         """A receipt blob that wants to ride on a frame that is about to leave."""
@@ -220,7 +217,6 @@ class Book(Protocol):
 
         All devices of one `owner` share the line. The owner's own word beats this one.
         """
-        ...
 
     def policy(self, peer: PeerId) -> Policy:
         """What is in force for `peer` now."""
@@ -250,7 +246,6 @@ class Book(Protocol):
 
         `soon`: within a twentieth of a second, and none where the attempt is signed for by then.
         """
-        ...
 
     def accept(
         self, peer: PeerId, attempt: AttemptId, amount: MicroCredits, out_hash: bytes
@@ -280,14 +275,12 @@ class Book(Protocol):
         Raises:
             LedgerError: as `accept`.
         """
-        ...
 
     async def abandon(self, peer: PeerId, attempt: AttemptId) -> None:
         """A rejected attempt: signs no more for it, returns once no claim on it can be paid.
 
         What was signed, or handed to the writer to be signed, before the call stays signed.
         """
-        ...
 
     def owed_to(self, peer: PeerId) -> MicroCredits:
         """What I owe `peer`, signed."""
@@ -463,7 +456,6 @@ class Engine(Protocol):
             RequestError: the request does not fit the model.
             RefusedError: BUSY, no slot.
         """
-        ...
 
     def allow(self, session: int, units: int) -> None:
         """Raises the number of units (prompt quads + output tokens) it may produce in all."""
@@ -489,7 +481,6 @@ class RecheckingEngine(Protocol):
             RequestError: they do not fit the model or each other.
             RefusedError: BUSY, no slot.
         """
-        ...
 
 
 class FedEngine(Engine, Protocol):

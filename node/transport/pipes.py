@@ -65,9 +65,8 @@ class LoopbackStream:
             self._outward.put(data)
 
     def write_now(self, data: bytes) -> bool:
-        if self._writing.locked() or self._outward.full or self._outward.finished:
-            return False
-        if self._broken.is_set():
+        is_closed = self._broken.is_set() or self._outward.finished
+        if is_closed or self._writing.locked() or self._outward.full:
             return False
         self._outward.put(data)
         return True
