@@ -77,15 +77,21 @@ async def go_node(program: Path, folder: Path, friend: str) -> AsyncIterator[tup
     ]  # fmt: skip
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_quiet, command)
-        await exists(control)
+        await answers(control)
         yield Go(control), port
         nursery.cancel_scope.cancel()
 
 
-async def exists(socket: str) -> None:
+async def answers(socket: str) -> None:
+    """It is there a moment before anybody listens at it."""
     with trio.fail_after(20):
-        while not await trio.Path(socket).exists():
-            await trio.sleep(0.02)
+        while True:
+            try:
+                await (await trio.open_unix_socket(socket)).aclose()
+            except OSError:
+                await trio.sleep(0.02)
+            else:
+                return
 
 
 async def _quiet(command: list[str]) -> None:
