@@ -18,6 +18,7 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.node.transport import circuit, rendezvous
+from aivillage.node.transport.as_it_comes import plain_data
 from aivillage.node.transport.at_once import shortcut
 from aivillage.node.transport.host import run_host
 from aivillage.node.transport.patches import PromptLock
@@ -349,6 +350,8 @@ class Libp2pStream:
     async def _read(self, size_bytes_max: int) -> bytes:
         from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
+        if plain := await plain_data(self._muxed, size_bytes_max):
+            return plain
         try:
             data: bytes = await self._muxed.read(size_bytes_max)
         except MuxedStreamEOF:

@@ -16,9 +16,13 @@ from __future__ import annotations
 
 import collections
 import logging
+import os
 import secrets
 import struct
+from contextlib import suppress
 from typing import Any, Final
+
+import trio
 
 log = logging.getLogger("aivillage.transport")
 
@@ -30,6 +34,7 @@ HOSTS_TOLD_MAX: Final = 256
 AHEAD_BYTES: Final = 16_384
 """Read in one go where less is asked for: the head of a message, the message, the next one's head.
 Held for as long as it takes to ask for it: the library reads all that comes."""
+NOISE_LENGTH_BYTES: Final = 2
 NO_KEY: Final = "its village has no key, and this node's has one"
 OTHER_KEY: Final = "its village has another key than this node's"
 OURS_MISSING: Final = "it does not speak libp2p, or its village has a key that this node lacks"
@@ -100,6 +105,7 @@ class Lane:
 
     def __init__(self, raw: Any, key: bytes | None) -> None:
         self._raw = raw
+        self._socket = _socket_of(raw)
         self._key = key
         self._out: Any = None
         self._in: Any = None
@@ -143,8 +149,25 @@ class Lane:
         piece, self._ahead = self._ahead[:size], self._ahead[size:]
         return piece
 
+    async def message(self) -> bytes | None:
+        """The next one of Noise, as it came; None: it is too early, or there is no next one."""
+        while not self._unseen:
+            ahead = self._ahead
+            size = int.from_bytes(ahead[:NOISE_LENGTH_BYTES], "big")
+            end = NOISE_LENGTH_BYTES + size
+            if len(ahead) >= max(end, NOISE_LENGTH_BYTES):
+                self._ahead = ahead[end:]
+                return ahead[NOISE_LENGTH_BYTES:end]
+            more = await self._next(max(AHEAD_BYTES, end - len(ahead)))
+            if not more:
+                return None
+            self._ahead = ahead + more
+        return None
+
     async def _next(self, n: int | None) -> bytes:
-        data: bytes = await self._raw.read(n)
+        data = b"" if self._socket is None else await _arrived(self._socket, n or AHEAD_BYTES)
+        if not data:  # no socket below, or it ended or broke: the library finds out how
+            data = await self._raw.read(n)
         return data if self._in is None else self._in.decrypt(data)
 
     async def _first(self, n: int | None) -> bytes:
@@ -196,6 +219,23 @@ class Lane:
     def get_remote_address(self) -> tuple[str, int] | None:
         found: tuple[str, int] | None = self._raw.get_remote_address()
         return found
+
+
+def _socket_of(raw: Any) -> trio.SocketStream | None:
+    """What is right below a connection of the library's; None: something else than a socket."""
+    below = getattr(getattr(raw, "stream", None), "stream", None)
+    return below if type(below) is trio.SocketStream else None
+
+
+async def _arrived(socket: trio.SocketStream, size_bytes_max: int) -> bytes:
+    """What comes next, in one turn of the loop. Empty: it ended or broke."""
+    try:
+        while True:
+            await trio.lowlevel.wait_readable(file := socket.socket.fileno())
+            with suppress(BlockingIOError):  # woken for nothing
+                return os.read(file, size_bytes_max)
+    except (OSError, trio.ClosedResourceError):
+        return b""
 
 
 def xsalsa20(key: bytes, nonce: bytes) -> Any:
