@@ -23,7 +23,7 @@ from aivillage.models.inference.generate import (
 )
 from aivillage.models.inference.generate import usage as units
 from aivillage.node.gossip import send_or_drop
-from aivillage.node.jobs import Jobs
+from aivillage.node.jobs import AttemptRow, Jobs
 from aivillage.node.link import as_error
 from aivillage.node.market import Choice
 from aivillage.node.module_runs import EVENT_BYTES_MIN, RUN_BYTES_MAX
@@ -155,6 +155,15 @@ class Attempt:
         return Share(
             attempt=self.attempt, seller=self.seller, kernel="", identical="", first=0, count=0,
             quote=self.choice.envelope,
+        )  # fmt: skip
+
+    def row(self, outcome: str) -> AttemptRow:
+        """As jobs.db has it."""
+        kernel, identical = self.kernel
+        return AttemptRow(
+            id=self.attempt, job=self.job, seller=self.seller, price=self.amount, outcome=outcome,
+            created=time.time(), kernel=kernel, identical=identical, quote=self.choice.envelope,
+            done=msgspec.msgpack.encode(self.done),
         )  # fmt: skip
 
     @property

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import apsw
+import msgspec
 
 from aivillage.node.explain import Kept
-from aivillage.node.jobs import APPLICATION_ID, SCHEMA_VERSION, AttemptRow, JobRow
+from aivillage.node.jobs import (
+    APPLICATION_ID,
+    SCHEMA_VERSION,
+    AttemptRow,
+    JobRow,
+    Said,
+    said_beside,
+)
 from aivillage.protocols.errors import ConfigError, RequestError
 from aivillage.protocols.types import AttemptId
 
@@ -25,12 +33,14 @@ def attempts_of(path: Path, prefix: str) -> list[AttemptId]:
     """
     if not path.is_file() or not _is_hex(prefix):
         return []
+    said = said_beside(path)  # before the file is read: what leaves the one is in the other
 
     def work(db: apsw.Connection) -> list[AttemptId]:
         rows: list[tuple[Any, ...]] = db.execute(
             "SELECT id FROM attempt WHERE job GLOB ?", (prefix + "*",)
         ).fetchall()
-        return [AttemptId(row[0]) for row in rows]
+        told = (each.attempt.id for each in said if each.job.id.startswith(prefix))
+        return [AttemptId(found) for found in dict.fromkeys((*(row[0] for row in rows), *told))]
 
     return _read(path, work, "name the attempt itself with --job")
 
@@ -44,27 +54,44 @@ def kept_job(path: Path, prefix: str) -> Kept:
     """
     if not path.is_file():
         raise _no_such_job(prefix, 0)
+    said = said_beside(path)
 
     def work(db: apsw.Connection) -> Kept:
         _require_known(db, path)
-        return _kept(db, prefix)
+        return _kept(db, prefix, said)
 
     return _read(path, work, "aivillage-node doctor")
 
 
-def _kept(db: apsw.Connection, prefix: str) -> Kept:
+def _kept(db: apsw.Connection, prefix: str, said: list[Said]) -> Kept:
     found = _rows(db, JobRow, "job", "WHERE id GLOB ?", prefix + "*") if _is_hex(prefix) else []
-    if len(found) != 1:
-        raise _no_such_job(prefix, len(found))
-    job: JobRow = found[0]
+    told = [each for each in said if _is_hex(prefix) and each.job.id.startswith(prefix)]
+    jobs = {row.id: row for row in (*(each.job for each in told), *found)}
+    if len(jobs) != 1:
+        raise _no_such_job(prefix, len(jobs))
+    (job,) = jobs.values()
+    if job.ended is None and told:
+        job = told[0].job
     bodies: dict[bytes, list[bytes]] = defaultdict(list)
     for attempt, body in db.execute(
         "SELECT attempt, body FROM delivered WHERE job = ? ORDER BY seq", (job.id,)
     ):
         bodies[attempt].append(body)
-    return Kept(
-        job, _rows(db, AttemptRow, "attempt", "WHERE job = ? ORDER BY created", job.id), bodies
-    )
+    rows = _rows(db, AttemptRow, "attempt", "WHERE job = ? ORDER BY created", job.id)
+    return Kept(job, _with_ends(rows, [each.attempt for each in told]), bodies)
+
+
+def _with_ends(rows: list[AttemptRow], told: list[AttemptRow]) -> list[AttemptRow]:
+    """The attempts as they will be once all that was told is stored."""
+    ends = {row.id: row for row in told}
+    begun = {row.id for row in rows}
+    ended = [
+        msgspec.structs.replace(row, price=end.price, outcome=end.outcome)
+        if (end := ends.get(row.id))
+        else row
+        for row in rows
+    ]
+    return [*ended, *(row for row in told if row.id not in begun)]
 
 
 def _rows(db: apsw.Connection, kind: type[T], table: str, where: str, value: str) -> list[T]:

@@ -24,14 +24,14 @@ from aivillage.ledger import restore as restored_book
 from aivillage.models.durable import sync_folder
 from aivillage.node import archive, identity, lock
 from aivillage.node.archive import Manifest
-from aivillage.node.jobs import SCHEMA_VERSION
+from aivillage.node.jobs import SCHEMA_VERSION, TOLD_SUFFIX, Said, said_beside, store_said
 from aivillage.node.paths import Paths
 from aivillage.protocols.errors import AivillageError, ConfigError, RequestError
 from aivillage.protocols.types import PeerId, peer_id
 
 _DATABASES: Final = ("jobs.db", "ledger.db")
 """In this order: what the job store knows of an attempt, the later book knows too."""
-_SIDE_FILES: Final = ("-wal", "-shm", "-journal")
+_SIDE_FILES: Final = ("-wal", "-shm", "-journal", TOLD_SUFFIX)
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,10 +84,13 @@ def backup(where: Paths, target: Path, *, force: bool = False) -> Manifest:
 
 def _written(data_dir: Path, folder: Path, draft: Path, peer: PeerId) -> Manifest:
     files, schemas = {}, dict.fromkeys(_DATABASES, 0)
+    said = said_beside(data_dir / "jobs.db")  # first: what leaves it meanwhile is in the snapshot
     for name in _DATABASES:
         if (data_dir / name).exists():
             files[name] = folder / name
             schemas[name] = _snapshot(data_dir / name, folder / name)
+    if said and schemas["jobs.db"] == SCHEMA_VERSION:
+        _add(files["jobs.db"], said)
     if schemas["ledger.db"] == books.SCHEMA_VERSION:
         _require_own(files["ledger.db"], peer)
     for path in sorted(data_dir.iterdir()):
@@ -136,6 +139,15 @@ def _snapshot(source: Path, target: Path) -> int:
             f"{source} cannot be copied: {error}", next_step="aivillage-node doctor"
         ) from None
     return version
+
+
+def _add(jobs: Path, said: list[Said]) -> None:
+    """To a snapshot, what was told before it was stored."""
+    db = apsw.Connection(str(jobs))
+    try:
+        store_said(db, said)
+    finally:
+        db.close()
 
 
 # ------------------------------------------------------------------ restore

@@ -176,8 +176,9 @@ class Control:
         def say(frame: Frame) -> None:
             client.say(msgspec.structs.replace(frame, id=submit.id))
 
-        def recorded(job: JobId) -> None:  # its answer is often next, and takes it along
-            client.say(messages.Progress(id=submit.id, done=0, note=f"job {job}"), soon=True)
+        def recorded(job: JobId) -> None:
+            if submit.id in client.jobs:  # else its answer was sooner, and names it
+                client.say(messages.Progress(id=submit.id, done=0, note=f"job {job}"), soon=True)
 
         try:
             if submit.follow:

@@ -2,7 +2,7 @@
 
 It must survive kill -9, not power loss (`synchronous=NORMAL`): money lives in ledger.db. One
 connection, one thread at a time; delivered output is written in groups, and counts as accepted
-only once it is here.
+only once it is here. A small result is told as soon as the file beside has it (`told.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import apsw
 import msgspec
 import trio
 
-from aivillage.node import records, store
+from aivillage.node import records, store, told
 from aivillage.node.records import PeerStore
+from aivillage.node.told import Told
 from aivillage.protocols.errors import ConfigError, NodeError
 from aivillage.protocols.job import State
 from aivillage.protocols.pricing import Usage
@@ -27,6 +28,7 @@ from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 
 APPLICATION_ID: Final = 0x41_49_56_4A
 SCHEMA_VERSION: Final = 5
+TOLD_SUFFIX: Final = "-told"
 CHECK_OF: Final = "check of "
 """Begins the `parent` of a job that does another one's work again."""
 T = TypeVar("T")
@@ -124,6 +126,13 @@ class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
     """Why this seller, in JSON."""
 
 
+class Said(msgspec.Struct, frozen=True):
+    """A job whose result was told before it was here, and its one attempt that is done."""
+
+    job: JobRow
+    attempt: AttemptRow
+
+
 class _Kept(NamedTuple):
     """One piece of output on its way to the disk."""
 
@@ -143,6 +152,20 @@ _ADD: Final = (
     "INSERT INTO job(id, operation, request, state, ceiling, deadline, peer, created,"
     " local, parent, prefer, mesh) VALUES(?,?,?,?,?,?,?,?,?,?,?,?)"
 )
+_ADD_SAID: Final = (
+    "INSERT INTO job(id, operation, request, state, ceiling, deadline, peer, created,"
+    " local, parent, prefer, mesh, result) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?)"
+    " ON CONFLICT(id) DO UPDATE SET state=excluded.state, result=excluded.result"
+    " WHERE ended IS NULL"
+)
+_SAID_COLUMNS: Final = (
+    "id", "job", "seller", "price", "outcome", "created", "kernel", "identical", "quote", "done",
+)  # fmt: skip
+_ADD_SAID_ATTEMPT: Final = (
+    f"INSERT INTO attempt({', '.join(_SAID_COLUMNS)}) VALUES(?,?,?,?,?,?,?,?,?,?)"
+    " ON CONFLICT(id) DO UPDATE SET price=excluded.price, outcome=excluded.outcome"
+)
+_SAID: Final = msgspec.msgpack.Decoder(Said)
 _JOB: Final = _select(JobRow, "job")
 _ATTEMPT: Final = _select(AttemptRow, "attempt")
 
@@ -150,8 +173,9 @@ _ATTEMPT: Final = _select(AttemptRow, "attempt")
 class Jobs(PeerStore):
     """The store. Every method is one transaction in the store's own thread."""
 
-    def __init__(self, db: apsw.Connection) -> None:
+    def __init__(self, db: apsw.Connection, file: Told) -> None:
         super().__init__(db)
+        self._told = file
         self._pending: list[tuple[_Kept, Callable[[], None]]] = []
         self._wake = trio.Event()
 
@@ -240,16 +264,19 @@ class Jobs(PeerStore):
         rows = await self._read("SELECT body FROM delivered WHERE job=? ORDER BY seq", job)
         return [row[0] for row in rows]
 
-    async def passed(
-        self, job: JobId, state: State, result: bytes, attempt: AttemptId, price: MicroCredits
-    ) -> None:
-        """The result was checked: from here on a restart only has to settle."""
+    async def passed(self, job: JobRow, attempt: AttemptRow) -> None:
+        """The result of `job` was checked: from here on a restart only has to settle."""
 
         def work(db: apsw.Connection) -> None:
-            db.execute("UPDATE job SET state=?, result=? WHERE id=?", (state, result, job))
-            db.execute("UPDATE attempt SET price=?, outcome='done' WHERE id=?", (price, attempt))
+            row = job.state, job.result, job.id
+            db.execute("UPDATE job SET state=?, result=? WHERE id=?", row)
+            ended = attempt.price, attempt.outcome, attempt.id
+            db.execute("UPDATE attempt SET price=?, outcome=? WHERE id=?", ended)
 
-        await self.transaction(work)
+        if self._told.append(msgspec.msgpack.encode(Said(job, attempt))):
+            self.later(work, self._told.stored)
+        else:
+            await self.transaction(work)
 
     async def hand_on(self, earlier: JobId, later: JobId) -> None:
         """Another job goes on from what this one was given."""
@@ -361,7 +388,8 @@ async def open_jobs(path: Path) -> AsyncIterator[Jobs]:
         ConfigError: the file is corrupt, newer than this program, or not ours.
     """
     db = await trio.to_thread.run_sync(_open, path)
-    jobs = Jobs(db)
+    file = Told(told_beside(path))
+    jobs = Jobs(db, file)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(jobs.flush_forever)
@@ -370,6 +398,26 @@ async def open_jobs(path: Path) -> AsyncIterator[Jobs]:
             nursery.cancel_scope.cancel()
     finally:
         await jobs.stop()
+        file.close()
+
+
+def told_beside(path: Path) -> Path:
+    """The file of what was told already and is not in the jobs.db at `path` yet."""
+    return path.with_name(path.name + TOLD_SUFFIX)
+
+
+def said_beside(path: Path) -> list[Said]:
+    """What a kill kept out of the jobs.db at `path`, or what its node stores at this moment."""
+    return [_SAID.decode(record) for record in told.read(told_beside(path))]
+
+
+def store_said(db: apsw.Connection, said: list[Said]) -> None:
+    """What is there already stays as it is, above all a job that ended."""
+    with db:
+        for each in said:
+            db.execute(_ADD_SAID, (*_added(each.job), each.job.result))
+            row = (getattr(each.attempt, name) for name in _SAID_COLUMNS)
+            db.execute(_ADD_SAID_ATTEMPT, tuple(row))
 
 
 def _open(path: Path) -> apsw.Connection:
@@ -389,6 +437,7 @@ def _open(path: Path) -> apsw.Connection:
         db.pragma("journal_mode", "wal")
         db.pragma("synchronous", 1)
         db.pragma("foreign_keys", 1)
+        store_said(db, said_beside(path))
     except apsw.Error as error:
         raise ConfigError(
             f"{path} cannot be opened: {error}",

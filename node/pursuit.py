@@ -353,7 +353,8 @@ class Pursuit:
         self.result, self._usage = finished.result, counted
         with trio.CancelScope(shield=True):
             await self._trade.jobs.passed(
-                row.id, self.state, finished.result, attempt.attempt, attempt.amount
+                msgspec.structs.replace(row, state=self.state, result=finished.result),
+                attempt.row("done"),
             )
         self.is_kept = True
 

@@ -21,7 +21,7 @@ from aivillage.protocols.errors import AivillageError, NodeError
 FULL_DISK_SECONDS: Final = 1.0
 """Between two tries on a full disk: what was delivered waits, unaccepted, unpaid."""
 LATER_SECONDS: Final = 0.05
-"""What a kill may cost of what nobody waited for: a small job writes it all at its end."""
+"""What a kill may cost of what nobody waited for: never what somebody was told (`told.py`)."""
 SELDOM_SECONDS: Final = 1.0
 """The same of how peers did: a few of some hundred good jobs."""
 GROUP_MAX: Final = 256

@@ -72,6 +72,25 @@ def test_a_killed_buyer_goes_on_with_its_job_by_itself(yard):
     assert bob.ask("balance")["spent"] == ended["receipt"]["price_micro_credits"] == 10 + 60 * 10
 
 
+def test_an_answer_that_was_told_is_there_though_its_buyer_is_killed_at_once(yard):
+    ann, bob = yard.village("ann", "bob", flags=FLAGS)
+    yard.know_each_other(ann, bob)
+    list(bob.follow("mesh.noop", note="first", mesh=True))
+    told: dict[str, str] = {}
+    for at in range(5):
+        for frame in bob.follow("mesh.noop", note=f"x{at}", mesh=True):
+            if isinstance(frame, messages.Answer):
+                told[frame.value["job"]] = frame.value["result"]["note"]
+    bob.kill()
+    assert list(told.values()) == [f"x{at}" for at in range(5)]
+    bob.restart()
+    for job, note in told.items():
+        ended = bob.job_ended(job, 20)
+        assert (ended["state"], ended["result"]["note"]) == ("done", note)
+        assert [attempt["outcome"] for attempt in ended["attempts"]] == ["done"]
+    settled([ann, bob], 20)
+
+
 def test_a_job_goes_on_at_another_seller_when_its_first_is_killed(yard):
     ann, bob, cat = yard.village("ann", "bob", "cat", flags=FLAGS)
     yard.know_each_other(ann, bob, cat)

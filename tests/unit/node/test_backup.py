@@ -22,7 +22,7 @@ from aivillage.ledger.ledger import open_ledger
 from aivillage.node import archive, identity, lock
 from aivillage.node.backup import backup, restore
 from aivillage.node.identity import load, peer_of
-from aivillage.node.jobs import JobRow, open_jobs
+from aivillage.node.jobs import AttemptRow, JobRow, open_jobs, told_beside
 from aivillage.node.paths import paths
 from aivillage.node.rotation import rotate, settle
 from aivillage.protocols.errors import ConfigError, NodeError, RequestError
@@ -81,6 +81,43 @@ def unsynced(path):
 
 
 # ------------------------------------------------------------------ there and back
+
+
+async def told_and_not_stored(where):
+    """As a kill leaves it right after an owner heard of a result."""
+    job = JobRow(
+        id=JobId("cd" * 16), operation="mesh.noop", request=b"\x80", state="settling", ceiling=1,
+        deadline=None, peer="", created=1.0, result=b"result",
+    )  # fmt: skip
+    attempt = AttemptRow(
+        id=b"t" * 16, job=job.id, seller=SELLER, price=1, outcome="done", created=1.0
+    )
+    async with open_jobs(where.jobs) as jobs:
+        await jobs.passed(job, attempt)
+        left = told_beside(where.jobs).read_bytes()
+    assert left
+    told_beside(where.jobs).write_bytes(left)
+
+
+async def result_in(where):
+    async with open_jobs(where.jobs) as jobs:
+        found = await jobs.get("cd")
+        return found and found.result
+
+
+async def test_a_backup_has_what_was_told_and_not_stored(node, tmp_path):
+    await told_and_not_stored(node)
+    other = paths(str(tmp_path / "other"))
+    await trio.to_thread.run_sync(backup, node, tmp_path / "b.tar")
+    await trio.to_thread.run_sync(restore, other, tmp_path / "b.tar")
+    assert await result_in(other) == b"result"
+
+
+async def test_what_was_told_before_a_restore_is_kept_aside_with_the_rest(node, file):
+    await told_and_not_stored(node)
+    kept = (await trio.to_thread.run_sync(lambda: restore(node, file, force=True))).kept_aside
+    assert told_beside(Path(kept) / "jobs.db").stat().st_size
+    assert await result_in(node) is None
 
 
 async def test_what_was_lost_comes_back_from_the_peer_and_until_then_nothing_is_lent(tmp_path):

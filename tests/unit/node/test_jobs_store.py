@@ -8,7 +8,7 @@ import trio
 
 from aivillage.node import jobs as store
 from aivillage.node import records
-from aivillage.node.jobs import JobRow, open_jobs
+from aivillage.node.jobs import AttemptRow, JobRow, open_jobs
 from aivillage.protocols.errors import ConfigError, NodeError
 from aivillage.protocols.types import AttemptId, JobId
 from tests.conftest import make_peer
@@ -28,6 +28,14 @@ def row(job=JOB, **changes):
 async def with_attempt(jobs):
     await jobs.add(row())
     jobs.begin_attempt(ATTEMPT, JOB, make_peer(1))
+
+
+def done(result=b"result", price=77):
+    attempt = AttemptRow(
+        id=ATTEMPT, job=JOB, seller=make_peer(1), price=price, outcome="done", created=2.0,
+        quote=b"quote", done=b"\x80",
+    )  # fmt: skip
+    return row(state="settling", result=result), attempt
 
 
 async def kept(jobs, *bodies, first=0, price=0):
@@ -139,7 +147,7 @@ async def test_what_a_liar_delivered_is_forgotten_and_replaced(tmp_path):
 async def test_a_passed_result_and_its_price_are_stored_together(tmp_path):
     async with open_jobs(tmp_path / "jobs.db") as jobs:
         await with_attempt(jobs)
-        await jobs.passed(JOB, "settling", b"result", ATTEMPT, 77)
+        await jobs.passed(*done())
         (found,) = await jobs.unfinished()
         assert (found.state, found.result) == ("settling", b"result")
         (attempt,) = await jobs.attempts(JOB)
