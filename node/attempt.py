@@ -23,6 +23,7 @@ from aivillage.models.inference.generate import (
 )
 from aivillage.models.inference.generate import usage as units
 from aivillage.node.gossip import send_or_drop
+from aivillage.node.inbox import Inbox
 from aivillage.node.jobs import AttemptRow, Jobs
 from aivillage.node.link import as_error
 from aivillage.node.market import Choice
@@ -135,7 +136,7 @@ class Attempt:
         self._say = say
         self._part_bytes_left = RUN_BYTES_MAX
         self._ended = False
-        self._inbox: trio.MemoryReceiveChannel[Frame] | None = None
+        self._inbox: Inbox | None = None
         self._parts: PartMeter | None = None
         self._unstored = 0
         self._all_stored = trio.Event()
@@ -156,6 +157,11 @@ class Attempt:
             attempt=self.attempt, seller=self.seller, kernel="", identical="", first=0, count=0,
             quote=self.choice.envelope,
         )  # fmt: skip
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether nothing that it delivered waits for the disk."""
+        return not (self._unstored or self._is_named_late)
 
     def row(self, outcome: str) -> AttemptRow:
         """As jobs.db has it."""
@@ -229,7 +235,7 @@ class Attempt:
         self.choice.link.close_inbox(call_id)
         await self._stored()
 
-    async def _drain(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
+    async def _drain(self, inbox: Inbox) -> None:
         """Returns at the seller's last word; its steps are taken meanwhile."""
         try:
             while not isinstance(await next_frame(inbox), Finished):
@@ -258,23 +264,20 @@ class Attempt:
         return running_hash(self.out_hash, self.attempt, self._number, body)
 
     # ------------------------------------------------------------------ waiting
-    async def _acknowledge(self, inbox: trio.MemoryReceiveChannel[Frame]) -> None:
+    async def _acknowledge(self, inbox: Inbox) -> None:
         wait = self._reply_seconds()
-        with trio.move_on_after(wait):
-            frame = await next_frame(inbox)
-            if not isinstance(frame, Accepted):
-                raise PeerError("work before its acknowledgement", code="BAD_REQUEST")
-            self._acknowledged()
-            return
-        raise PeerError(f"no acknowledgement within {wait:.1f} s", code="PEER_LOST")
+        frame = await frame_by(inbox, trio.current_time() + wait)
+        if frame is None:
+            raise PeerError(f"no acknowledgement within {wait:.1f} s", code="PEER_LOST")
+        if not isinstance(frame, Accepted):
+            raise PeerError("work before its acknowledgement", code="BAD_REQUEST")
+        self._acknowledged()
 
-    async def _follow(self, inbox: trio.MemoryReceiveChannel[Frame]) -> Finished:
+    async def _follow(self, inbox: Inbox) -> Finished:
         """Frames until the last one; each sign of life renews the deadline, if work comes too."""
         self._beat(worked=True)
         while True:
-            frame = None
-            with trio.CancelScope(deadline=min(self._deadline, self._heard_at + QUIET_SECONDS)):
-                frame = await next_frame(inbox)
+            frame = await frame_by(inbox, min(self._deadline, self._heard_at + QUIET_SECONDS))
             if frame is not None:
                 self._beat(worked=isinstance(frame, Part))
                 if isinstance(frame, Finished):
@@ -409,10 +412,10 @@ class Attempt:
             self._jobs.name_kernel(self.attempt, self.kernel)
 
 
-async def next_frame(inbox: trio.MemoryReceiveChannel[Frame]) -> Frame:
+async def next_frame(inbox: Inbox) -> Frame:
     """The next frame of a call; a `Failure` becomes its exception."""
     try:
-        frame = inbox.receive_nowait() if _has_some(inbox) else await inbox.receive()
+        frame = await inbox.receive()
     except trio.EndOfChannel:
         raise PeerError("the peer is gone", code="PEER_LOST") from None
     if isinstance(frame, messages.Failure):
@@ -420,6 +423,10 @@ async def next_frame(inbox: trio.MemoryReceiveChannel[Frame]) -> Frame:
     return frame
 
 
-def _has_some(inbox: trio.MemoryReceiveChannel[Frame]) -> bool:
-    """What is there already costs no turn of the event loop."""
-    return inbox.statistics().current_buffer_used > 0
+async def frame_by(inbox: Inbox, deadline: Seconds) -> Frame | None:
+    """As `next_frame`; None: there was none by `deadline`, on the loop's clock."""
+    if len(inbox):  # costs no turn of the event loop, so no deadline either
+        return await next_frame(inbox)
+    with trio.CancelScope(deadline=deadline):
+        return await next_frame(inbox)
+    return None

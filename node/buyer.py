@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -27,6 +27,7 @@ from aivillage.node.stand_by import StandBy
 from aivillage.node.stand_ins import StandIns
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
 from aivillage.node.trade import Say, Trade, Verify
+from aivillage.node.wishes import require_consistent
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, RequestError
 from aivillage.protocols.job import State
@@ -74,21 +75,43 @@ class Buyer:
         self.by_node: dict[str, Callable[[JobRow, Say], BlobFetch]] = {}
         """Operations that no worker does: what pursues a job of theirs."""
 
-    async def submit(
-        self,
-        submit: Submit,
-        say: Say,
-        order: Order | None = None,
-        recorded: Callable[[JobId], None] = lambda _job: None,
-    ) -> Running:
-        """Records a job and starts it. `order` says for which module, if for one.
+    def start_soon(self, work: Callable[..., Awaitable[None]], *args: object) -> None:
+        """A task that lives as long as jobs do, not as long as whoever asks for one."""
+        self._nursery.start_soon(work, *args)
 
-        `recorded` hears its id once that outlasts a kill of this node: with the job's first
-        output, or soon.
+    async def submit(self, submit: Submit, say: Say, order: Order | None = None) -> Running:
+        """Records a job and starts it. `order` says for which module, if for one.
 
         Raises:
             AivillageError: the request is wrong, or this node takes no work now.
         """
+        running = await self._begun(submit, say, order, _noted_id)
+        self._nursery.start_soon(self._live, running)
+        return running
+
+    async def pursue(
+        self,
+        submit: Submit,
+        say: Say,
+        recorded: Callable[[JobId], None],
+        begun: Callable[[Running], None],
+    ) -> None:
+        """As `submit`, to the end of the job, in the caller's own task, which `start_soon` made.
+
+        `recorded` hears its id once that outlasts a kill of this node: with the job's first
+        output, or soon. `begun` is called before anything else happens to the job.
+
+        Raises:
+            AivillageError: the request is wrong, or this node takes no work now.
+        """
+        running = await self._begun(submit, say, None, recorded)
+        begun(running)
+        await self._live(running)
+
+    async def _begun(
+        self, submit: Submit, say: Say, order: Order | None, recorded: Callable[[JobId], None]
+    ) -> Running:
+        """Recorded, and in the list; nobody works at it yet."""
         self._require_room()
         self._starting += 1
         try:
@@ -101,7 +124,7 @@ class Buyer:
                     pursuit.verify = self.verify
                 if submit.stand_by:
                     pursuit.stand_by = StandBy(self._trade, self._nursery, say)
-            return self._start(pursuit)
+            return self._listed(pursuit)
         finally:
             self._starting -= 1
 
@@ -169,27 +192,7 @@ class Buyer:
         return running
 
     async def _record(self, submit: Submit, parent: str) -> JobRow:
-        if submit.local and (submit.peer or submit.mesh):
-            raise RequestError(
-                "a local job has no peer", next_step="leave out --local, or --peer and --mesh"
-            )
-        if submit.local and submit.verify:
-            raise RequestError("a local job is done here", next_step="leave out --verify")
-        if registry.is_done_by_node(submit.operation) and (submit.local or submit.verify):
-            raise RequestError(
-                f"{submit.operation} is done by nodes, and checked as it comes",
-                next_step="leave out --local and --verify",
-            )
-        has_other = registry.is_served_by_engine(submit.operation) and not submit.peer
-        if submit.stand_by and (submit.local or not has_other):
-            raise RequestError(
-                "only an answer of a model that any peer may give has another peer standing by",
-                next_step="leave out --stand-by, or --local and --peer",
-            )
-        if registry.takes_inputs(submit.operation):
-            raise RequestError(
-                f"{submit.operation} is a part of other jobs", next_step="submit inference.generate"
-            )
+        require_consistent(submit)
         await self._trade.workers.estimate(submit.operation, submit.request)
         await self._trade.workers.validate(submit.operation, submit.request)
         require_possible(submit, self._trade.workers.shelf)
@@ -291,9 +294,12 @@ class Buyer:
         )
 
     def _start(self, pursuit: AnyJob) -> Running:
-        running = Running(pursuit)
-        self._running[pursuit.row.id] = running
+        running = self._listed(pursuit)
         self._nursery.start_soon(self._live, running)
+        return running
+
+    def _listed(self, pursuit: AnyJob) -> Running:
+        running = self._running[pursuit.row.id] = Running(pursuit)
         return running
 
     def cancel(self, job: JobId) -> bool:
@@ -348,12 +354,10 @@ class Buyer:
     async def _live(self, running: Running) -> None:
         """One job; its end is in jobs.db before anybody hears of it."""
         row = running.pursuit.row
+        running.scope.deadline = trio.current_time() + max(0.0, running.pursuit.seconds_left())
         with running.scope:
             try:
-                with trio.fail_after(max(0.0, running.pursuit.seconds_left())):
-                    await self._work(running)
-            except trio.TooSlowError:
-                running.error = JobError("the job's deadline passed", code="DEADLINE")
+                await self._work(running)
             except AivillageError as error:
                 running.error = error
             except Exception as defect:  # one job must not fell the daemon
@@ -363,6 +367,8 @@ class Buyer:
             running.error = None  # whatever came late: it is done, and paid
         elif running.cancelled:
             running.error = JobError("cancelled by its owner", code="CANCELLED")
+        elif running.scope.cancelled_caught:
+            running.error = JobError("the job's deadline passed", code="DEADLINE")
         try:
             await self._close(running)
         except Exception as defect:  # the next start of this node ends the job
@@ -428,16 +434,23 @@ class Buyer:
             pursuit.move("settled")
         else:
             pursuit.move("cancel" if running.cancelled else "fail")
+        if self._ended_soon(pursuit, error):
+            return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS) as grace:
             await self._store_end(pursuit, error)
         if grace.cancelled_caught:  # a full disk: until there is room, or the node stops
             await self._store_end(pursuit, error)
 
+    def _ended_soon(self, pursuit: AnyJob, error: AivillageError | None) -> bool:
+        """Whether its result is stored, so that nobody waits for the end of it."""
+        if error is not None or not isinstance(pursuit, Pursuit) or not pursuit.is_kept:
+            return False
+        receipt = msgspec.json.encode(pursuit.receipt())
+        self._trade.jobs.end_passed(pursuit.row.id, pursuit.state, receipt)
+        return True
+
     async def _store_end(self, pursuit: AnyJob, error: AivillageError | None) -> None:
         receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
-        if receipt is not None and isinstance(pursuit, Pursuit) and pursuit.is_kept:
-            self._trade.jobs.end_passed(pursuit.row.id, pursuit.state, receipt)
-            return
         try:
             await self._trade.jobs.end(
                 pursuit.row.id,
@@ -455,6 +468,10 @@ class Buyer:
 
 def _noted() -> None:
     """Nobody asks when it was stored."""
+
+
+def _noted_id(_job: JobId) -> None:
+    """Nor of this one."""
 
 
 def _unasked() -> None:

@@ -19,6 +19,7 @@ from aivillage.node import results
 from aivillage.node.buyer import Buyer, Running
 from aivillage.node.events import Events
 from aivillage.node.framing import READ_BYTES, FrameReader
+from aivillage.node.transport.arrivals import arrived
 from aivillage.node.transport.at_once import taken_at_once
 from aivillage.protocols import codec, messages
 from aivillage.protocols.errors import (
@@ -54,10 +55,7 @@ class _SocketStream:
         self._stream = stream
 
     async def read(self, size_bytes_max: int) -> bytes:
-        try:
-            return bytes(await self._stream.receive_some(size_bytes_max))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise PeerError("the client is gone", code="PEER_LOST") from None
+        return await arrived(self._stream.socket.fileno(), size_bytes_max)
 
     async def write(self, data: bytes) -> None:
         try:
@@ -154,7 +152,7 @@ class Control:
         if isinstance(frame, Ask):
             client.nursery.start_soon(self._answer, client, frame)
         elif isinstance(frame, Submit):
-            client.nursery.start_soon(self._submit, client, frame)
+            self._buyer.start_soon(self._submit, client, frame)  # the job outlasts its client
         elif isinstance(frame, Cancel):
             running = client.jobs.get(frame.id)
             if running is not None:
@@ -180,20 +178,22 @@ class Control:
             if submit.id in client.jobs:  # else its answer was sooner, and names it
                 client.say(messages.Progress(id=submit.id, done=0, note=f"job {job}"), soon=True)
 
+        def begun(running: Running) -> None:
+            client.jobs[submit.id] = running
+            running.on_end = functools.partial(self._tell, client, submit.id)
+
         try:
             if submit.follow:
-                running = await self._buyer.submit(submit, say, recorded=recorded)
+                await self._buyer.pursue(submit, say, recorded, begun)
             else:
                 running = await self._buyer.submit(submit, _unheard)
+                await self._buyer.recorded()
+                client.say(Answer(id=submit.id, value={"job": running.pursuit.row.id}))
         except AivillageError as error:
             client.say(_failure(submit.id, error))
-            return
-        if not submit.follow:
-            await self._buyer.recorded()
-            client.say(Answer(id=submit.id, value={"job": running.pursuit.row.id}))
-            return
-        client.jobs[submit.id] = running
-        running.on_end = functools.partial(self._tell, client, submit.id)
+        except Exception as defect:  # a defect in one submission must not fell the daemon
+            self._events.emit("ask_crashed", level=40, what="submit", exc_info=defect)
+            client.say(_failure(submit.id, NodeError(repr(defect))))
 
     def _tell(self, client: _Client, call: int) -> None:
         """The end of a job, to a client that still is there."""

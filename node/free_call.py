@@ -13,6 +13,7 @@ import trio
 
 from aivillage.node.attempt import next_frame
 from aivillage.node.gossip import send_or_drop
+from aivillage.node.inbox import Inbox
 from aivillage.node.market import Choice
 from aivillage.protocols import messages
 from aivillage.protocols.errors import PeerError
@@ -60,9 +61,7 @@ async def loaded(
     return kernel
 
 
-async def _loaded(
-    inbox: trio.MemoryReceiveChannel[messages.Frame], until: type[Started | Finished]
-) -> KernelName:
+async def _loaded(inbox: Inbox, until: type[Started | Finished]) -> KernelName:
     kernel = ""
     while True:
         frame = await next_frame(inbox)

@@ -265,7 +265,10 @@ class Jobs(PeerStore):
         return [row[0] for row in rows]
 
     async def passed(self, job: JobRow, attempt: AttemptRow) -> None:
-        """The result of `job` was checked: from here on a restart only has to settle."""
+        """The result of `job` was checked: from here on a restart only has to settle.
+
+        No cancel or deadline of the caller comes between.
+        """
 
         def work(db: apsw.Connection) -> None:
             row = job.state, job.result, job.id
@@ -276,7 +279,8 @@ class Jobs(PeerStore):
         if self._told.append(msgspec.msgpack.encode(Said(job, attempt))):
             self.later(work, self._told.stored)
         else:
-            await self.transaction(work)
+            with trio.CancelScope(shield=True):
+                await self.transaction(work)
 
     async def hand_on(self, earlier: JobId, later: JobId) -> None:
         """Another job goes on from what this one was given."""

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 import trio
 
 from aivillage.node.framing import FrameReader, RateLimit
+from aivillage.node.inbox import Inbox
 from aivillage.protocols import codec
 from aivillage.protocols.errors import AivillageError, JobError, PeerError, RequestError, from_code
 from aivillage.protocols.messages import (
@@ -142,7 +143,7 @@ class Link:
         self._scope = trio.CancelScope()
         self._pings: dict[int, float] = {}
         self._asks: dict[int, _Asked] = {}
-        self._inboxes: dict[int, trio.MemorySendChannel[Frame]] = {}
+        self._inboxes: dict[int, Inbox] = {}
 
     def next_id(self) -> int:
         """A fresh id for a call that this side opens: odd if it dialled, else even."""
@@ -208,24 +209,22 @@ class Link:
             raise as_error(asked.reply)
         return asked.reply
 
-    def open_inbox(self, call: int) -> trio.MemoryReceiveChannel[Frame]:
+    def open_inbox(self, call: int) -> Inbox:
         """Every frame with that id, in order, until `close_inbox`.
 
         When the link dies, the last frame is a `Failure` with PEER_LOST; when the reader falls
         `inbox_frames_max` behind, one with BUSY. Then the channel ends.
         """
-        # One more than the limit: the last place is for the Failure that ends it.
-        send, receive = trio.open_memory_channel[Frame](self._limits.inbox_frames_max + 1)
-        self._inboxes[call] = send
+        inbox = self._inboxes[call] = Inbox()
         if self.closed_because:
             self._end_inbox(call, "PEER_LOST", self.closed_because)
-        return receive
+        return inbox
 
     def close_inbox(self, call: int) -> None:
         """Later frames with that id go to `on_message`. An unknown id is no error."""
         inbox = self._inboxes.pop(call, None)
         if inbox is not None:
-            inbox.close()
+            inbox.end()
 
     @property
     def waiting(self) -> bool:
@@ -401,9 +400,8 @@ class Link:
         call: int = getattr(frame, "id", 0)
         inbox = self._inboxes.get(call)
         if inbox is not None:
-            used = inbox.statistics().current_buffer_used
-            if used < self._limits.inbox_frames_max:
-                _offer(inbox, frame)
+            if len(inbox) < self._limits.inbox_frames_max:
+                inbox.put(frame)
             else:
                 self._end_inbox(call, "BUSY", "this node did not keep up with the answers")
             return True
@@ -416,8 +414,8 @@ class Link:
 
     def _end_inbox(self, call: int, code: str, message: str) -> None:
         inbox = self._inboxes.pop(call)
-        _offer(inbox, Failure(id=call, code=code, message=message))
-        inbox.close()
+        inbox.put(Failure(id=call, code=code, message=message))
+        inbox.end()
 
     # ------------------------------------------------------------------ liveness
 
@@ -487,10 +485,3 @@ _nonces = itertools.count(1)
 
 def as_error(failure: Failure) -> AivillageError:
     return from_code(failure.code, failure.message, failure.next_step, failure.retry_after_seconds)
-
-
-def _offer(inbox: trio.MemorySendChannel[Frame], frame: Frame) -> None:
-    try:
-        inbox.send_nowait(frame)
-    except trio.BrokenResourceError:
-        log.debug("late_answer_dropped", extra={"call": getattr(frame, "id", 0)})

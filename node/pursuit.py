@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import nullcontext
 from typing import Final
 
 import msgspec
@@ -277,14 +278,14 @@ class Pursuit:
         finally:
             if self.result is not None:
                 outcome = "done"
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
+            with _grace(attempt, outcome):
                 await attempt.leave(
                     call.id, stopped=outcome == "stopped", finished=outcome == "done"
                 )
             self._trade.attempts.end(choice.link, call.id, had_place=outcome != "BUSY")
             if outcome == "stopped" and self._overtook(attempt):
                 outcome = "late"
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS):
+            with _grace(attempt, outcome):
                 await self._leave(attempt, outcome)
 
     def _called(self, attempt: Attempt) -> None:
@@ -351,11 +352,8 @@ class Pursuit:
         # One step without an await: no cancel or deadline comes between verdict and result.
         self.move("passed")
         self.result, self._usage = finished.result, counted
-        with trio.CancelScope(shield=True):
-            await self._trade.jobs.passed(
-                msgspec.structs.replace(row, state=self.state, result=finished.result),
-                attempt.row("done"),
-            )
+        settling = msgspec.structs.replace(row, state=self.state, result=finished.result)
+        await self._trade.jobs.passed(settling, attempt.row("done"))
         self.is_kept = True
 
     async def _leave(self, attempt: Attempt, outcome: str) -> None:
@@ -480,6 +478,13 @@ class Pursuit:
     def move(self, event: JobEvent) -> None:
         """In memory: a restarted job begins anew, whatever it was doing."""
         self.state = step(self.state, event)
+
+
+def _grace(attempt: Attempt, outcome: str) -> trio.CancelScope | nullcontext[None]:
+    """For what an ended attempt still waits for, whoever loses patience; mostly nothing."""
+    if outcome == "done" and attempt.is_stored and not attempt.choice.is_free:
+        return nullcontext()
+    return trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS)
 
 
 def _outcome_of(error: AivillageError) -> str:

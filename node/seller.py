@@ -166,22 +166,22 @@ class Seller:
         """One attempt, from acknowledged to its typed end."""
         seconds = deadline_seconds(sale.call)
         error: AivillageError | None = None
+        sale.scope.deadline = trio.current_time() + seconds
         with sale.scope:
             try:
-                with trio.fail_after(seconds):
-                    await self._work(sale)
-            except trio.TooSlowError:
-                error = self._too_late(sale, seconds)
+                await self._work(sale)
             except AivillageError as found:
                 error = found
             except Exception as defect:  # one call must not fell its neighbours
                 self._events.emit("sale_crashed", level=40, peer=sale.peer, error=repr(defect))
                 error = NodeError("the seller failed")
         if sale.scope.cancelled_caught:
-            error = sale.stopped or JobError("cancelled by the buyer", code="CANCELLED")
+            error = sale.stopped or self._too_late(sale, seconds)
         self._end(sale, error)
 
     def _too_late(self, sale: Sale, seconds: float) -> AivillageError:
+        if trio.current_time() < sale.scope.deadline:
+            return JobError("cancelled by the buyer", code="CANCELLED")
         if not sale.ticket.begun:
             return self.places.too_long("its turn did not come before its deadline")
         return JobError(f"not done within {seconds:.0f} s", code="DEADLINE")

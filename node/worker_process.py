@@ -17,6 +17,7 @@ import trio
 
 from aivillage.models import worker_messages as say
 from aivillage.models import worker_start
+from aivillage.node.transport.arrivals import arrived
 from aivillage.node.way_out import Hatch, Place
 from aivillage.protocols.errors import JobError, NodeError
 
@@ -177,10 +178,7 @@ class WorkerProcess:
         return size_bytes
 
     async def _receive_more(self) -> None:
-        try:
-            some = await self._stdout.receive_some(1 << 16)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            some = b""
+        some = b"" if self.dead else await arrived(self._stdout.fileno(), 1 << 16)
         if not some:
             self.kill()
             with trio.move_on_after(LAST_WORDS_SECONDS_MAX):  # a child of its own may go on talking

@@ -20,6 +20,8 @@ VALUES_MAX: Final = 1 << 17
 """Numbers, texts, keys and containers in one map: more than a megabyte of floats holds. Each costs
 0.2 us to look at, so a hostile megabyte of tiny values may not hold the loop for a third of a
 second. Hot frames (`Step`) are arrays and do not count."""
+SMALL_BYTES: Final = 1024
+"""Up to here it is quicker to count the bytes that may nest than to go from value to value."""
 LENGTH_BYTES: Final = 4
 FLAT: Final = (
     Step, messages.Call, messages.Accepted, messages.Started, messages.Progress, messages.Part,
@@ -123,6 +125,10 @@ _LEAF_BYTES: Final = tuple(
           0xD4: 3, 0xD5: 4, 0xD6: 6, 0xD7: 10, 0xD8: 18}.get(head, 1)
     for head in range(256)
 )  # fmt: skip
+_NO_PARENT: Final = bytes(
+    head for head in range(256) if not (0x80 <= head <= 0x9F or 0xDC <= head <= 0xDF)
+)
+"""What cannot be the head of a container with values in it."""
 # Header byte -> (bytes of the length that follows, bytes after it on top of the length).
 _SIZED: Final = {0xC4: (1, 0), 0xC5: (2, 0), 0xC6: (4, 0), 0xC7: (1, 1), 0xC8: (2, 1),
                  0xC9: (4, 1), 0xD9: (1, 0), 0xDA: (2, 0), 0xDB: (4, 0)}  # fmt: skip
@@ -135,6 +141,8 @@ def shape_fault(data: bytes | bytearray | memoryview) -> str:
 
     Truncated data is not this function's business: the decoder refuses it.
     """
+    if len(data) <= SMALL_BYTES and len(bytes(data).translate(None, _NO_PARENT)) <= DEPTH_MAX:
+        return ""  # fewer bytes that may begin a container than may be open
     expected: list[int] = []  # values still to come in each open container
     at, values, end = 0, 0, len(data)
     while at < end:

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import collections
 import logging
-import os
 import secrets
 import struct
-from contextlib import suppress
 from typing import Any, Final
 
 import trio
+
+from aivillage.node.transport.arrivals import arrived
 
 log = logging.getLogger("aivillage.transport")
 
@@ -165,7 +165,11 @@ class Lane:
         return None
 
     async def _next(self, n: int | None) -> bytes:
-        data = b"" if self._socket is None else await _arrived(self._socket, n or AHEAD_BYTES)
+        data = (
+            b""
+            if self._socket is None
+            else await arrived(self._socket.socket.fileno(), n or AHEAD_BYTES)
+        )
         if not data:  # no socket below, or it ended or broke: the library finds out how
             data = await self._raw.read(n)
         return data if self._in is None else self._in.decrypt(data)
@@ -225,17 +229,6 @@ def _socket_of(raw: Any) -> trio.SocketStream | None:
     """What is right below a connection of the library's; None: something else than a socket."""
     below = getattr(getattr(raw, "stream", None), "stream", None)
     return below if type(below) is trio.SocketStream else None
-
-
-async def _arrived(socket: trio.SocketStream, size_bytes_max: int) -> bytes:
-    """What comes next, in one turn of the loop. Empty: it ended or broke."""
-    try:
-        while True:
-            await trio.lowlevel.wait_readable(file := socket.socket.fileno())
-            with suppress(BlockingIOError):  # woken for nothing
-                return os.read(file, size_bytes_max)
-    except (OSError, trio.ClosedResourceError):
-        return b""
 
 
 def xsalsa20(key: bytes, nonce: bytes) -> Any:

@@ -126,7 +126,9 @@ async def test_an_inbox_at_its_limit_holds_and_past_it_ends_with_busy(two, autoj
         for n in range(11):
             b.links.get(a.peer).send(Progress(id=1, done=float(n)))
         await settle()
-        got = [frame async for frame in inbox]
+        got = [await inbox.receive() for _ in range(len(inbox))]
+        with pytest.raises(trio.EndOfChannel):
+            await inbox.receive()
         assert got[:10] == [Progress(id=1, done=float(n)) for n in range(10)]
         assert [frame.code for frame in got[10:]] == ["BUSY"]
         assert a.links.get(b.peer) is link
