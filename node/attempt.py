@@ -136,7 +136,7 @@ class Attempt:
         self._say = say
         self._part_bytes_left = RUN_BYTES_MAX
         self._ended = False
-        self._inbox: Inbox | None = None
+        self._inbox: Inbox[Frame] | None = None
         self._parts: PartMeter | None = None
         self._unstored = 0
         self._all_stored = trio.Event()
@@ -235,7 +235,7 @@ class Attempt:
         self.choice.link.close_inbox(call_id)
         await self._stored()
 
-    async def _drain(self, inbox: Inbox) -> None:
+    async def _drain(self, inbox: Inbox[Frame]) -> None:
         """Returns at the seller's last word; its steps are taken meanwhile."""
         try:
             while not isinstance(await next_frame(inbox), Finished):
@@ -264,7 +264,7 @@ class Attempt:
         return running_hash(self.out_hash, self.attempt, self._number, body)
 
     # ------------------------------------------------------------------ waiting
-    async def _acknowledge(self, inbox: Inbox) -> None:
+    async def _acknowledge(self, inbox: Inbox[Frame]) -> None:
         wait = self._reply_seconds()
         frame = await frame_by(inbox, trio.current_time() + wait)
         if frame is None:
@@ -273,7 +273,7 @@ class Attempt:
             raise PeerError("work before its acknowledgement", code="BAD_REQUEST")
         self._acknowledged()
 
-    async def _follow(self, inbox: Inbox) -> Finished:
+    async def _follow(self, inbox: Inbox[Frame]) -> Finished:
         """Frames until the last one; each sign of life renews the deadline, if work comes too."""
         self._beat(worked=True)
         while True:
@@ -412,7 +412,7 @@ class Attempt:
             self._jobs.name_kernel(self.attempt, self.kernel)
 
 
-async def next_frame(inbox: Inbox) -> Frame:
+async def next_frame(inbox: Inbox[Frame]) -> Frame:
     """The next frame of a call; a `Failure` becomes its exception."""
     try:
         frame = await inbox.receive()
@@ -423,7 +423,7 @@ async def next_frame(inbox: Inbox) -> Frame:
     return frame
 
 
-async def frame_by(inbox: Inbox, deadline: Seconds) -> Frame | None:
+async def frame_by(inbox: Inbox[Frame], deadline: Seconds) -> Frame | None:
     """As `next_frame`; None: there was none by `deadline`, on the loop's clock."""
     if len(inbox):  # costs no turn of the event loop, so no deadline either
         return await next_frame(inbox)

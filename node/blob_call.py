@@ -136,7 +136,7 @@ class ChunkCall:
         )
 
     # ------------------------------------------------------------------ what comes
-    async def _follow(self, inbox: Inbox) -> None:
+    async def _follow(self, inbox: Inbox[Frame]) -> None:
         worked_at = trio.current_time()
         while True:
             frame = await self._next(inbox, worked_at + PROGRESS_SECONDS_MAX)
@@ -149,7 +149,7 @@ class ChunkCall:
             elif not isinstance(frame, messages.Accepted | Progress):
                 raise PeerError(f"{type(frame).__name__} in a fetch", code="BAD_REQUEST")
 
-    async def _next(self, inbox: Inbox, last: Seconds) -> Frame:
+    async def _next(self, inbox: Inbox[Frame], last: Seconds) -> Frame:
         """Raises: PeerError: PEER_LOST, it is silent for too long."""
         silent = trio.current_time() + SILENT_SECONDS
         while trio.current_time() < min(silent, last):
@@ -214,7 +214,7 @@ class ChunkCall:
             raise PeerError("the source's last word is not about what came", code="BAD_REQUEST")
 
     # ------------------------------------------------------------------ its end
-    async def _leave(self, inbox: Inbox, outcome: str) -> None:
+    async def _leave(self, inbox: Inbox[Frame], outcome: str) -> None:
         """Nothing is accepted after this; what was accepted is paid."""
         if outcome != "done":
             send_or_drop(self._link, messages.Cancel(id=self._id))
@@ -230,7 +230,7 @@ class ChunkCall:
         if outcome == "done" or outcome in BLAMED:
             self._rate(good=outcome == "done")
 
-    async def _drain(self, inbox: Inbox) -> None:
+    async def _drain(self, inbox: Inbox[Frame]) -> None:
         """Returns at the source's last word; the chunk that it was at is taken."""
         try:
             await self._follow(inbox)

@@ -12,6 +12,7 @@ import time
 from typing import Any, Final
 
 TEXT_MAX: Final = 500
+_json: Final = json.JSONEncoder(default=str).encode
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _log = logging.getLogger("aivillage")
 
@@ -40,7 +41,7 @@ class Events:
         self.counts[name] += 1
         self.recent.append((time.time(), name, fields))
         if _log.isEnabledFor(level):
-            _log.log(level, "%s %s", name, json.dumps(fields, default=str), exc_info=exc_info)
+            _log.log(level, "%s %s", name, _json(fields), exc_info=exc_info)
 
 
 def _cut(value: Any) -> Any:
@@ -60,8 +61,9 @@ class LineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 the library's name
         line = super().formatMessage(record)
-        extra = {key: _cut(v) for key, v in vars(record).items() if key not in _USUAL}
-        return f"{line} {json.dumps(extra, default=str)}" if extra else line
+        names = vars(record).keys() - _USUAL
+        extra = {key: _cut(v) for key, v in vars(record).items() if key in names} if names else {}
+        return f"{line} {_json(extra)}" if extra else line
 
     def format(self, record: logging.LogRecord) -> str:
         """A peer may have written a text in it: nothing in a log moves a terminal's cursor."""
@@ -81,6 +83,9 @@ class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
 
 def configure_logging(level: str) -> None:
     """One line an event on standard error; libraries speak up from warnings on."""
+    # No line names a thread, a process or a place in the code: to look them up is half of its cost.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # noqa: SLF001 as logging's manual has it
     handler = _Terminal(sys.stderr)
     handler.setFormatter(LineFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)

@@ -61,7 +61,7 @@ async def loaded(
     return kernel
 
 
-async def _loaded(inbox: Inbox, until: type[Started | Finished]) -> KernelName:
+async def _loaded(inbox: Inbox[messages.Frame], until: type[Started | Finished]) -> KernelName:
     kernel = ""
     while True:
         frame = await next_frame(inbox)

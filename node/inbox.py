@@ -1,27 +1,31 @@
-"""The frames of one call, in their order, for the task that waits for them."""
+"""What comes of one call, in its order, for the task that waits for it."""
 
 from __future__ import annotations
 
 from collections import deque
+from typing import Generic, TypeVar
 
 import trio
 
-from aivillage.protocols.messages import Frame
+T = TypeVar("T")
 
 
-class Inbox:
-    """A queue with one reader. `put` and `end` are plain calls; its owner counts what waits."""
+class Inbox(Generic[T]):
+    """A queue with one reader. `put` and `end` are plain calls; its owner counts what waits.
+
+    A channel of Trio's is for several on both ends, and takes five times as long to make.
+    """
 
     def __init__(self) -> None:
-        self._frames: deque[Frame] = deque()
+        self._frames: deque[T] = deque()
         self._ended = False
         self._reader: trio.lowlevel.Task | None = None
 
     def __len__(self) -> int:
-        """Frames that are here already."""
+        """How many are here already."""
         return len(self._frames)
 
-    def put(self, frame: Frame) -> None:
+    def put(self, frame: T) -> None:
         self._frames.append(frame)
         self._wake()
 
@@ -30,7 +34,7 @@ class Inbox:
         self._ended = True
         self._wake()
 
-    async def receive(self) -> Frame:
+    async def receive(self) -> T:
         """The next one; what is here already costs no turn of the loop.
 
         Raises:

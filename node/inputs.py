@@ -6,6 +6,7 @@ from typing import Final, NamedTuple
 
 import trio
 
+from aivillage.node.inbox import Inbox
 from aivillage.protocols.errors import JobError, PeerError, RefusedError
 from aivillage.protocols.messages import Input, Passed
 from aivillage.protocols.types import Seconds
@@ -39,7 +40,7 @@ class Inputs:
         self._seq = 0
         self._ended = False
         self._waiting_bytes = 0
-        self._send, self._receive = trio.open_memory_channel[Fed](INPUTS_WAITING_MAX)
+        self._inbox: Inbox[Fed] = Inbox()
 
     def put(self, frame: Input) -> None:
         """Queues one of the buyer's. What the stage before has passed on already is dropped.
@@ -60,7 +61,7 @@ class Inputs:
         self._take(Fed(frame.body, frame.seq, frame.hops, frame.draws, is_passed=False))
         if frame.end:
             self._ended = True
-            self._send.close()
+            self._inbox.end()
 
     def pass_in(self, frame: Passed) -> None:
         """Queues one of the stage before, in its turn; else its buyer feeds it. Never raises."""
@@ -69,15 +70,15 @@ class Inputs:
             self._take(Fed(frame.body, frame.seq, frame.hops, frame.draws, is_passed=True))
 
     def _has_room(self, size_bytes: int) -> bool:
-        count = self._send.statistics().current_buffer_used
         waiting_bytes = self._waiting_bytes + size_bytes
-        return waiting_bytes <= INPUTS_WAITING_BYTES_MAX and count < INPUTS_WAITING_MAX
+        is_few = len(self._inbox) < INPUTS_WAITING_MAX
+        return waiting_bytes <= INPUTS_WAITING_BYTES_MAX and is_few
 
     def _take(self, fed: Fed) -> None:
         self._seq += 1
         self._waiting_bytes += len(fed.body)
         if fed.body:
-            self._send.send_nowait(fed)
+            self._inbox.put(fed)
 
     async def next(self) -> Fed | None:
         """The next one; None after the last.
@@ -87,7 +88,7 @@ class Inputs:
         """
         with trio.move_on_after(INPUT_SECONDS):
             try:
-                fed = await self._receive.receive()
+                fed = await self._inbox.receive()
             except trio.EndOfChannel:
                 return None
             self._waiting_bytes -= len(fed.body)

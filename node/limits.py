@@ -192,6 +192,8 @@ def over_day(limits: Limits, day: Day, peer: PeerId, more: MicroCredits = 1) -> 
 
 def day_is_spent(limits: Limits, day: Day) -> RefusedError | None:
     """Why nobody gets anything more today; what runs may end."""
+    if limits.day_micro_credits is None:
+        return None
     return over_day(msgspec.structs.replace(limits, peer_day_micro_credits=None), day, PeerId(""))
 
 

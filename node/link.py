@@ -143,7 +143,7 @@ class Link:
         self._scope = trio.CancelScope()
         self._pings: dict[int, float] = {}
         self._asks: dict[int, _Asked] = {}
-        self._inboxes: dict[int, Inbox] = {}
+        self._inboxes: dict[int, Inbox[Frame]] = {}
 
     def next_id(self) -> int:
         """A fresh id for a call that this side opens: odd if it dialled, else even."""
@@ -209,7 +209,7 @@ class Link:
             raise as_error(asked.reply)
         return asked.reply
 
-    def open_inbox(self, call: int) -> Inbox:
+    def open_inbox(self, call: int) -> Inbox[Frame]:
         """Every frame with that id, in order, until `close_inbox`.
 
         When the link dies, the last frame is a `Failure` with PEER_LOST; when the reader falls

@@ -14,19 +14,15 @@ import msgspec
 import trio
 
 from aivillage.node.choice import (
-    LINES_MAX,
     RATES,
     Explanation,
     Facts,
     Weighed,
-    explores,
     in_order,
     known_of,
-    line,
     pick,
     stays,
     weigh,
-    why_not,
     why_of,
 )
 from aivillage.node.dialling import reach_mover
@@ -35,13 +31,13 @@ from aivillage.node.links import Link, Links
 from aivillage.node.offers import price_offered
 from aivillage.node.pricelist import quote_hash, read_quote
 from aivillage.node.records import Work, work_of
+from aivillage.node.seen import Seen, nobody
 from aivillage.protocols import messages
 from aivillage.protocols.errors import (
     AivillageError,
     JobError,
     LedgerError,
     PeerError,
-    RefusedError,
     RequestError,
 )
 from aivillage.protocols.messages import Quote, QuoteReply
@@ -60,10 +56,6 @@ LOOK_AGAIN_SECONDS: Final = 1.0
 OTHERS_SECONDS: Final = 0.25
 """Once one seller answered, the others asked have this long to be the better one."""
 QUOTE_MARGIN_MS: Final = 2_000
-REASON_MAX: Final = 200
-"""Characters of a refusal in an explanation: a peer may have written it."""
-REFUSALS: Final = frozenset({"INSUFFICIENT_CREDITS", "OWNER_LIMIT"})
-"""Of a seller that is there: to wait for others' offers would only hide what it said."""
 
 Excluded = MutableMapping[PeerId, AivillageError]
 Clear = Callable[[PeerId, MicroCredits], Awaitable[MicroCredits]]
@@ -174,16 +166,29 @@ class Market:
             excluded = ChainMap(dict(self.cut_off(need.operation)), excluded)
         seen = self._look(need, excluded)
         self._turns[need.work] += 1
-        for offer in self._discovery.offers():
-            if need.names(offer.seller):  # its owner knows better than our last failure
-                self._discovery.reachable(offer.seller)
-        with trio.move_on_after(SEEK_SECONDS):
+        if need.peer:  # its owner knows better than our last failure
+            for offer in self._discovery.offers():
+                if need.names(offer.seller):
+                    self._discovery.reachable(offer.seller)
+        deadline = trio.current_time() + SEEK_SECONDS
+        found, _ = await self._round(seen)
+        return found or await self._seek(seen, deadline)
+
+    async def _round(self, seen: Seen) -> tuple[Choice | Here | None, list[Candidate]]:
+        """Whom we chose, if anybody, and who was asked for it."""
+        asked = self._next(seen)
+        await self._ask(seen, asked)
+        return self._decide(seen), asked
+
+    async def _seek(self, seen: Seen, deadline: Seconds) -> Choice | Here:
+        """Asks on, and waits for offers. Raises: as `choose`."""
+        need = seen.need
+        with trio.CancelScope(deadline=deadline):
             while True:
                 # Taken before we look, so that an offer that comes meanwhile is not missed.
                 news = self._discovery.next_news()
-                asked = self._next(seen)
-                await self._ask(seen, asked)
-                if found := self._decide(seen):
+                found, asked = await self._round(seen)
+                if found:
                     return found
                 if asked:
                     continue
@@ -194,7 +199,7 @@ class Market:
                     await news.wait()
                 seen.asked.clear()  # they could not be reached; who is back may be asked again
                 self._discovery.reconsider()
-        raise _nobody(seen)
+        raise nobody(seen)
 
     async def explain(self, need: Need) -> Explanation:
         """What `choose` would say now, and buys nothing. Nobody is waited for.
@@ -209,25 +214,27 @@ class Market:
                 break
         found = self._decide(seen)
         if found is None or (explanation := found.explain()) is None:
-            raise _nobody(seen)
+            raise nobody(seen)
         return explanation
 
-    def _look(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> _Seen:
+    def _look(self, need: Need, excluded: Mapping[PeerId, AivillageError]) -> Seen:
         facts = self.home(need) if need.may_stay else None
         home = need.weigh(facts) if facts else None
-        return _Seen(need, home, excluded, self._turns[need.work])
+        return Seen(need, home, excluded, self._turns[need.work])
 
-    def _next(self, seen: _Seen) -> list[Candidate]:
+    def _next(self, seen: Seen) -> list[Candidate]:
         """Whom to ask now, by what their offers say, as stale as these are.
 
         Nobody where this machine is better than all of them promise to be.
         """
         candidates = {c.peer: c for c in self._candidates(seen.need)}
         seen.offered = {peer: self._offered(seen.need, c) for peer, c in candidates.items()}
-        if seen.stays():
+        rivals = seen.rivals()
+        explore = seen.explores(rivals)
+        if stays(seen.home, rivals, explore=explore):
             return []
-        left = [one for one in seen.rivals() if one.facts.peer not in seen.asked]
-        order = in_order(left, ASKED_AT_ONCE, self.random, explore=seen.explores())
+        left = [one for one in rivals if one.facts.peer not in seen.asked]
+        order = in_order(left, ASKED_AT_ONCE, self.random, explore=explore)
         return [candidates[weighed.facts.peer] for weighed in order[:ASKED_AT_ONCE]]
 
     async def terms_of(self, peer: str, need: Need) -> Choice:
@@ -277,7 +284,7 @@ class Market:
         link = self._links.get(peer)
         return link.rtt_seconds if link else None
 
-    async def _ask(self, seen: _Seen, candidates: list[Candidate]) -> None:
+    async def _ask(self, seen: Seen, candidates: list[Candidate]) -> None:
         """Quotes from all of them at once; who is much later than the first is not waited for."""
 
         async def ask(candidate: Candidate, scope: trio.CancelScope | None = None) -> None:
@@ -297,14 +304,16 @@ class Market:
                 nursery.start_soon(ask, candidate, nursery.cancel_scope)
         return None
 
-    def _decide(self, seen: _Seen) -> Choice | Here | None:
+    def _decide(self, seen: Seen) -> Choice | Here | None:
         """Among those that said yes and this machine; None: ask on."""
         quoted = [choice.weighed for choice in seen.found.values()]
-        if not quoted and not seen.stays():
+        rivals = seen.rivals()
+        explore = seen.explores(rivals)
+        if not quoted and not stays(seen.home, rivals, explore=explore):
             return None
         own = [seen.home] if seen.home else []
-        winner = pick([*own, *quoted], self.random, explore=seen.explores())
-        why = why_of(winner, quoted or seen.rivals(), len(seen.reasons), seen.home)
+        winner = pick([*own, *quoted], self.random, explore=explore)
+        why = why_of(winner, quoted or rivals, len(seen.reasons), seen.home)
         if winner.facts.here:
             return Here(explain=partial(seen.explained, winner, why))
         choice = seen.found[winner.facts.peer]
@@ -317,12 +326,15 @@ class Market:
         link = await self._reach(candidate)
         quoted = await self._quote(need, link)
         price = price_of_rest(quoted.quote.terms, need.usage, need.done)
-        if self._short(link, quoted, price):  # as it was then: it may have been paid since
+        short = self._short(link, quoted, price)
+        if short:  # as it was then: it may have been paid since
             self.forget_quote(link.peer, need.work)
             quoted = await self._quote(need, link)
             price = price_of_rest(quoted.quote.terms, need.usage, need.done)
-        if price <= need.budget and (short := self._short(link, quoted, price)):
+            short = self._short(link, quoted, price)
+        if short and price <= need.budget:
             await self.clear(link.peer, short)
+            short = self._short(link, quoted, price)
         quote, reply = quoted.quote, quoted.reply
         if price > need.budget:
             raise RequestError(
@@ -331,7 +343,7 @@ class Market:
                 code="PRICE_ABOVE_CEILING",
                 next_step="allow more with --max-price, or ask for less",
             )
-        if self._short(link, quoted, price):
+        if short:
             raise LedgerError(
                 f"it may cost {as_credits(price)} credits, and {link.peer[-8:]} lets you owe "
                 f"{as_credits(max(0, self._room(link, quoted)))} more",
@@ -411,87 +423,6 @@ class Market:
 
 async def _clears_nothing(_creditor: PeerId, _amount: MicroCredits) -> MicroCredits:
     return 0
-
-
-class _Seen:
-    """What was found out for one choice so far."""
-
-    def __init__(
-        self,
-        need: Need,
-        home: Weighed | None,
-        excluded: Mapping[PeerId, AivillageError],
-        turn: int,
-    ) -> None:
-        self.need = need
-        self.home = home
-        self.excluded = excluded
-        self.turn = turn
-        self.offered: dict[PeerId, Weighed] = {}
-        self.asked: set[PeerId] = set()
-        self.found: dict[PeerId, Choice] = {}
-        self.reasons: dict[PeerId, AivillageError] = {}
-
-    def told(self) -> list[AivillageError]:
-        """What those said who are there and refused."""
-        now = [error for error in self.reasons.values() if error.code != "PEER_LOST"]
-        return [*now, *(error for error in self.excluded.values() if error.code in REFUSALS)]
-
-    def rivals(self) -> list[Weighed]:
-        """Who offers it and has not refused, by its offer."""
-        out = {p for p, e in self.reasons.items() if e.code != "PEER_LOST" or p in self.asked}
-        out |= {*self.excluded}  # who was not there is one again once `asked` begins anew
-        return [one for peer, one in self.offered.items() if peer not in out]
-
-    def explores(self) -> bool:
-        return explores(self.turn, self.rivals(), self.home)
-
-    def stays(self) -> bool:
-        return stays(self.home, self.rivals(), explore=self.explores())
-
-    def explained(self, winner: Weighed, why: str) -> Explanation:
-        """Every candidate, the winner first, then those that were asked."""
-        quoted = {peer: choice.weighed for peer, choice in self.found.items()}
-        every = self.offered | quoted
-        order = [peer for peer in (*quoted, *self.asked, *every) if peer in every]
-        weighed = [every[peer] for peer in dict.fromkeys(order)]
-        if self.home is not None:
-            weighed.insert(0, self.home)
-        others = [one for one in weighed if one.facts.peer != winner.facts.peer]
-        lines = [line(winner, "chosen"), *(line(one, self._lost(one, winner)) for one in others)]
-        return Explanation(
-            why=why,
-            prefer=self.need.prefer,
-            micro_credits_a_second=RATES[self.need.prefer],
-            candidates=tuple(lines[:LINES_MAX]),
-            left_out=max(0, len(lines) - LINES_MAX),
-        )
-
-    def _lost(self, one: Weighed, winner: Weighed) -> str:
-        peer = one.facts.peer
-        if error := self.excluded.get(peer):
-            return f"failed this job before: {error.message}"[:REASON_MAX]
-        if error := self.reasons.get(peer):
-            return f"refused: {error.code} {error.message}"[:REASON_MAX]
-        if peer in self.asked and peer not in self.found:
-            return "no answer in time"
-        if peer not in self.asked and not one.facts.here:
-            return f"not asked: {why_not(one, winner)}, by its offer"
-        return why_not(one, winner)
-
-
-def _nobody(seen: _Seen) -> AivillageError:
-    if told := seen.told():
-        return told[0]
-    both = (*seen.excluded.items(), *seen.reasons.items())
-    tried = [f"{peer[-8:]}: {error.message}" for peer, error in both]
-    detail = f" ({'; '.join(tried[:4])})" if tried else ""
-    return RefusedError(
-        f"no peer does {' with '.join(filter(None, seen.need.work))} now{detail}",
-        code="NO_PEER",
-        next_step="`aivillage-node peers` shows who is there; invite one that offers it, "
-        "or do it here: submit --local",
-    )
 
 
 def _quoted_seconds(quote: Quote, need: Need) -> Seconds:

@@ -42,7 +42,10 @@ class WorkerPool:
     async def worker(self, key: str) -> AsyncIterator[WorkerProcess]:
         """A worker for one call; it goes back unless the block left it dead or in mid-call."""
         place = object()
-        await self._limiter.acquire_on_behalf_of(place)
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(place)  # a free one costs no turn of the loop
+        except trio.WouldBlock:
+            await self._limiter.acquire_on_behalf_of(place)
         try:
             worker = await self._take(key)
             self._places[worker] = place

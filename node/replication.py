@@ -44,6 +44,8 @@ from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 
 WAITING_MAX: Final = 64
 """Results that wait to be done again: a burst of jobs. One more is not, and says so."""
+TOGETHER_SECONDS: Final = 0.02
+"""How long the first waits for others: small jobs end so fast that to wake for each costs more."""
 PEERS_TRIED_MAX: Final = 3
 """For one check; who refuses once does so for a reason that lasts."""
 BUDGET: Final = "the budget for checks was used up"
@@ -122,9 +124,12 @@ class Replicator:
     async def run(self) -> None:
         """Looks at what came, one after the other, for ever."""
         while True:
-            if not self._receive.statistics().current_buffer_used:
+            is_first = not self._receive.statistics().current_buffer_used
+            if is_first:
                 self.idle.set()
             sample = await self._receive.receive()
+            if is_first:
+                await trio.sleep(TOGETHER_SECONDS)
             try:
                 await self._look_at(sample)
             except Unchecked as reason:

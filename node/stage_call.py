@@ -94,7 +94,7 @@ class StageCall:
         self._trade = trade
         self._ceiling = ceiling
         self._call_id = choice.link.next_id()
-        self._inbox: Inbox | None = None
+        self._inbox: Inbox[Frame] | None = None
         self._out_hash = bytes(32)
         self._number = 0
         self._seq = 0
@@ -204,7 +204,7 @@ class StageCall:
             await self._settle(outcome)
 
     # ------------------------------------------------------------------ waiting
-    async def _await(self, inbox: Inbox, kind: type[_F], seconds: Seconds) -> _F:
+    async def _await(self, inbox: Inbox[Frame], kind: type[_F], seconds: Seconds) -> _F:
         """The next frame of `kind`; signs of life and acknowledgements are passed over."""
         deadline = trio.current_time() + seconds
         while trio.current_time() < deadline:
@@ -220,7 +220,7 @@ class StageCall:
                 raise PeerError(f"{type(frame).__name__} in a stage's call", code="BAD_REQUEST")
         raise PeerError(f"no {kind.__name__.lower()} within {seconds:.0f} s", code="PEER_LOST")
 
-    async def _heard(self, inbox: Inbox) -> Frame:
+    async def _heard(self, inbox: Inbox[Frame]) -> Frame:
         """Raises: AivillageError: how the seller ended it."""
         try:
             return await next_frame(inbox)
@@ -234,7 +234,7 @@ class StageCall:
         if not await self.choice.link.is_alive(wait):
             raise PeerError(f"no sign of life for {QUIET_SECONDS + wait:.0f} s", code="PEER_LOST")
 
-    async def _drain(self, inbox: Inbox) -> None:
+    async def _drain(self, inbox: Inbox[Frame]) -> None:
         """Takes what it had computed before it heard of the end: that is paid too."""
         with trio.move_on_after(END_SECONDS):
             while True:
@@ -244,7 +244,7 @@ class StageCall:
                     self._fold(frame)
                     self._count(sent.fed, sent.rows)
 
-    async def _finish(self, inbox: Inbox) -> None:
+    async def _finish(self, inbox: Inbox[Frame]) -> None:
         """Raises: PeerError: it counts something else than we do."""
         self.choice.link.send(messages.Input(id=self._call_id, seq=self._seq, end=True))
         finished = await self._await(inbox, Finished, END_SECONDS)

@@ -115,13 +115,25 @@ async def test_an_error_that_a_peer_wrote_is_cut_and_made_unicode():
 class ShowingBuyer:
     """Shows a job's way in frames that no socket takes."""
 
-    def __init__(self, *frames):
+    def __init__(self, *frames, error=None):
         self.frames = frames
+        self.error = error or codec.RequestError("that was all")
+        self.nursery = None
 
-    async def submit(self, _submit, say, recorded):
+    def start_soon(self, work, *args):
+        self.nursery.start_soon(work, *args)
+
+    async def pursue(self, _submit, say, _recorded, _begun):
         for frame in self.frames:
             say(frame)
-        raise codec.RequestError("that was all")
+        raise self.error
+
+
+@asynccontextmanager
+async def showing(buyer):
+    """A client of that buyer, whose jobs outlast it."""
+    async with trio.open_nursery() as buyer.nursery, talking(control(buyer)) as client:
+        yield client
 
 
 async def test_progress_of_a_mebibyte_is_not_shown_and_fells_nobody():
@@ -130,7 +142,7 @@ async def test_progress_of_a_mebibyte_is_not_shown_and_fells_nobody():
     buyer = ShowingBuyer(
         Progress(id=0, done=0.5, total=0.75, note=note), Part(id=0, seq=0, body=b"x" * (1 << 20))
     )
-    async with talking(control(buyer)) as client:
+    async with showing(buyer) as client:
         await client.say(Submit(id=2**40, operation="mesh.noop", request=b""))
         failure = await client.hear()
         assert (failure.id, failure.message) == (2**40, "that was all")
@@ -139,11 +151,20 @@ async def test_progress_of_a_mebibyte_is_not_shown_and_fells_nobody():
 async def test_a_client_that_reads_nothing_is_cut_off_by_bytes_too():
     frame = Progress(id=0, done=0, note="x" * (1 << 19))
     buyer = ShowingBuyer(*[frame] * (UNSENT_BYTES_MAX // (1 << 19) + 2))
-    async with talking(control(buyer)) as client:
+    async with showing(buyer) as client:
         await client.say(Submit(id=1, operation="mesh.noop", request=b""))
         with pytest.raises(codec.PeerError):
             while True:
                 await client.hear()
+
+
+async def test_a_defect_in_one_submission_is_said_and_fells_neither_client_nor_jobs():
+    async with showing(ShowingBuyer(error=ZeroDivisionError("a defect"))) as client:
+        for call in (1, 2):
+            await client.say(Submit(id=call, operation="mesh.noop", request=b""))
+            failure = await client.hear()
+            assert (failure.id, failure.code) == (call, "INTERNAL")
+            assert "a defect" in failure.message
 
 
 async def test_a_defect_in_one_connection_is_an_event_and_not_the_end():
