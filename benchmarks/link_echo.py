@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
@@ -181,29 +182,54 @@ async def steps(link: Any, other: Other, seconds: float = 5.0) -> dict[str, floa
     return {"steps_core_sender": mine / seconds, "steps_core_receiver": theirs / seconds}
 
 
-async def measure_stock(count: int) -> dict[str, float]:
+@asynccontextmanager
+async def stock_stream(other: Other) -> AsyncIterator[tuple[Callable[[], Awaitable[None]], float]]:
+    """What asks an untouched libp2p stream, and the milliseconds to connect."""
     import multiaddr
     from libp2p.peer.peerinfo import info_from_p2p_addr
 
+    host, listen = stock_host(1)
+    async with host.run(listen_addrs=listen):
+        info = info_from_p2p_addr(multiaddr.Multiaddr(other.address))
+        began = time.perf_counter()
+        await host.connect(info)
+        connect_ms = (time.perf_counter() - began) * 1000
+        stream = await host.new_stream(info.peer_id, [ECHO])
+
+        async def ask() -> None:
+            await stream.write(bytes(64))
+            await stream.read(65536)
+
+        yield ask, connect_ms
+        await host.close()
+
+
+async def measure_stock(count: int) -> dict[str, float]:
     other = Other("stock")
     try:
-        host, listen = stock_host(1)
-        async with host.run(listen_addrs=listen):
-            info = info_from_p2p_addr(multiaddr.Multiaddr(other.address))
-            began = time.perf_counter()
-            await host.connect(info)
-            connect_ms = (time.perf_counter() - began) * 1000
-            stream = await host.new_stream(info.peer_id, [ECHO])
-
-            async def ask() -> None:
-                await stream.write(bytes(64))
-                await stream.read(65536)
-
+        async with stock_stream(other) as (ask, connect_ms):
             figures = await timed(ask, count, other)
-            await host.close()
     finally:
         other.stop()
     return {"stock_connect_ms": connect_ms} | {f"stock_{k}": v for k, v in figures.items()}
+
+
+async def stock_in_turns(_count: int) -> dict[str, float]:
+    """For each line on stdin so many echoes; prints their milliseconds. So others have turns."""
+    other = Other("stock")
+    try:
+        async with stock_stream(other) as (ask, _):
+            while line := await trio.to_thread.run_sync(sys.stdin.readline):
+                took = []
+                for _ in range(int(line)):
+                    began = time.perf_counter()
+                    await ask()
+                    took.append((time.perf_counter() - began) * 1000)
+                sys.stdout.write(json.dumps(took) + "\n")
+                sys.stdout.flush()
+    finally:
+        other.stop()
+    return {}
 
 
 def in_own_process(what: str, count: int) -> dict[str, float]:
@@ -218,19 +244,22 @@ def in_own_process(what: str, count: int) -> dict[str, float]:
     return figures
 
 
+MEASURES = {"links": measure_links, "stock": measure_stock, "stock-in-turns": stock_in_turns}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--serve", choices=["links", "stock"])
-    parser.add_argument("--measure", choices=["links", "stock"])
+    parser.add_argument("--measure", choices=list(MEASURES))
     parser.add_argument("--count", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.serve:
         trio.run(serve_links if arguments.serve == "links" else serve_stock)
     elif arguments.measure:
-        measure = measure_links if arguments.measure == "links" else measure_stock
-        sys.stdout.write(json.dumps(trio.run(measure, arguments.count)) + "\n")
+        figures = trio.run(MEASURES[arguments.measure], arguments.count)
+        sys.stdout.write(json.dumps(figures) + "\n")
     else:
         count = 2000 if arguments.quick else 10_000
         figures = in_own_process("stock", count) | in_own_process("links", count)
