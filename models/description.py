@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import msgspec
 
 from aivillage.models import registry
 from aivillage.protocols.codec import unpack
-from aivillage.protocols.errors import RequestError
+from aivillage.protocols.errors import JobError, RequestError
 from aivillage.protocols.messages import OperationInfo
 from aivillage.protocols.ports import Module, Verdict
 from aivillage.protocols.pricing import Terms
+
+DESCRIPTION_BYTES_MAX: Final = 1 << 15
+"""A list of 20 operations still fits one frame between peers."""
 
 
 @runtime_checkable
@@ -46,3 +49,16 @@ def checked(module: Module, request: msgspec.Struct, result: bytes) -> Verdict:
     except RequestError as error:
         return Verdict(ok=False, reason=error.message)
     return module.check(request, typed)
+
+
+def vetted(info: OperationInfo, entry: registry.Entry) -> OperationInfo:
+    """What a stranger's module says of itself, under the name that it was installed as.
+
+    Raises:
+        JobError: it names no price, or says too much.
+    """
+    if info.terms is None:
+        raise JobError(f"{entry.operation} names no price")
+    if len(msgspec.msgpack.encode(info)) > DESCRIPTION_BYTES_MAX:
+        raise JobError(f"{entry.operation} describes itself in over {DESCRIPTION_BYTES_MAX} bytes")
+    return msgspec.structs.replace(info, name=entry.operation)

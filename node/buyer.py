@@ -382,7 +382,7 @@ class Buyer:
     def _after(self, running: Running) -> None:
         """What nobody waits for once a job has ended."""
         pursuit, error = running.pursuit, running.error
-        self._trade.events.emit(
+        self._trade.events.emit_often(
             "job_ended",
             job=pursuit.row.id,
             state=pursuit.state,

@@ -124,7 +124,7 @@ async def open_node(
     detours = Detours(transport, settings, events)
     hello = _hello(ledger, membership, owners, grants, detours.addresses)
     async with _links(transport, hello, settings) as links, trio.open_nursery() as nursery:
-        tasks = Tasks(nursery, events)
+        tasks = _tasks(nursery, events)
         discovery = Discovery(key, await jobs.records())
         villagers = Villagers(
             key=key, settings=settings, membership=membership, links=links, jobs=jobs,
@@ -167,6 +167,12 @@ async def open_node(
             yield desk
             switch.farewell()
         nursery.cancel_scope.cancel()
+
+
+def _tasks(nursery: trio.Nursery, events: Events) -> Tasks:
+    tasks = Tasks(nursery, events)
+    tasks.serve(events.write_together)
+    return tasks
 
 
 class _Answers(Protocol):

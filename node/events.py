@@ -11,7 +11,12 @@ import sys
 import time
 from typing import Any, Final
 
+import trio
+
 TEXT_MAX: Final = 500
+TOGETHER_SECONDS: Final = 0.05
+"""What a kill may cost of the lines of `emit_often`: written one by one, each costs three times as
+much as with others, since all that writes it has left the processor's caches by then."""
 _json: Final = json.JSONEncoder(default=str).encode
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _log = logging.getLogger("aivillage")
@@ -25,6 +30,9 @@ class Events:
         self.recent: collections.deque[tuple[float, str, dict[str, Any]]] = collections.deque(
             maxlen=256  # a screen or two of history for `doctor`
         )
+        self._unwritten: list[tuple[float, str, dict[str, Any]]] = []
+        self._has_unwritten = trio.Event()
+        self._has_writer = False
 
     def emit(
         self,
@@ -37,11 +45,49 @@ class Events:
         """Records `name`, past tense, with its fields; a defect also with its traceback."""
         if exc_info is not None:
             fields["error"] = repr(exc_info)
+        self._write_all()
+        fields = self._recorded(name, fields)
+        if _log.isEnabledFor(level):
+            _log.log(level, "%s %s", name, _json(fields), exc_info=exc_info)
+
+    def emit_often(self, name: str, **fields: Any) -> None:
+        """As `emit`, for what happens at every small job: its line is written with others'.
+
+        It bears the time of the event, and no line of a later one is written before it.
+        """
+        if not self._has_writer:
+            self.emit(name, **fields)
+            return
+        self._unwritten.append((time.time(), name, self._recorded(name, fields)))
+        self._has_unwritten.set()
+
+    async def write_together(self) -> None:
+        """Writes the lines of what happens often, after `TOGETHER_SECONDS` at the latest."""
+        self._has_writer = True
+        try:
+            while True:
+                await self._has_unwritten.wait()
+                await trio.sleep(TOGETHER_SECONDS)
+                self._has_unwritten = trio.Event()
+                self._write_all()
+        finally:
+            self._has_writer = False
+            self._write_all()
+
+    def _recorded(self, name: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """What is kept of an event's fields."""
         fields = {key: _cut(value) for key, value in fields.items()}
         self.counts[name] += 1
         self.recent.append((time.time(), name, fields))
-        if _log.isEnabledFor(level):
-            _log.log(level, "%s %s", name, _json(fields), exc_info=exc_info)
+        return fields
+
+    def _write_all(self) -> None:
+        lines, self._unwritten = self._unwritten, []
+        for at, name, fields in lines if _log.isEnabledFor(logging.INFO) else ():
+            values = name, _json(fields)
+            record = _log.makeRecord(_log.name, logging.INFO, "", 0, "%s %s", values, None)
+            record.created, record.msecs = at, 1000 * (at % 1)
+            _log.handle(record)
 
 
 def _cut(value: Any) -> Any:

@@ -128,9 +128,11 @@ class FairQueue:
         fitting = [ask for ask in self._waiting.values() if self._fits(ask)]
         if not fitting:
             return None
-        prefers = not self._is_news_turn
-        ask = min(fitting, key=lambda one: self._turn(one, prefers=prefers))
-        fair = min(fitting, key=lambda one: self._turn(one, prefers=False))
+        ask = fair = fitting[0]
+        if len(fitting) > 1:
+            prefers = not self._is_news_turn
+            ask = min(fitting, key=lambda one: self._turn(one, prefers=prefers))
+            fair = min(fitting, key=lambda one: self._turn(one, prefers=False))
         self._is_news_turn = ask is not fair
         del self._waiting[ask.number]
         self._running[ask.number] = ask, now

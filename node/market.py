@@ -227,13 +227,16 @@ class Market:
 
         Nobody where this machine is better than all of them promise to be.
         """
-        candidates = {c.peer: c for c in self._candidates(seen.need)}
+        found = self._candidates(seen.need)
+        if len(found) == 1 and seen.home is None:  # there is nothing to weigh
+            return [one for one in found if seen.may_ask(one.peer)]
+        candidates = {c.peer: c for c in found}
         seen.offered = {peer: self._offered(seen.need, c) for peer, c in candidates.items()}
         rivals = seen.rivals()
         explore = seen.explores(rivals)
         if stays(seen.home, rivals, explore=explore):
             return []
-        left = [one for one in rivals if one.facts.peer not in seen.asked]
+        left = [one for one in rivals if seen.may_ask(one.facts.peer)]
         order = in_order(left, ASKED_AT_ONCE, self.random, explore=explore)
         return [candidates[weighed.facts.peer] for weighed in order[:ASKED_AT_ONCE]]
 

@@ -29,6 +29,10 @@ StartWorker = Callable[[], Awaitable[WorkerProcess]]
 Answer = TypeVar("Answer", bound=say.ModuleReply)
 
 
+def _as_it_is(_worker: WorkerProcess) -> None:
+    """Any worker is fit."""
+
+
 class WorkerPool:
     """Idle workers by key. Third-party code shares a process with nobody: its key is its own."""
 
@@ -39,8 +43,13 @@ class WorkerPool:
         self._idle: dict[str, list[WorkerProcess]] = {}
 
     @asynccontextmanager
-    async def worker(self, key: str) -> AsyncIterator[WorkerProcess]:
-        """A worker for one call; it goes back unless the block left it dead or in mid-call."""
+    async def worker(
+        self, key: str, require_fit: Callable[[WorkerProcess], None] = _as_it_is
+    ) -> AsyncIterator[WorkerProcess]:
+        """A worker for one call; it goes back unless the block left it dead or in mid-call.
+
+        `require_fit` raises what is wrong with it, if anything.
+        """
         place = object()
         try:
             self._limiter.acquire_on_behalf_of_nowait(place)  # a free one costs no turn of the loop
@@ -50,6 +59,7 @@ class WorkerPool:
             worker = await self._take(key)
             self._places[worker] = place
             try:
+                require_fit(worker)
                 yield worker
             finally:
                 del self._places[worker]

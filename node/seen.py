@@ -52,9 +52,17 @@ class Seen:
 
     def rivals(self) -> list[Weighed]:
         """Who offers it and has not refused, by its offer."""
-        out = {p for p, e in self.reasons.items() if e.code != "PEER_LOST" or p in self.asked}
-        out |= {*self.excluded}  # who was not there is one again once `asked` begins anew
-        return [one for peer, one in self.offered.items() if peer not in out]
+        return [one for peer, one in self.offered.items() if not self._is_out(peer)]
+
+    def may_ask(self, peer: PeerId) -> bool:
+        """Whether it was not asked yet, and nothing is known that speaks against it."""
+        return peer not in self.asked and not self._is_out(peer)
+
+    def _is_out(self, peer: PeerId) -> bool:
+        """Who was not there is a rival again once `asked` begins anew."""
+        reason = self.reasons.get(peer)
+        refused = reason is not None and (reason.code != "PEER_LOST" or peer in self.asked)
+        return refused or peer in self.excluded
 
     def explores(self, rivals: list[Weighed]) -> bool:
         return explores(self.turn, rivals, self.home)

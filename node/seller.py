@@ -196,7 +196,7 @@ class Seller:
             sale.steps.flush()
         except Exception as defect:  # its buyer hears of the end all the same
             self._events.emit("sale_end_crashed", level=40, peer=sale.peer, error=repr(defect))
-        self._events.emit(
+        self._events.emit_often(
             "sale_ended",
             peer=sale.peer,
             operation=sale.call.operation,

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ import trio
 
 from aivillage.models import gpu, registry
 from aivillage.models import worker_messages as say
-from aivillage.models.description import checked, described
+from aivillage.models.description import checked, described, vetted
 from aivillage.models.inference import catalogue, endpoint
 from aivillage.models.inference.engine_choice import DEFAULT_ENGINE
 from aivillage.models.inference.generate import GenerateRequest
@@ -48,8 +48,6 @@ from aivillage.protocols.ports import Machine, Module, Verdict
 
 log = logging.getLogger(__name__)
 
-DESCRIPTION_BYTES_MAX: Final = 1 << 15
-"""A list of 20 operations still fits one frame between peers."""
 SHORT_CALLS_AT_ONCE: Final = 2
 """In workers of their own, so that no paid run of an hour delays the verdict on a job of ours."""
 ENGINE_SLOTS_MAX: Final = 8
@@ -384,19 +382,23 @@ class Workers:
     async def _start_for_run(self) -> WorkerProcess:
         return await (self._cluster.start_worker() if self._cluster else self._start())
 
-    @asynccontextmanager
-    async def _worker(self, pool: WorkerPool, operation: str) -> AsyncIterator[WorkerProcess]:
-        """A worker fit to run `operation`."""
-        is_ours = operation in registry.BUILT_IN
-        async with pool.worker(OUR_OWN if is_ours else operation) as worker:
-            if not is_ours and not worker.fences.sandboxed and not self._settings.dev_mode:
+    def _worker(
+        self, pool: WorkerPool, operation: str
+    ) -> AbstractAsyncContextManager[WorkerProcess]:
+        """A worker fit to run `operation`. Raises: RequestError: NOT_ENABLED, none is."""
+        if operation in registry.BUILT_IN:
+            return pool.worker(OUR_OWN)
+
+        def require_fences(worker: WorkerProcess) -> None:
+            if not worker.fences.sandboxed and not self._settings.dev_mode:
                 raise RequestError(
                     f"{operation} comes from another package and this machine cannot fence it in: "
                     f"{worker.fences.why_not}",
                     code="NOT_ENABLED",
                     next_step="set AIVILLAGE_DEV_MODE=true to run it all the same",
                 )
-            yield worker
+
+        return pool.worker(operation, require_fences)
 
     # ------------------------------------------------------------------ service
 
@@ -428,7 +430,7 @@ class Workers:
         command = say.Describe(id=next(self._ids), operation=entry.operation)
         async with self._worker(self._short, entry.operation) as worker:
             described_info = (await ask(worker, command, say.Described)).info
-        return _vetted(described_info, entry)
+        return vetted(described_info, entry)
 
     def _is_enabled(self, entry: registry.Entry) -> bool:
         if entry.stability == "stable":
@@ -459,19 +461,6 @@ class Workers:
         await self._parts.stop()
         if self._cluster is not None:
             await self._cluster.stop()
-
-
-def _vetted(info: OperationInfo, entry: registry.Entry) -> OperationInfo:
-    """What a stranger's module says of itself, under the name that it was installed as.
-
-    Raises:
-        JobError: it names no price, or says too much.
-    """
-    if info.terms is None:
-        raise JobError(f"{entry.operation} names no price")
-    if len(msgspec.msgpack.encode(info)) > DESCRIPTION_BYTES_MAX:
-        raise JobError(f"{entry.operation} describes itself in over {DESCRIPTION_BYTES_MAX} bytes")
-    return msgspec.structs.replace(info, name=entry.operation)
 
 
 @asynccontextmanager
