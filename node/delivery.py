@@ -47,16 +47,16 @@ class Delivery:
             RefusedError: OWNER_LIMIT, it had what the owner lends a day.
             LedgerError: INSUFFICIENT_CREDITS, it did not pay for what it has.
         """
-        amount = sale.price_of(usage, done)
+        amount, worth = sale.price_of(usage, done), sale.worth_of(usage, done)
         if amount > sale.call.ceiling_micro_credits:
             raise RequestError("the next unit is above the ceiling", code="PRICE_ABOVE_CEILING")
-        self._gate.take(sale.peer, sale.worth_of(usage, done) - sale.worth)
+        self._gate.take(sale.peer, worth - sale.worth)
         await self.wait_for_room(
             sale,
             amount - sale.amount,
             lambda: self._book.deliver(sale.peer, sale.attempt, amount, out_hash),
         )
-        sale.delivered(usage, done)
+        sale.amount, sale.worth = amount, worth
 
     async def wait_for_room(
         self, sale: Sale, amount: MicroCredits, fits: Callable[[], bool]

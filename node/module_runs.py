@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final, TypeVar
 
 import trio
@@ -69,7 +69,7 @@ class WorkerPool:
                     worker.idle_since = trio.current_time()
                     self._idle.setdefault(key, []).append(worker)
         finally:
-            if place in self._limiter.statistics().borrowers:
+            with suppress(RuntimeError):  # lent to others, and cancelled while it waited for it
                 self._limiter.release_on_behalf_of(place)
 
     @asynccontextmanager

@@ -77,11 +77,6 @@ class Sale(msgspec.Struct):
     def worth_of(self, usage: Usage, done: Usage) -> MicroCredits:
         return price_of_rest(self.listed, usage, done)
 
-    def delivered(self, usage: Usage, done: Usage) -> None:
-        """Counts what it has now."""
-        self.amount = self.price_of(usage, done)
-        self.worth = self.worth_of(usage, done)
-
     def stop(self, reason: AivillageError) -> None:
         self.stopped = reason
         self.scope.cancel()
