@@ -229,6 +229,7 @@ class Market:
         """
         found = self._candidates(seen.need)
         if len(found) == 1 and seen.home is None:  # there is nothing to weigh
+            seen.offered = {}
             return [one for one in found if seen.may_ask(one.peer)]
         candidates = {c.peer: c for c in found}
         seen.offered = {peer: self._offered(seen.need, c) for peer, c in candidates.items()}

@@ -66,7 +66,9 @@ class Told:
             self._cut(0)
 
     def close(self) -> None:
-        os.close(self._file)
+        """What comes after it finds no file, also where its number is another one's by then."""
+        file, self._file = self._file, -1
+        os.close(file)
 
     def _cut(self, size_bytes: int) -> None:
         with suppress(OSError):  # then it is longer than we think, and read anew at the next start

@@ -178,7 +178,7 @@ class WorkerProcess:
         return size_bytes
 
     async def _receive_more(self) -> None:
-        some = b"" if self.dead else await arrived(self._stdout.fileno(), 1 << 16)
+        some = await arrived(self._stdout.fileno(), 1 << 16)
         if not some:
             self.kill()
             with trio.move_on_after(LAST_WORDS_SECONDS_MAX):  # a child of its own may go on talking

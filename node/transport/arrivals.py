@@ -9,15 +9,14 @@ import trio
 
 
 async def arrived(file: int, size_bytes_max: int) -> bytes:
-    """At least a byte. Empty: it ended, broke or was closed, and the way that waits finds out how.
+    """At least a byte. Empty: it ended, broke or was closed (-1), and who waits finds out how.
 
     Trio's streams ask the descriptor first and wait only then, since more may be there already. A
     daemon mostly waits for the next small message: that question is a call and an exception more.
     """
-    try:
-        while True:
+    with suppress(OSError, trio.ClosedResourceError):  # an end, however it came
+        while file >= 0:
             await trio.lowlevel.wait_readable(file)
             with suppress(BlockingIOError):  # woken for nothing
                 return os.read(file, size_bytes_max)
-    except (OSError, trio.ClosedResourceError):
-        return b""
+    return b""

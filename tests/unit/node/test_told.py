@@ -101,6 +101,23 @@ def test_a_disk_that_takes_a_part_or_nothing_is_said_and_hides_nothing(tmp_path,
     assert read(tmp_path / "told") == [b"before", b"after"]
 
 
+def test_what_is_stored_after_the_end_cuts_nobody_elses_file(tmp_path):
+    made = Told(tmp_path / "told")
+    made.append(b"record")
+    number = made._file
+    made.close()
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    try:
+        assert other == number, "the test needs its number again"
+        os.write(other, b"of somebody else")
+        made.stored()
+        assert not made.append(b"late")
+        assert (tmp_path / "other").read_bytes() == b"of somebody else"
+    finally:
+        os.close(other)
+    assert read(tmp_path / "told") == [b"record"], "the next start has it"
+
+
 # ------------------------------------------------------------------ jobs.db
 
 
