@@ -26,7 +26,7 @@ from aivillage.node.stage_peers import explanation, plan_for, with_draft
 from aivillage.node.stand_by import StandBy
 from aivillage.node.stand_ins import StandIns
 from aivillage.node.sub_jobs import Bought, Order, SubJobs
-from aivillage.node.trade import Say, Trade, Verify
+from aivillage.node.trade import Receipt, Say, Trade, Verify
 from aivillage.node.wishes import require_consistent
 from aivillage.protocols import messages
 from aivillage.protocols.errors import AivillageError, JobError, RefusedError, RequestError
@@ -55,6 +55,8 @@ class Running:
         """Called at its end, before anything else hears of it: somebody waits."""
         self.cancelled = False
         self.error: AivillageError | None = None
+        self.receipt: Receipt | None = None
+        """As it is stored and told, once the job is done."""
 
 
 class Buyer:
@@ -432,25 +434,21 @@ class Buyer:
         pursuit, error = running.pursuit, running.error
         if error is None:
             pursuit.move("settled")
+            running.receipt = pursuit.receipt()
+            if isinstance(pursuit, Pursuit) and pursuit.is_kept:  # so nobody waits for its end
+                receipt = msgspec.json.encode(running.receipt)
+                self._trade.jobs.end_passed(pursuit.row.id, pursuit.state, receipt)
+                return
         else:
             pursuit.move("cancel" if running.cancelled else "fail")
-        if self._ended_soon(pursuit, error):
-            return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_SECONDS) as grace:
-            await self._store_end(pursuit, error)
+            await self._store_end(running)
         if grace.cancelled_caught:  # a full disk: until there is room, or the node stops
-            await self._store_end(pursuit, error)
+            await self._store_end(running)
 
-    def _ended_soon(self, pursuit: AnyJob, error: AivillageError | None) -> bool:
-        """Whether its result is stored, so that nobody waits for the end of it."""
-        if error is not None or not isinstance(pursuit, Pursuit) or not pursuit.is_kept:
-            return False
-        receipt = msgspec.json.encode(pursuit.receipt())
-        self._trade.jobs.end_passed(pursuit.row.id, pursuit.state, receipt)
-        return True
-
-    async def _store_end(self, pursuit: AnyJob, error: AivillageError | None) -> None:
-        receipt = msgspec.json.encode(pursuit.receipt()) if error is None else None
+    async def _store_end(self, running: Running) -> None:
+        pursuit, error = running.pursuit, running.error
+        receipt = msgspec.json.encode(running.receipt) if running.receipt else None
         try:
             await self._trade.jobs.end(
                 pursuit.row.id,

@@ -203,6 +203,8 @@ def pick(found: Sequence[Weighed], random: Random, *, explore: bool) -> Weighed:
 
     This machine never takes part in the draw: it wins where nobody scores less.
     """
+    if len(found) == 1:
+        return found[0]
     best = min(found, key=lambda one: one.total)
     peers = [one for one in found if not one.facts.here]
     new = [one for one in peers if is_new(one)]

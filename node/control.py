@@ -266,7 +266,7 @@ def _outcome(running: Running) -> dict[str, Any]:
         RequestError: its result is none of the operation's.
     """
     pursuit = running.pursuit
-    receipt = msgspec.to_builtins(pursuit.receipt())
+    receipt = msgspec.to_builtins(running.receipt)
     result = results.shown(pursuit.row.operation, pursuit.result)
     return {"job": pursuit.row.id, "result": result, "receipt": receipt}
 

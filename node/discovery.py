@@ -114,6 +114,8 @@ class Discovery:
             for offered in offer.operations
             if does(offered, operation, model) and self._is_worth_asking(offer.seller, now)
         ]
+        if len(found) < 2:
+            return found
         work = Work(operation, model)
         return sorted(found, key=lambda candidate: _rank(candidate, work))
 

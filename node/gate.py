@@ -90,12 +90,12 @@ class Gate:
     # ------------------------------------------------------------------ asked by the seller
     def refusal(self) -> RefusedError | None:
         """Why this node does nothing for others now."""
-        return self._closed() or limits.day_is_spent(self.limits, self.day)
+        return self._closed() or self._spent()
 
     def reasons(self) -> list[str]:
         """All that closes this node to others now."""
         found = limits.closings(self.limits, self.pause, self.facts, self.now())
-        spent = limits.day_is_spent(self.limits, self.day)
+        spent = self._spent()
         return [why.message for why in (*found, *([spent] if spent else []))]
 
     def offers(self, operation: str) -> bool:
@@ -108,7 +108,8 @@ class Gate:
 
     def require_today(self, peer: PeerId, worth: MicroCredits = 1) -> None:
         """Raises: RefusedError: OWNER_LIMIT, work worth so much is above what `peer` has today."""
-        _raise(limits.over_day(self.limits, self.day, self._name(peer), max(1, worth)))
+        if limits.has_day(self.limits):
+            _raise(limits.over_day(self.limits, self.day, self._name(peer), max(1, worth)))
 
     def take(self, peer: PeerId, worth: MicroCredits) -> None:
         """Counts what is about to be delivered, also what is never paid: it was worked for.
@@ -117,9 +118,9 @@ class Gate:
             RefusedError: OWNER_LIMIT, it is above what `peer` has today; nothing was counted.
         """
         if worth > 0:
-            name = self._name(peer)
-            _raise(limits.over_day(self.limits, self._day, name, worth))
-            self._day.add(name, worth)
+            name, day = self._name(peer), self.day
+            _raise(limits.over_day(self.limits, day, name, worth))
+            day.add(name, worth)
             self._is_day_saved = False
 
     def _name(self, peer: PeerId) -> PeerId:
@@ -202,6 +203,12 @@ class Gate:
             busy_cores=self._others.busy_cores(now) if busy else None,
             disk_bytes=facts.disk_bytes(self._folders) if disk else None,
         )
+
+    def _spent(self) -> RefusedError | None:
+        """Why nobody has anything more today; what day it is is asked only where that matters."""
+        if not limits.has_day(self.limits):
+            return None
+        return limits.day_is_spent(self.limits, self.day)
 
     def _closed(self) -> RefusedError | None:
         return limits.closed(self.limits, self.pause, self.facts, self.now())

@@ -190,10 +190,13 @@ def over_day(limits: Limits, day: Day, peer: PeerId, more: MicroCredits = 1) -> 
     return None
 
 
+def has_day(limits: Limits) -> bool:
+    """Whether what others take on a day has any cap."""
+    return limits.day_micro_credits is not None or limits.peer_day_micro_credits is not None
+
+
 def day_is_spent(limits: Limits, day: Day) -> RefusedError | None:
     """Why nobody gets anything more today; what runs may end."""
-    if limits.day_micro_credits is None:
-        return None
     return over_day(msgspec.structs.replace(limits, peer_day_micro_credits=None), day, PeerId(""))
 
 
