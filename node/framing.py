@@ -10,6 +10,7 @@ import trio
 from aivillage.protocols.codec import LENGTH_BYTES
 from aivillage.protocols.errors import PeerError
 from aivillage.protocols.ports import Stream
+from aivillage.protocols.types import Seconds
 
 READ_BYTES: Final = 64 * 1024
 """One read costs about as much for 64 B as for 64 KiB, so take what is there."""
@@ -34,9 +35,13 @@ class FrameReader:
         chunk = await self._stream.read(READ_BYTES)
         if not chunk and self._buffer:
             raise PeerError("the stream ended inside a frame", code="PEER_LOST")
+        self.take(chunk)
+        return len(chunk)
+
+    def take(self, chunk: bytes) -> None:
+        """The next piece of the stream, however it came. Raises: PeerError: TOO_LARGE."""
         self._buffer += chunk
         self._split()
-        return len(chunk)
 
     async def next(self) -> bytes:
         """The next payload. Raises as `fill`, and PEER_LOST at the end of the stream."""
@@ -73,9 +78,14 @@ class RateLimit:
 
     async def spend(self, count: int) -> None:
         """Takes `count`, and sleeps until the bucket is out of debt."""
+        seconds = self.take(count)
+        if seconds > 0:
+            await trio.sleep(seconds)
+
+    def take(self, count: int) -> Seconds:
+        """Takes `count`, and says how long the bucket is in debt for it."""
         now = trio.current_time()
         earned = (now - self._at) * self._per_second
         self._level = min(self._burst, self._level + earned) - count
         self._at = now
-        if self._level < 0:
-            await trio.sleep(-self._level / self._per_second)
+        return max(0.0, -self._level / self._per_second)

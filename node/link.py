@@ -16,28 +16,19 @@ from typing import Final, Protocol
 
 import trio
 
-from aivillage.node.framing import FrameReader, RateLimit
+from aivillage.node.framing import FrameReader
 from aivillage.node.inbox import Inbox
+from aivillage.node.link_costs import Costs
 from aivillage.protocols import codec
 from aivillage.protocols.errors import AivillageError, JobError, PeerError, RequestError, from_code
 from aivillage.protocols.messages import (
     Answer,
     Ask,
     Failure,
-    Fetch,
     Frame,
-    Granted,
     Hello,
-    Join,
-    Ledger,
-    ListOperations,
-    OffersQuestion,
-    PairQuestion,
     Ping,
     Pong,
-    QuoteRequest,
-    Reach,
-    Standing,
     Submit,
     Text,
     Tunnel,
@@ -49,12 +40,6 @@ log = logging.getLogger("aivillage.links")
 
 NOT_FOR_PEERS: Final = (Hello, Ask, Answer, Submit, Text, Tunnel)
 """A second hello, and what only the owner's control socket may say."""
-
-QUESTIONS: Final = (
-    QuoteRequest, Join, Standing, ListOperations, Fetch, Granted, PairQuestion, Reach,
-    OffersQuestion,
-)  # fmt: skip
-"""What costs us far more than the asker."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +61,8 @@ class LinkLimits:
     has some five a second, and a SYNC of a few hundred parts once."""
     questions_per_second: float = 20
     questions_burst: float = 64
-    """`QUESTIONS`, each with an estimate, a signature or a transaction of ours behind it. One
-    buyer has at most 64 jobs at a time, and quotes are good for a minute."""
+    """Of `link_costs.py`, each with an estimate, a signature or a transaction of ours behind it.
+    One buyer has at most 64 jobs at a time, and quotes are good for a minute."""
     bytes_per_second: float = 64 << 20
     """Half of what one stream carries on a LAN."""
     write_bytes: int = 256 * 1024
@@ -141,6 +126,7 @@ class Link:
         self._leaving = trio.lowlevel.ParkingLot()
         self._hearing = trio.lowlevel.ParkingLot()
         self._scope = trio.CancelScope()
+        self._costs = Costs(limits)
         self._pings: dict[int, float] = {}
         self._asks: dict[int, _Asked] = {}
         self._inboxes: dict[int, Inbox[Frame]] = {}
@@ -279,10 +265,15 @@ class Link:
         """The one place where a failure of this link ends: at this link."""
         try:
             await loop()
-        except PeerError as error:
-            self.fail(error)
         except Exception as error:
-            log.exception("link_failed", extra={"peer": self.peer})
+            self._contain(error)
+
+    def _contain(self, error: Exception) -> None:
+        """Called where it is handled."""
+        if isinstance(error, PeerError):
+            self.fail(error)
+        else:
+            log.error("link_failed", exc_info=error, extra={"peer": self.peer})
             self.close(f"a defect of this node: {error!r}")
 
     def fail(self, error: AivillageError) -> None:
@@ -363,22 +354,37 @@ class Link:
     # ------------------------------------------------------------------ reading
 
     async def _read_loop(self) -> None:
-        frames = RateLimit(self._limits.frames_per_second)
-        volume = RateLimit(self._limits.bytes_per_second)
-        dear = _DearFrames(self._limits)
-        size_bytes = 1
+        self._stream.listen(self._hear)
+        costs, size_bytes = self._costs, 1
         while size_bytes:
             count = len(self._reader.ready)
             while self._reader.ready and not self.closed_because:
                 frame = codec.decode(self._reader.ready.popleft())
                 self._take(frame)
-                await dear.spend(frame)
+                await costs.spend(costs.of(frame))
             if self.closed_because:
                 return
-            await frames.spend(count)
+            await costs.spend(costs.frames.take(count))
             size_bytes = await self._reader.fill()
-            await volume.spend(size_bytes)
+            await costs.spend(costs.volume.take(size_bytes))
         raise PeerError("the peer closed the link", code="PEER_LOST")
+
+    def _hear(self, data: bytes) -> bool:
+        """What is small, in the turn in which it comes; False: `_read_loop` has to wait for it."""
+        costs = self._costs
+        if self.closed_because or costs.is_in_debt():
+            return False
+        try:
+            self._reader.take(data)
+            costs.owe(costs.volume.take(len(data)))
+            costs.owe(costs.frames.take(len(self._reader.ready)))
+            while self._reader.ready and not self.closed_because:
+                frame = codec.decode(self._reader.ready.popleft())
+                self._take(frame)
+                costs.owe(costs.of(frame))
+        except Exception as error:
+            self._contain(error)
+        return True
 
     def _take(self, frame: Frame) -> None:
         self.heard_count += 1
@@ -455,21 +461,6 @@ class Link:
             code="PEER_LOST",
             next_step="connect to the peer again",
         )
-
-
-class _DearFrames:
-    """What frames that cost us much may come to: a peer that sends more of them waits its turn."""
-
-    def __init__(self, limits: LinkLimits) -> None:
-        self._blobs = RateLimit(limits.blobs_per_second, limits.blobs_burst)
-        self._questions = RateLimit(limits.questions_per_second, limits.questions_burst)
-
-    async def spend(self, frame: Frame) -> None:
-        """Returns when the next frame may be looked at."""
-        if isinstance(frame, Ledger):
-            await self._blobs.spend(max(1, len(frame.blobs)))
-        elif isinstance(frame, QUESTIONS):
-            await self._questions.spend(1)
 
 
 class _Asked:

@@ -48,6 +48,12 @@ class PromptStream(Stream, Protocol):
     def write_now(self, data: bytes) -> bool:
         """All of it without a turn of the loop, or nothing, as where it would wait; whether so."""
 
+    def listen(self, take: Callable[[bytes], bool]) -> None:
+        """Where it can, `take` has small pieces in the turn in which they come, while `read` waits.
+
+        Each is the next one of the stream. False: it is left to be read. `take` never raises.
+        """
+
 
 StreamHandler = Callable[[PromptStream], Awaitable[None]]
 

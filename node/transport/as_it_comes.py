@@ -9,6 +9,7 @@ take from the same buffers, so nothing overtakes anything.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any, Final
 
 import trio
@@ -19,6 +20,8 @@ _HEADER: Final = struct.Struct("!III")
 """Of a Yamux frame: version, type and flags together; stream; length. All 0 first: plain data."""
 TURN_MESSAGES: Final = 16
 """Of what was read ahead; then everybody else has a turn."""
+HEARD_BYTES_MAX: Final = 4096
+"""What a reader takes in the socket's own turn: a few frames; more has a turn of its own."""
 
 
 class Inbound:
@@ -53,9 +56,11 @@ class Inbound:
             stream = muxed.streams.get(name)
             if other or end > len(data) or not _is_open(stream):
                 break
-            muxed.stream_buffers[name].extend(data[begin:end])
-            stream.recv_window -= size
-            muxed.stream_events[name].set()
+            buffer = muxed.stream_buffers[name]
+            if buffer or not _heard(stream, data[begin:end]):
+                buffer.extend(data[begin:end])
+                stream.recv_window -= size
+                muxed.stream_events[name].set()
             if stream.closed:  # for that: it was more than it may send
                 muxed._finalize_stream_locked(stream, fully_closed=True)  # noqa: SLF001
             at = end
@@ -74,6 +79,25 @@ def inbound(muxed: Any) -> Inbound | None:
     return Inbound(muxed, session, lane) if isinstance(lane, Lane) else None
 
 
+class Ear:
+    """A reader that takes what is small in the turn in which it comes, while it waits for it."""
+
+    def __init__(self, take: Callable[[bytes], bool]) -> None:
+        self.take = take
+        self.waits = False
+
+
+def _heard(stream: Any, piece: bytes) -> bool:
+    """Whether the reader of a stream with nothing unread took it; never more than may come."""
+    ear: Ear | None = stream.__dict__.get("ear")
+    most = min(HEARD_BYTES_MAX, stream.recv_window)
+    if ear is None or not ear.waits or not 0 < len(piece) <= most or not ear.take(piece):
+        return False
+    stream.recv_window -= len(piece)
+    stream.release(len(piece))
+    return True
+
+
 async def plain_data(stream: Any, size_bytes_max: int) -> bytes:
     """What came on a Yamux stream, or comes next.
 
@@ -87,12 +111,25 @@ async def plain_data(stream: Any, size_bytes_max: int) -> bytes:
         if buffer:
             data = bytes(buffer[:size_bytes_max])
             del buffer[:size_bytes_max]
-            await stream._auto_tune_and_send_window_update(bytes_read=len(data))  # noqa: SLF001
+            stream.release(len(data))
             return data
-        await event.wait()
+        await _next_of(stream, event)
         if name in conn.stream_events:
             conn.stream_events[name] = trio.Event()
     return b""
+
+
+async def _next_of(stream: Any, event: trio.Event) -> None:
+    """Returns when something came that nobody heard."""
+    ear: Ear | None = stream.__dict__.get("ear")
+    if ear is None:
+        return await event.wait()
+    ear.waits = True
+    try:
+        await event.wait()
+    finally:
+        ear.waits = False
+    return None
 
 
 def _is_open(stream: Any) -> bool:

@@ -18,7 +18,7 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aivillage.node.transport import circuit, rendezvous
-from aivillage.node.transport.as_it_comes import plain_data
+from aivillage.node.transport.as_it_comes import Ear, plain_data
 from aivillage.node.transport.at_once import shortcut
 from aivillage.node.transport.host import run_host
 from aivillage.node.transport.patches import PromptLock
@@ -331,6 +331,9 @@ class Libp2pStream:
             raise _lost("the stream is closed")
         call = _Call(self._write, data)
         await call.run_in(self._nursery, None, f"the stream with {self._peer} broke")
+
+    def listen(self, take: Callable[[bytes], bool]) -> None:
+        self._muxed.ear = Ear(take)
 
     def write_now(self, data: bytes) -> bool:
         if self._shortcut is None or self._closing or self._in_order.locked():

@@ -154,8 +154,8 @@ def coalesce_window_updates() -> None:
     """
     yamux = _library("libp2p.stream_muxer.yamux.yamux")
 
-    async def update(self: Any, *, bytes_read: int = 0) -> None:
-        self._pending_recv_release += bytes_read
+    def release(self: Any, size_bytes: int) -> None:
+        self._pending_recv_release += size_bytes
         if self._pending_recv_release < self.target_recv_window // 2:
             return
         if self.recv_closed or self.conn.event_shutting_down.is_set():
@@ -167,6 +167,10 @@ def coalesce_window_updates() -> None:
         self.recv_window += increment
         self.conn._nursery.start_soon(quietly, self.send_window_update, increment)
 
+    async def update(self: Any, *, bytes_read: int = 0) -> None:
+        self.release(bytes_read)
+
+    yamux.YamuxStream.release = release
     yamux.YamuxStream._auto_tune_and_send_window_update = update
 
 

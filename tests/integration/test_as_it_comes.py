@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
-from aivillage.node.transport.as_it_comes import TURN_MESSAGES, inbound
+from aivillage.node.transport.as_it_comes import HEARD_BYTES_MAX, TURN_MESSAGES, inbound
 from aivillage.node.transport.libp2p import open_libp2p
 from aivillage.protocols.errors import PeerError
 
@@ -134,6 +135,116 @@ async def test_a_full_window_is_taken_and_a_byte_more_ends_the_stream(key_of, ab
             with pytest.raises(PeerError):
                 await reader.read(100)
             assert writer.stream_id not in reader._muxed.conn.streams, "nothing of it is kept"
+
+
+class Listener:
+    """Takes what it hears, but for the next `refusals`."""
+
+    def __init__(self, reader) -> None:
+        self.heard: list[bytes] = []
+        self.refusals = 0
+        reader.listen(self.take)
+
+    def take(self, piece: bytes) -> bool:
+        if self.refusals:
+            self.refusals -= 1
+            return False
+        self.heard.append(piece)
+        return True
+
+
+@asynccontextmanager
+async def waiting(reader):
+    """A task that reads, and what it read."""
+    read: list[bytes] = []
+
+    async def forever():
+        while piece := await reader.read(65_536):
+            read.append(piece)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(forever)
+        await trio.testing.wait_all_tasks_blocked()
+        yield read
+        nursery.cancel_scope.cancel()
+
+
+async def until(condition) -> None:
+    while not condition():
+        await trio.sleep(0.001)
+
+
+@pytest.mark.parametrize("size", [1, HEARD_BYTES_MAX, HEARD_BYTES_MAX + 1])
+async def test_what_is_small_is_heard_while_a_reader_waits(key_of, size):
+    async with two_ends(key_of) as (writer, reader):
+        listener = Listener(reader)
+        async with waiting(reader) as read:
+            await say(writer, frame(writer, bytes(size)))
+            await until(lambda: listener.heard or read)
+            assert (listener.heard, read) == (
+                ([bytes(size)], []) if size <= HEARD_BYTES_MAX else ([], [bytes(size)])
+            )
+
+
+async def test_nobody_hears_what_follows_something_unread(key_of):
+    async with two_ends(key_of) as (writer, reader):
+        listener = Listener(reader)
+        unread = reader._muxed.conn.stream_buffers[writer.stream_id]
+        await say(writer, frame(writer, b"nobody waits"))
+        await say(writer, frame(writer, b", so this waits too"))
+        await until(lambda: len(unread) == 31)
+        assert await read_all(reader, 31) == b"nobody waits, so this waits too"
+        listener.refusals = 1
+        async with waiting(reader) as read:
+            await say(writer, frame(writer, b"refused") + frame(writer, b", then this"))
+            await until(lambda: len(b"".join(read)) == 18)
+            await trio.testing.wait_all_tasks_blocked()
+            await say(writer, frame(writer, b"heard") + frame(writer, b" again"))
+            await until(lambda: len(listener.heard) == 2)
+        assert b"".join(read) == b"refused, then this"
+        assert listener.heard == [b"heard", b" again"]
+
+
+async def test_a_cancelled_reader_hears_nothing_more(key_of):
+    async with two_ends(key_of) as (writer, reader):
+        listener = Listener(reader)
+        with trio.move_on_after(0.01):
+            await reader.read(100)
+        await say(writer, frame(writer, b"later"))
+        await until(lambda: len(reader._muxed.conn.stream_buffers[writer.stream_id]) == 5)
+        assert await reader.read(100) == b"later"
+        assert listener.heard == []
+
+
+async def test_what_is_heard_counts_against_the_window_and_gives_it_back(key_of):
+    """More than a whole window goes by ear: it would stand still if nothing were given back."""
+    async with two_ends(key_of) as (writer, reader):
+        window = reader._muxed.recv_window
+        listener, sent = Listener(reader), 0
+        async with waiting(reader) as read:
+            while sent < 2 * window:
+                await writer.write(bytes(HEARD_BYTES_MAX))
+                sent += HEARD_BYTES_MAX
+            await until(lambda: len(b"".join(listener.heard + read)) == sent)
+        assert listener.heard
+        assert reader._muxed.recv_window < 2 * 2**20, "and no more than that"
+
+
+async def test_nobody_hears_a_byte_more_than_the_window(key_of):
+    async with two_ends(key_of) as (writer, reader):
+        listener = Listener(reader)
+        reader._muxed.__dict__["recv_window"] = 5
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails, reader)
+            await trio.testing.wait_all_tasks_blocked()
+            await say(writer, frame(writer, b"12345") + frame(writer, b"6"))
+            await until(lambda: reader._muxed.closed)
+        assert listener.heard == [b"12345"]
+
+
+async def fails(reader) -> None:
+    with pytest.raises(PeerError):
+        await reader.read(100)
 
 
 class TurnsOfOthers:

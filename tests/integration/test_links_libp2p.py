@@ -189,3 +189,70 @@ async def test_sixty_connections_leave_nothing_behind(key_of, hello_of):
 
         before = await cycle(5)
         assert await cycle(60) <= before + 2
+
+
+# ------------------------------------------------------------------ in the socket's own turn
+
+
+@asynccontextmanager
+async def linked(key_of, hello_of, limits=None):
+    """Two that are linked, and whether the second one took each piece that it was let hear."""
+    async with mesh(key_of, hello_of, limits=limits) as (one, other):
+        link = await one.connect(address(other))
+        await until(lambda: other.get(one.transport.peer))
+        theirs = other.get(one.transport.peer)
+        offered: list[bool] = []
+        ear = theirs._stream._muxed.ear
+        take = ear.take
+
+        def counted(piece):
+            offered.append(take(piece))
+            return offered[-1]
+
+        ear.take = counted
+        yield link, other, offered
+
+
+async def test_small_frames_are_heard_at_once_and_over_the_rate_the_peer_waits(key_of, hello_of):
+    limits = LinkLimits(frames_per_second=100)
+    async with linked(key_of, hello_of, limits) as (link, other, offered):
+        heard = []
+        other.on_message = lambda _link, frame: heard.append(frame.done)
+        began = trio.current_time()
+        for at in range(300):
+            link.send(Progress(id=1, done=float(at)))
+            await trio.sleep(0.001)  # each in a message of its own
+        await until(lambda: len(heard) == 300)
+        link.send(Progress(id=1, done=300.0))
+        await until(lambda: len(heard) == 301)
+        assert trio.current_time() - began >= 1.2, "200 more than at once, 100 a second"
+        assert heard == [float(at) for at in range(301)]
+        assert sum(offered) >= 50, "while it was within its rate"
+        assert not all(offered), "and above it, it had to be read"
+
+
+async def test_what_is_no_frame_ends_the_link_that_heard_it_and_says_why(key_of, hello_of):
+    async with linked(key_of, hello_of) as (link, _other, offered):
+        assert link._stream.write_now(b"\x00\x00\x00\x02\xc1\xc1")
+        await until(lambda: link.closed_because)
+        assert "BAD_REQUEST" in link.closed_because
+        assert offered[0], "and nothing after it was taken"
+        assert not any(offered[1:])
+
+
+async def test_a_defect_in_what_hears_ends_that_link_only(key_of, hello_of, caplog):
+    async with linked(key_of, hello_of) as (link, other, offered):
+        peer = link.peer
+
+        def defect(_link, _frame):
+            raise ZeroDivisionError("a defect")
+
+        other.on_message = defect
+        link.send(Progress(id=1, done=0.5))
+        await until(lambda: link.closed_because)
+        assert offered[0], "and nothing after it was taken"
+        assert not any(offered[1:])
+        assert "ZeroDivisionError" in caplog.text
+        other.on_message = lambda _link, _frame: None
+        again = await link._owner.connect(address(other))
+        assert again.peer == peer, "the connection is as it was"
