@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -20,11 +19,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from aivillage.node.transport import circuit, rendezvous
 from aivillage.node.transport.as_it_comes import Ear, plain_data
 from aivillage.node.transport.at_once import shortcut
+from aivillage.node.transport.faults import lost, reason_of, tell_who_is_there
 from aivillage.node.transport.host import run_host
 from aivillage.node.transport.patches import PromptLock
-from aivillage.node.transport.psk import KEY_STEP, Guard, WrongKeyError
+from aivillage.node.transport.psk import Guard
 from aivillage.protocols.errors import PeerError, RequestError
-from aivillage.protocols.ports import Seen, SomebodyElseError, Stream, StreamHandler
+from aivillage.protocols.ports import Seen, Stream, StreamHandler
 from aivillage.protocols.types import PeerId, peer_id
 
 log = logging.getLogger("aivillage.transport")
@@ -35,7 +35,6 @@ ADOPT_SECONDS: Final = 10.0
 CLOSE_SECONDS: Final = 1.0
 PROBE_SECONDS: Final = 5.0
 LINGER_SECONDS: Final = 5.0
-_SOMEBODY_ELSE: Final = re.compile(r"remote_peer_id_from_pubkey=(\w+)")
 """Noise's own words, once the other side has proved who it is."""
 """How long a closed stream is drained before it is reset: what the peer still sends is lost."""
 
@@ -138,7 +137,7 @@ class Libp2pTransport:
                         self._nursery, DIAL_SECONDS, f"nobody answers at {address}"
                     )
                 except PeerError as error:
-                    _tell_who_is_there(error, address)
+                    tell_who_is_there(error, address)
                     raise
                 await self._keep_one(name, made)
         return name
@@ -157,7 +156,7 @@ class Libp2pTransport:
         try:
             await call.run_in(self._nursery, PROBE_SECONDS, f"nobody answers at {address}")
         except PeerError as error:
-            _tell_who_is_there(error, address)
+            tell_who_is_there(error, address)
             raise
 
     async def _prove(self, address: str, peer: Any) -> None:
@@ -185,7 +184,7 @@ class Libp2pTransport:
         library_peer = _library_peer(peer)
         await trio.lowlevel.checkpoint()
         if not self._open_connections(library_peer):
-            raise _lost(f"not connected to {peer}")
+            raise lost(f"not connected to {peer}")
         call = _Call(self._host.new_stream, library_peer, [protocol])
         reason = f"{peer} did not open a stream for {protocol}"
         call.if_abandoned = _reset_library_stream
@@ -223,7 +222,7 @@ class Libp2pTransport:
             with trio.CancelScope(shield=True):
                 await stream.close()
             if isinstance(error, PeerError):
-                _tell_who_is_there(error, "the other end of a circuit")
+                tell_who_is_there(error, "the other end of a circuit")
             raise
         return PeerId(str(muxed.peer_id))
 
@@ -263,7 +262,7 @@ class Libp2pTransport:
         known = self._open_connections(_library_peer(peer))
         direct = [connection for connection in known if circuit.is_direct(connection)]
         if not direct:
-            raise _lost(f"not connected to {peer}")
+            raise lost(f"not connected to {peer}")
         source = rendezvous.local_end(direct[0])
         if len(known) > 1 or source is None:
             return None  # the answer could be about another connection than this one
@@ -283,7 +282,7 @@ class Libp2pTransport:
         try:
             await call.run_in(self._nursery, seconds, f"nobody met at {address}")
         except PeerError as error:
-            _tell_who_is_there(error, address)
+            tell_who_is_there(error, address)
             raise
 
     async def _meet(
@@ -319,16 +318,16 @@ class Libp2pStream:
 
     async def read(self, size_bytes_max: int) -> bytes:
         if self._closing:
-            raise _lost("the stream is closed")
+            raise lost("the stream is closed")
         try:
             return await self._read(size_bytes_max)
         except Exception as error:
-            raise _lost(f"the stream with {self._peer} broke: {error!r}") from error
+            raise lost(f"the stream with {self._peer} broke: {error!r}") from error
 
     async def write(self, data: bytes) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._closing:
-            raise _lost("the stream is closed")
+            raise lost("the stream is closed")
         call = _Call(self._write, data)
         await call.run_in(self._nursery, None, f"the stream with {self._peer} broke")
 
@@ -399,9 +398,9 @@ class _Call:
     async def run_in(self, nursery: trio.Nursery, seconds: float | None, failure: str) -> Any:
         """Its result. Raises: PeerError: PEER_LOST with `failure`, it failed or took too long."""
         if not await self.wait_in(nursery, seconds):
-            raise _lost(f"{failure} within {seconds:g} s")
+            raise lost(f"{failure} within {seconds:g} s")
         if self._error is not None:
-            raise _lost(f"{failure}: {_reason(self._error)}") from self._error
+            raise lost(f"{failure}: {reason_of(self._error)}") from self._error
         return self._result
 
     async def wait_in(self, nursery: trio.Nursery, seconds: float | None) -> bool:
@@ -445,36 +444,6 @@ async def _cut(connection: Any) -> None:
         log.debug("library_call_failed", extra={"reason": repr(error)})
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The innermost one: the library wraps what happened three times."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _reason(error: BaseException) -> str:
-    cause = _cause(error)
-    return str(cause) or repr(cause)
-
-
-def _tell_who_is_there(error: PeerError, address: str) -> None:
-    """Says it of whoever answered and is not whom we wanted.
-
-    Raises:
-        SomebodyElseError: whoever is at the address proved to be another peer.
-        PeerError: PEER_LOST, it is outside of the village's private network, or we are.
-    """
-    cause = _cause(error)
-    if isinstance(cause, WrongKeyError):
-        raise PeerError(
-            f"{address} answers, but {cause}", code="PEER_LOST", next_step=KEY_STEP
-        ) from error
-    found = _SOMEBODY_ELSE.search(error.message)
-    if found:
-        peer = PeerId(found[1])
-        raise SomebodyElseError(f"{peer} answered at {address}", peer) from error
-
-
 def _parsed(address: str) -> tuple[Any, Any]:
     """The address without its peer, and the peer."""
     import multiaddr
@@ -495,7 +464,3 @@ def _library_peer(peer: PeerId) -> Any:
     from libp2p.peer.id import ID
 
     return ID.from_base58(peer)
-
-
-def _lost(message: str) -> PeerError:
-    return PeerError(message, code="PEER_LOST", next_step="dial the peer again")
