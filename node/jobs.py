@@ -28,6 +28,8 @@ from aivillage.protocols.types import AttemptId, JobId, MicroCredits, PeerId
 
 APPLICATION_ID: Final = 0x41_49_56_4A
 SCHEMA_VERSION: Final = 5
+IN_MEMORY: Final = ":memory:"
+"""A path of SQLite's: of simulated nodes."""
 TOLD_SUFFIX: Final = "-told"
 CHECK_OF: Final = "check of "
 """Begins the `parent` of a job that does another one's work again."""
@@ -405,14 +407,15 @@ async def open_jobs(path: Path) -> AsyncIterator[Jobs]:
         file.close()
 
 
-def told_beside(path: Path) -> Path:
-    """The file of what was told already and is not in the jobs.db at `path` yet."""
-    return path.with_name(path.name + TOLD_SUFFIX)
+def told_beside(path: Path) -> Path | None:
+    """The file of what was told already and is not in the jobs.db at `path` yet, if any can be."""
+    return None if str(path) == IN_MEMORY else path.with_name(path.name + TOLD_SUFFIX)
 
 
 def said_beside(path: Path) -> list[Said]:
     """What a kill kept out of the jobs.db at `path`, or what its node stores at this moment."""
-    return [_SAID.decode(record) for record in told.read(told_beside(path))]
+    file = told_beside(path)
+    return [_SAID.decode(record) for record in told.read(file)] if file else []
 
 
 def store_said(db: apsw.Connection, said: list[Said]) -> None:

@@ -31,10 +31,14 @@ _log = logging.getLogger("aivillage.jobs")
 class Told:
     """The file of a running node. Every method is a plain call."""
 
-    def __init__(self, path: Path) -> None:
-        """Begins anew: what was in it is expected to be in jobs.db. Raises: OSError."""
+    def __init__(self, path: Path | None) -> None:
+        """Begins anew: what was in it is expected to be in jobs.db. Raises: OSError.
+
+        None: jobs.db is in memory, and nothing outlasts this process.
+        """
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
-        self._file = os.open(path, flags, 0o600)
+        self._file = os.open(path, flags, 0o600) if path else -1
+        self._is_file = path is not None
         self._size_bytes = 0
         self._waiting = 0
 
@@ -43,6 +47,8 @@ class Told:
 
         False: it is too large, the file is full, or the disk is.
         """
+        if not self._is_file:
+            return True
         framed = _HEAD.pack(len(record), zlib.crc32(record)) + record
         is_small = len(record) <= RECORD_BYTES_MAX
         if not is_small or self._size_bytes + len(framed) > FILE_BYTES_MAX:
@@ -61,6 +67,8 @@ class Told:
 
     def stored(self) -> None:
         """jobs.db has one of the records; once it has all of them the file is empty."""
+        if not self._is_file:
+            return
         self._waiting -= 1
         if not self._waiting:
             self._cut(0)
@@ -68,7 +76,8 @@ class Told:
     def close(self) -> None:
         """What comes after it finds no file, also where its number is another one's by then."""
         file, self._file = self._file, -1
-        os.close(file)
+        if self._is_file:
+            os.close(file)
 
     def _cut(self, size_bytes: int) -> None:
         with suppress(OSError):  # then it is longer than we think, and read anew at the next start

@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -14,7 +15,14 @@ import trio.testing
 
 from aivillage.node import told
 from aivillage.node.attempts import attempts_of, kept_job
-from aivillage.node.jobs import AttemptRow, JobRow, open_jobs, said_beside, told_beside
+from aivillage.node.jobs import (
+    IN_MEMORY,
+    AttemptRow,
+    JobRow,
+    open_jobs,
+    said_beside,
+    told_beside,
+)
 from aivillage.node.told import FILE_BYTES_MAX, RECORD_BYTES_MAX, Told, read
 from aivillage.protocols.types import AttemptId, JobId
 from tests.conftest import make_peer
@@ -218,6 +226,17 @@ async def test_a_large_result_is_stored_before_it_is_told(tmp_path):
         await trio.testing.wait_all_tasks_blocked()
         assert said_beside(tmp_path / "jobs.db") == []
         assert len(nursery.child_tasks) == 2, "it waits for the thread"
+
+
+async def test_a_store_in_memory_has_no_file_and_shares_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    async with open_jobs(Path(IN_MEMORY)) as jobs, open_jobs(Path(IN_MEMORY)) as other:
+        await jobs.add(row())
+        await jobs.passed(*done())
+        assert (await jobs.get(JOB)).result == b"result"
+        async with open_jobs(Path(IN_MEMORY)) as later:
+            assert await later.get(JOB) is await other.get(JOB) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_the_file_is_empty_again_once_jobs_db_has_all(tmp_path):
