@@ -13,7 +13,7 @@ from typing import Final
 import trio
 
 from aivillage.models.mesh.fetch import NAME, UNIT, FetchRequest, Kept
-from aivillage.node.attempt import next_frame
+from aivillage.node.attempt import frame_by
 from aivillage.node.blob_draft import Draft
 from aivillage.node.blob_plan import Run
 from aivillage.node.gossip import send_or_drop
@@ -153,8 +153,9 @@ class ChunkCall:
         """Raises: PeerError: PEER_LOST, it is silent for too long."""
         silent = trio.current_time() + SILENT_SECONDS
         while trio.current_time() < min(silent, last):
-            with trio.move_on_after(QUIET_SECONDS):
-                return await next_frame(inbox)
+            frame = await frame_by(inbox, trio.current_time() + QUIET_SECONDS)
+            if frame is not None:
+                return frame
             patience = min(max(2 + 20 * self._link.rtt_seconds, 2), SILENT_SECONDS)
             if not await self._link.is_alive(patience):
                 raise PeerError("no sign of life", code="PEER_LOST")

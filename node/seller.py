@@ -176,10 +176,11 @@ class Seller:
                 self._events.emit("sale_crashed", level=40, peer=sale.peer, error=repr(defect))
                 error = NodeError("the seller failed")
         if sale.scope.cancelled_caught:
-            error = sale.stopped or self._too_late(sale, seconds)
+            error = sale.stopped or self._why_cut(sale, seconds)
         self._end(sale, error)
 
-    def _too_late(self, sale: Sale, seconds: float) -> AivillageError:
+    def _why_cut(self, sale: Sale, seconds: float) -> AivillageError:
+        """Its scope has one end for both: its buyer wants it no more, or its time is over."""
         if trio.current_time() < sale.scope.deadline:
             return JobError("cancelled by the buyer", code="CANCELLED")
         if not sale.ticket.begun:

@@ -89,7 +89,7 @@ class Ear:
 
 def _heard(stream: Any, piece: bytes) -> bool:
     """Whether the reader of a stream with nothing unread took it; never more than may come."""
-    ear: Ear | None = stream.__dict__.get("ear")
+    ear: Ear | None = stream.ear
     most = min(HEARD_BYTES_MAX, stream.recv_window)
     if ear is None or not ear.waits or not 0 < len(piece) <= most or not ear.take(piece):
         return False
@@ -121,7 +121,7 @@ async def plain_data(stream: Any, size_bytes_max: int) -> bytes:
 
 async def _next_of(stream: Any, event: trio.Event) -> None:
     """Returns when something came that nobody heard."""
-    ear: Ear | None = stream.__dict__.get("ear")
+    ear: Ear | None = stream.ear
     if ear is None:
         return await event.wait()
     ear.waits = True

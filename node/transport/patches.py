@@ -242,6 +242,7 @@ def deliver_plain_data_as_it_comes() -> None:
         with trio.fail_after(yamux._yamux_data_read_timeout()):
             return await read_exactly(self.secured_conn, size_bytes)
 
+    yamux.YamuxStream.ear = None
     yamux.Yamux.handle_incoming = handle
     yamux.read_exactly = read_header  # in that module, asked for headers and for bodies only
     yamux.Yamux._read_data_body = read_data_body

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -25,15 +26,23 @@ def names(lines):
     return [name for _, name in lines()]
 
 
+@asynccontextmanager
+async def writing_together():
+    """Events whose writer runs until the block is left."""
+    events = Events()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(events.write_together)
+        await trio.testing.wait_all_tasks_blocked()
+        yield events
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_line_of_what_happens_often_is_written_with_others_and_bears_its_time(
     lines, autojump_clock, monkeypatch
 ):
     now = [1000.25]
     monkeypatch.setattr("aivillage.node.events.time.time", lambda: now[0])
-    events = Events()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(events.write_together)
-        await trio.testing.wait_all_tasks_blocked()
+    async with writing_together() as events:
         events.emit_often("job_ended", job="a")
         now[0] += 0.01
         events.emit_often("job_ended", job="b")
@@ -42,27 +51,18 @@ async def test_a_line_of_what_happens_often_is_written_with_others_and_bears_its
         assert lines() == []
         await trio.sleep(TOGETHER_SECONDS + 0.001)
         assert lines() == [(1000.25, "job_ended"), (1000.26, "job_ended")]
-        nursery.cancel_scope.cancel()
 
 
 async def test_no_line_of_a_later_event_is_written_before_it(lines):
-    events = Events()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(events.write_together)
-        await trio.testing.wait_all_tasks_blocked()
+    async with writing_together() as events:
         events.emit_often("job_ended")
         events.emit("peer_lost", level=logging.WARNING)
         assert names(lines) == ["job_ended", "peer_lost"]
-        nursery.cancel_scope.cancel()
 
 
 async def test_what_waits_at_a_clean_end_is_written_and_what_follows_it_at_once(lines):
-    events = Events()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(events.write_together)
-        await trio.testing.wait_all_tasks_blocked()
+    async with writing_together() as events:
         events.emit_often("job_ended")
-        nursery.cancel_scope.cancel()
     assert names(lines) == ["job_ended"]
     events.emit_often("sale_ended")
     assert names(lines) == ["job_ended", "sale_ended"], "nobody would write it later"

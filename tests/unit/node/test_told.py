@@ -17,17 +17,14 @@ from aivillage.node import told
 from aivillage.node.attempts import attempts_of, kept_job
 from aivillage.node.jobs import (
     IN_MEMORY,
-    AttemptRow,
-    JobRow,
     open_jobs,
     said_beside,
     told_beside,
 )
 from aivillage.node.told import FILE_BYTES_MAX, RECORD_BYTES_MAX, Told, read
-from aivillage.protocols.types import AttemptId, JobId
 from tests.conftest import make_peer
+from tests.unit.node.test_jobs_store import ATTEMPT, JOB, done, row
 
-JOB, ATTEMPT = JobId("ab" * 16), AttemptId(b"a" * 16)
 HEAD_BYTES = 8
 
 
@@ -127,22 +124,6 @@ def test_what_is_stored_after_the_end_cuts_nobody_elses_file(tmp_path):
 
 
 # ------------------------------------------------------------------ jobs.db
-
-
-def row(**changes):
-    fields = {
-        "id": JOB, "operation": "mesh.noop", "request": b"\x80", "state": "new",
-        "ceiling": 100, "deadline": None, "peer": "", "created": 1.0,
-    }  # fmt: skip
-    return JobRow(**(fields | changes))
-
-
-def done(result=b"result"):
-    attempt = AttemptRow(
-        id=ATTEMPT, job=JOB, seller=make_peer(1), price=77, outcome="done", created=2.0,
-        quote=b"quote", done=b"\x80",
-    )  # fmt: skip
-    return row(state="settling", result=result), attempt
 
 
 @asynccontextmanager
